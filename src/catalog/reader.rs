@@ -1,0 +1,47 @@
+use std::{collections::BTreeSet, sync::Arc};
+
+use tokio::sync::watch;
+
+use super::{snapshot::Snapshot, writer::State};
+use crate::model::{InstanceId, Revision, ServiceId};
+
+/// What changed between two revisions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Changes {
+    /// These, each once: an instance, or a service as such where there is no id. Look at the snapshot for what they are now.
+    Touched(BTreeSet<(ServiceId, Option<InstanceId>)>),
+    /// More than is remembered: anything may have changed.
+    Resync,
+}
+
+/// The way out of the catalog. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Reader {
+    pub(super) state: watch::Receiver<Arc<State>>,
+}
+
+impl Reader {
+    /// The newest snapshot.
+    pub fn latest(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.state.borrow().snapshot)
+    }
+
+    /// What changed from `since` to the newest snapshot, with that snapshot.
+    pub fn since(&self, since: Revision) -> (Arc<Snapshot>, Changes) {
+        let state = Arc::clone(&self.state.borrow());
+        (Arc::clone(&state.snapshot), state.changes_since(since))
+    }
+
+    /// Waits until the catalog is at `revision` or later. False when the catalog is gone. Cancel-safe.
+    pub async fn reached(&self, revision: Revision) -> bool {
+        let mut state = self.state.clone();
+        state.wait_for(|state| state.snapshot.revision() >= revision).await.is_ok()
+    }
+
+    /// Waits for a snapshot newer than `seen` and returns it with what changed. `None` when the catalog is gone. Cancel-safe.
+    pub async fn newer_than(&self, seen: Revision) -> Option<(Arc<Snapshot>, Changes)> {
+        let mut receiver = self.state.clone();
+        let state = Arc::clone(&*receiver.wait_for(|state| state.snapshot.revision() > seen).await.ok()?);
+        Some((Arc::clone(&state.snapshot), state.changes_since(seen)))
+    }
+}

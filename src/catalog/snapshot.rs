@@ -1,0 +1,115 @@
+use std::sync::Arc;
+
+use crate::model::{Instance, InstanceId, InstanceKey, Revision, ServiceId};
+
+/// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    revision: Revision,
+    services: imbl::OrdMap<ServiceId, Arc<Service>>,
+    instances: usize,
+}
+
+/// A service and its instances. It may have none: a service stays known when its last instance leaves.
+#[derive(Debug, Clone)]
+pub struct Service {
+    /// Its name.
+    pub id: ServiceId,
+    /// The change that last touched it or one of its instances.
+    pub revision: Revision,
+    instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+}
+
+/// One change to the catalog.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// The service exists.
+    PutService(ServiceId),
+    /// The service and its instances are gone.
+    RemoveService(ServiceId),
+    /// This is what the instance is now; its service exists.
+    PutInstance(Instance),
+    /// The instance is gone; its service stays.
+    RemoveInstance(InstanceKey),
+}
+
+impl Service {
+    /// An instance by id.
+    pub fn instance(&self, id: &InstanceId) -> Option<&Arc<Instance>> {
+        self.instances.get(id)
+    }
+
+    /// All instances by id.
+    pub fn instances(&self) -> impl ExactSizeIterator<Item = &Arc<Instance>> {
+        self.instances.values()
+    }
+}
+
+impl Snapshot {
+    /// The change that it is the state after.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// A service by name.
+    pub fn service(&self, id: &ServiceId) -> Option<&Arc<Service>> {
+        self.services.get(id)
+    }
+
+    /// An instance by key.
+    pub fn instance(&self, key: &InstanceKey) -> Option<&Arc<Instance>> {
+        self.service(&key.service)?.instance(&key.id)
+    }
+
+    /// All services by name.
+    pub fn services(&self) -> impl ExactSizeIterator<Item = &Arc<Service>> {
+        self.services.values()
+    }
+
+    /// How many instances there are in all.
+    pub fn instances(&self) -> usize {
+        self.instances
+    }
+
+    /// The state after `changes`, as of `revision`. Costs as much as the changes.
+    #[must_use]
+    pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
+        let mut next = self.clone();
+        next.revision = revision;
+        for change in changes {
+            match change {
+                Change::PutService(id) => {
+                    next.service_mut(revision, id);
+                }
+                Change::RemoveService(id) => {
+                    if let Some(service) = next.services.remove(&id) {
+                        next.instances -= service.instances.len();
+                    }
+                }
+                Change::PutInstance(instance) => {
+                    let service = next.service_mut(revision, instance.key.service.clone());
+                    service.revision = revision;
+                    let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
+                    next.instances += usize::from(before.is_none());
+                }
+                Change::RemoveInstance(key) => {
+                    if next.instance(&key).is_some() {
+                        let service = next.service_mut(revision, key.service);
+                        service.revision = revision;
+                        service.instances.remove(&key.id);
+                        next.instances -= 1;
+                    }
+                }
+            }
+        }
+        next
+    }
+
+    fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
+        let service = self
+            .services
+            .entry(id.clone())
+            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new() }));
+        Arc::make_mut(service)
+    }
+}

@@ -1,0 +1,176 @@
+use std::{collections::BTreeSet, sync::Arc};
+
+use tokio::sync::watch;
+
+use super::{
+    reader::{Changes, Reader},
+    snapshot::{Change, Snapshot},
+};
+use crate::model::{InstanceId, Revision, ServiceId};
+
+/// Changes that the catalog remembers. A reader further behind looks at everything.
+const REMEMBERED: usize = 8192;
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) snapshot: Arc<Snapshot>,
+    log: imbl::Vector<(Revision, ServiceId, Option<InstanceId>)>,
+    /// The log holds every change after this.
+    log_from: Revision,
+}
+
+impl State {
+    pub(super) fn changes_since(&self, since: Revision) -> Changes {
+        if since < self.log_from {
+            return Changes::Resync;
+        }
+        let newer = self.log.iter().rev().take_while(|(at, ..)| *at > since);
+        Changes::Touched(newer.map(|(_, service, id)| (service.clone(), id.clone())).collect::<BTreeSet<_>>())
+    }
+}
+
+/// The one way into the catalog. Not cloneable: there is one writer.
+#[derive(Debug)]
+pub struct Writer {
+    state: watch::Sender<Arc<State>>,
+}
+
+/// An empty catalog: its writer and a reader.
+pub fn catalog() -> (Writer, Reader) {
+    let (sender, receiver) = watch::channel(Arc::new(State::default()));
+    (Writer { state: sender }, Reader { state: receiver })
+}
+
+impl Writer {
+    /// Publishes the state after `changes`, as of `revision`. A revision that is not newer than the present one is ignored:
+    /// it has been applied before.
+    pub fn apply(&mut self, revision: Revision, changes: Vec<Change>) {
+        self.apply_all([(revision, changes)]);
+    }
+
+    /// As [`Writer::apply`] for several revisions in order, published as one snapshot.
+    pub fn apply_all(&mut self, batches: impl IntoIterator<Item = (Revision, Vec<Change>)>) {
+        let now = Arc::clone(&self.state.borrow());
+        let (mut snapshot, mut log, mut log_from) = ((*now.snapshot).clone(), now.log.clone(), now.log_from);
+        for (revision, changes) in batches {
+            if revision <= snapshot.revision() {
+                continue;
+            }
+            for change in &changes {
+                log.push_back(match change {
+                    Change::PutService(id) | Change::RemoveService(id) => (revision, id.clone(), None),
+                    Change::PutInstance(instance) => {
+                        (revision, instance.key.service.clone(), Some(instance.key.id.clone()))
+                    }
+                    Change::RemoveInstance(key) => (revision, key.service.clone(), Some(key.id.clone())),
+                });
+            }
+            snapshot = snapshot.apply(revision, changes);
+        }
+        while log.len() > REMEMBERED {
+            if let Some((dropped, ..)) = log.pop_front() {
+                log_from = dropped;
+            }
+        }
+        if snapshot.revision() > now.snapshot.revision() {
+            self.state.send_replace(Arc::new(State { snapshot: Arc::new(snapshot), log, log_from }));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::SystemTime};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, State as Health};
+
+    fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {
+        Instance {
+            key: key(service, id),
+            incarnation: Incarnation(1),
+            address: [127, 0, 0, 1].into(),
+            port: port.try_into().unwrap(),
+            locality: Locality::default(),
+            weight: 1.try_into().unwrap(),
+            metadata: BTreeMap::new(),
+            state: Health::Serving,
+            lease: Lease::Session,
+            revision,
+            registered_at: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    fn key(service: u8, id: u8) -> InstanceKey {
+        InstanceKey { service: format!("s{service}").parse().unwrap(), id: format!("i{id}").parse().unwrap() }
+    }
+
+    proptest! {
+        /// Any history: the catalog equals a naive map, and applying what `since` names to an old view gives the new one.
+        #[test]
+        fn equals_a_naive_map(history in proptest::collection::vec((0..4u8, 0..3u8, 0..4u8, 1..9u16), 1..80)) {
+            let (mut writer, reader) = catalog();
+            let mut naive: BTreeMap<u8, BTreeMap<u8, u16>> = BTreeMap::new();
+            let mut seen = reader.latest();
+            for (n, (op, service, id, port)) in history.into_iter().enumerate() {
+                let revision = Revision(n as u64 + 1);
+                let change = match op {
+                    0 => {
+                        naive.entry(service).or_default();
+                        Change::PutService(key(service, 0).service)
+                    }
+                    1 => {
+                        naive.remove(&service);
+                        Change::RemoveService(key(service, 0).service)
+                    }
+                    2 => {
+                        if let Some(instances) = naive.get_mut(&service) {
+                            instances.remove(&id);
+                        }
+                        Change::RemoveInstance(key(service, id))
+                    }
+                    _ => {
+                        naive.entry(service).or_default().insert(id, port);
+                        Change::PutInstance(instance(service, id, port, revision))
+                    }
+                };
+                writer.apply(revision, vec![change]);
+                let now = reader.latest();
+                let got: Vec<(String, Vec<(String, u16)>)> = now.services()
+                    .map(|s| (s.id.to_string(), s.instances().map(|i| (i.key.id.to_string(), i.port.get())).collect()))
+                    .collect();
+                let want: Vec<(String, Vec<(String, u16)>)> = naive.iter()
+                    .map(|(s, is)| (format!("s{s}"), is.iter().map(|(i, p)| (format!("i{i}"), *p)).collect()))
+                    .collect();
+                prop_assert_eq!(got, want);
+                prop_assert_eq!(now.instances(), naive.values().map(BTreeMap::len).sum::<usize>());
+
+                if n % 3 == 0 {
+                    let Changes::Touched(touched) = reader.since(seen.revision()).1 else { panic!("resync") };
+                    for service in now.services() {
+                        let untouched = !touched.iter().any(|(id, _)| *id == service.id);
+                        let same = seen.service(&service.id).is_some_and(|old| Arc::ptr_eq(old, service));
+                        prop_assert!(!untouched || same, "{} changed unnoticed", service.id);
+                    }
+                    seen = now;
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn far_behind_is_told_to_look_at_everything() {
+        let (mut writer, reader) = catalog();
+        for n in 1..=REMEMBERED as u64 + 2 {
+            writer.apply(Revision(n), vec![Change::PutInstance(instance(0, 0, 1, Revision(n)))]);
+        }
+        assert_eq!(reader.since(Revision(1)).1, Changes::Resync);
+        assert!(matches!(reader.since(Revision(2)).1, Changes::Touched(t) if t.len() == 1));
+        assert_eq!(reader.since(reader.latest().revision()).1, Changes::Touched(BTreeSet::new()));
+        assert!(reader.reached(Revision(5)).await);
+        writer.apply(Revision(3), vec![Change::RemoveService(key(0, 0).service)]);
+        assert_eq!(reader.latest().instances(), 1);
+    }
+}

@@ -1,0 +1,15 @@
+//! The words of the domain as types: services, instances, leases, revisions, and what is wrong with an input.
+//!
+//! Data only: no IO, no async, no wire format. A value of these types is valid by construction; whatever comes from
+//! outside passes through [`Registration::check`] or [`FromStr`](std::str::FromStr) and is refused with the field's
+//! name, what is wrong, and what would be right.
+
+mod id;
+mod input;
+mod instance;
+mod registration;
+
+pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
+pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
+pub use instance::{Instance, Lease, Locality, State};
+pub use registration::{Limits, RawRegistration, Registration, Update, format_duration, parse_duration};

@@ -1,0 +1,143 @@
+//! Durable key-value state: what was accepted, in the order it was accepted.
+//!
+//! Written by `registry`; read by it at start-up and through [`Store::watch`]. A commit that was answered survives
+//! `kill -9` right after. Backends differ in where they keep things, not in what they do: one conformance suite holds
+//! them all.
+
+use std::{fmt, sync::Arc};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+
+use crate::model::Revision;
+
+/// A key: `/`-separated path segments without a leading slash, e.g. `instances/greeter/a`.
+pub type Key = Arc<str>;
+
+/// What must hold of a key for an operation on it to be accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// Nothing.
+    Always,
+    /// There is no such key.
+    Absent,
+    /// The key was last written at this revision.
+    Unchanged(Revision),
+}
+
+/// One operation of a commit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Writes a value.
+    Put {
+        /// Where.
+        key: Key,
+        /// What.
+        value: Bytes,
+        /// If.
+        when: Condition,
+    },
+    /// Removes a key. Removing one that is absent is accepted under [`Condition::Always`].
+    Delete {
+        /// Which.
+        key: Key,
+        /// If.
+        when: Condition,
+    },
+}
+
+impl Op {
+    /// The key that it touches.
+    pub fn key(&self) -> &Key {
+        match self {
+            Self::Put { key, .. } | Self::Delete { key, .. } => key,
+        }
+    }
+}
+
+/// A key with its value and the revision that last wrote it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The key.
+    pub key: Key,
+    /// Its value.
+    pub value: Bytes,
+    /// The commit that last wrote it.
+    pub revision: Revision,
+}
+
+/// All entries under a prefix at one revision, by key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listing {
+    /// The revision that this is the state of.
+    pub revision: Revision,
+    /// In the order of their keys.
+    pub entries: Vec<Entry>,
+}
+
+/// What one commit did under a watched prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// The commit.
+    pub revision: Revision,
+    /// Its operations under the prefix: the new value, or `None` for a removal.
+    pub changes: Vec<(Key, Option<Bytes>)>,
+}
+
+/// A feed of commits under a prefix.
+pub trait Watch: Send + fmt::Debug {
+    /// The next commit that touched the prefix, in order and without gaps. [`StoreError::Compacted`] when the reader fell
+    /// too far behind and must list again; [`StoreError::Closed`] when the store is gone. Cancel-safe.
+    fn next(&mut self) -> BoxFuture<'_, Result<Event, StoreError>>;
+}
+
+/// Durable key-value state with revisions, compare-and-set and a feed of changes.
+pub trait Store: Send + Sync + fmt::Debug + 'static {
+    /// Applies all operations or none. Durable when answered. The revision is greater than that of every commit answered
+    /// before, and every accepted commit has its own.
+    ///
+    /// # Errors
+    /// [`StoreError::Conflict`] names the first key whose condition did not hold; nothing was written.
+    fn commit(&self, ops: Vec<Op>) -> BoxFuture<'_, Result<Revision, StoreError>>;
+
+    /// One entry.
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
+
+    /// Everything under a prefix at one revision.
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Listing, StoreError>>;
+
+    /// Every commit after `after` that touches the prefix.
+    ///
+    /// # Errors
+    /// [`StoreError::Compacted`] when the store no longer remembers that far back: list again.
+    fn watch<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Revision,
+    ) -> BoxFuture<'a, Result<Box<dyn Watch>, StoreError>>;
+
+    /// Refuses new commits, writes out what was accepted and releases files. Later calls answer [`StoreError::Closed`].
+    fn close(&self) -> BoxFuture<'_, Result<(), StoreError>>;
+}
+
+/// Why the store did not do it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// The condition on a key did not hold; nothing was written.
+    #[error("{key} was changed by somebody else")]
+    Conflict {
+        /// The key.
+        key: Key,
+        /// The revision that last wrote it, `None` when it is absent.
+        actual: Option<Revision>,
+    },
+    /// The feed does not go back that far.
+    #[error("the store remembers changes after revision {0} only; list again")]
+    Compacted(Revision),
+    /// The medium failed; the commit may or may not be durable, and no further one is accepted.
+    #[error("{0}")]
+    Failed(String),
+    /// The store was closed.
+    #[error("the store is closed")]
+    Closed,
+}
