@@ -11,8 +11,8 @@ use envoy_types::pb::envoy::{
             cluster::{ClusterDiscoveryType, CommonLbConfig, DiscoveryType, LbPolicy},
         },
         core::v3::{
-            Http2ProtocolOptions, KeepaliveSettings, SubstitutionFormatString, TcpKeepalive, TrafficDirection,
-            DataSource, data_source::Specifier, substitution_format_string::Format,
+            DataSource, Http2ProtocolOptions, KeepaliveSettings, SubstitutionFormatString, TcpKeepalive,
+            TrafficDirection, data_source::Specifier, substitution_format_string::Format,
         },
         listener::v3::{Filter, FilterChain, Listener, filter::ConfigType},
         route::v3::{

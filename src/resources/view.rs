@@ -73,7 +73,8 @@ impl View {
             Some(text) => match text.parse() {
                 Ok(port) if port > 0 => port,
                 _ => {
-                    let problem = format!("{} is no port: want a whole number from 1 to 65535", excerpt(&text));
+                    let problem =
+                        format!("{} is no port: want a whole number from 1 to 65535", excerpt(&text));
                     return Err(NodeError { key: OUTBOUND_PORT, problem });
                 }
             },
@@ -113,11 +114,7 @@ mod tests {
     fn node(user_agent: &str, metadata: &[(&str, Kind)]) -> Node {
         let value = |kind: &Kind| Value { kind: Some(kind.clone()) };
         let fields = metadata.iter().map(|(key, kind)| ((*key).to_owned(), value(kind))).collect();
-        Node {
-            user_agent_name: user_agent.into(),
-            metadata: Some(Struct { fields }),
-            ..Node::default()
-        }
+        Node { user_agent_name: user_agent.into(), metadata: Some(Struct { fields }), ..Node::default() }
     }
 
     #[test]

@@ -1,0 +1,3 @@
+//! Tests of the whole, and against real clients.
+
+mod validate;
