@@ -93,7 +93,8 @@ fn endpoints(set: &ResourceSet) -> Vec<String> {
 
 #[test]
 fn endpoints_by_case() {
-    let cases: [(&str, &[Row<'_>], &[&str], &[&str]); 5] = [
+    type Case<'a> = (&'a str, &'a [Row<'a>], &'a [&'a str], &'a [&'a str]);
+    let cases: [Case<'_>; 5] = [
         ("no instance", &[], &[], &[]),
         (
             "localities in order, weighted by what they serve",
@@ -270,9 +271,10 @@ fn check_references(set: &ResourceSet, snapshot: &Snapshot) {
     }
 }
 
-fn contents(set: &ResourceSet) -> Vec<(ResourceType, u64, Vec<(String, bytes::Bytes)>)> {
-    let of = |kind| set.iter(kind).map(|(name, e)| (name.to_string(), e.resource.delta_field())).collect();
-    ResourceType::ALL.into_iter().map(|kind| (kind, set.digest(kind), of(kind))).collect()
+/// The digest and the bytes, which include name and version, of each type.
+fn contents(set: &ResourceSet) -> Vec<(u64, Vec<bytes::Bytes>)> {
+    let of = |kind| set.iter(kind).map(|(_, entry)| entry.resource.delta_field()).collect();
+    ResourceType::ALL.into_iter().map(|kind| (set.digest(kind), of(kind))).collect()
 }
 
 #[derive(Debug, Clone)]
