@@ -3,15 +3,15 @@ use std::{fmt, process::ExitCode};
 use crate::{app, client::HttpError, config};
 
 /// It did not work.
-pub const FAILED: u8 = 1;
+pub(super) const FAILED: u8 = 1;
 /// Not yet, or the time was up.
-pub const NOT_YET: u8 = 2;
+pub(super) const NOT_YET: u8 = 2;
 /// The command line is wrong.
-pub const USAGE: u8 = 64;
+pub(super) const USAGE: u8 = 64;
 /// The input is wrong: a file, a value that the server refused.
-pub const BAD_DATA: u8 = 65;
+pub(super) const BAD_DATA: u8 = 65;
 /// A check ran and found problems.
-pub const FINDINGS: u8 = 79;
+pub(super) const FINDINGS: u8 = 79;
 
 /// Why a command did not do what it was asked, for the person who asked.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,6 +6,8 @@
 mod check;
 mod problem;
 mod show;
+#[cfg(test)]
+mod tests;
 mod yaml;
 
 use std::{

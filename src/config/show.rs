@@ -64,12 +64,15 @@ pub(super) fn yaml(config: &Config) -> String {
     text
 }
 
-/// A JSON text is a YAML text; one that needs no quotes goes without.
+/// A JSON text is a YAML text; one that no reader of YAML could take for something else goes without quotes.
 fn quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '-' | '_' | ':' | '=' | ',');
-    let safe = text.chars().all(plain)
-        && text.starts_with(|c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.'));
-    let word = !matches!(text, "null" | "true" | "false") && !text.ends_with(':');
-    let typed = text.parse::<f64>().is_ok();
-    if safe && word && !typed { text.to_owned() } else { serde_json::Value::from(text).to_string() }
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '-' | '_' | '=' | ',');
+    let name = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/') || text.starts_with("./");
+    let word =
+        matches!(text.to_ascii_lowercase().as_str(), "null" | "true" | "false" | "yes" | "no" | "on" | "off");
+    let number = text.parse::<f64>().is_ok();
+    if name && !word && !number && text.chars().all(plain) {
+        return text.to_owned();
+    }
+    serde_json::Value::from(text).to_string()
 }

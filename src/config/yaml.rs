@@ -31,12 +31,18 @@ pub(super) fn read(text: &str) -> Result<Tree, Problem> {
         let root = Node { value: Value::Null, at: Some(Position { line: 1, column: 1 }) };
         return Ok(Tree { root, keys: BTreeMap::new() });
     }
-    let raw: Raw = serde_saphyr::from_str(text).map_err(|error| {
+    // YAML 1.2: `off` and `yes` are texts, which matters for `log.filter: off`.
+    let options = serde_saphyr::options! { strict_booleans: true };
+    let raw: Raw = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
         let error = error.without_snippet();
         let at = error.location().and_then(position);
         let message = error.to_string();
-        // The position is said by the problem.
-        let message = message.split_once(" at line ").map_or(message.as_str(), |(before, _)| before);
+        // The position is said by the problem; the library's advice is for programs that use it.
+        let cut = [" at line ", "; use from_str", ", set DuplicateKeyPolicy"]
+            .iter()
+            .filter_map(|mark| message.find(mark))
+            .min();
+        let message = cut.and_then(|cut| message.get(..cut)).unwrap_or(&message);
         Problem { field: String::new(), message: message.to_owned(), at }
     })?;
     let mut keys = BTreeMap::new();
