@@ -78,7 +78,9 @@ impl From<HttpError> for Failure {
 
 impl From<config::ConfigError> for Failure {
     fn from(error: config::ConfigError) -> Self {
-        Self::bad_data(error.to_string())
+        // Each problem says `error:` for itself; so does the command line for every failure.
+        let message = error.to_string();
+        Self::bad_data(message.strip_prefix("error: ").unwrap_or(&message))
     }
 }
 

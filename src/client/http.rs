@@ -269,3 +269,117 @@ fn refused(status: StatusCode, body: &[u8]) -> HttpError {
         fields: fields.map(|f| FieldError { field: text(f, "field"), message: text(f, "message") }).collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::rt::Tasks;
+
+    /// A server that answers the first bytes of every connection with `answer`, or never when there is none.
+    async fn server(answer: Option<&'static str>) -> (Http, Tasks) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let http = Http::new(&format!("http://{}/", listener.local_addr().unwrap()), Some("t0ken")).unwrap();
+        let tasks = Tasks::default();
+        tasks.spawn("server", async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = [0; 4096];
+                let read = stream.read(&mut request).await.unwrap();
+                assert!(
+                    String::from_utf8_lossy(&request[..read]).contains("authorization: Bearer t0ken\r\n")
+                );
+                match answer {
+                    Some(answer) => stream.write_all(answer.as_bytes()).await.unwrap(),
+                    None => std::future::pending().await,
+                }
+            }
+        });
+        (http, tasks)
+    }
+
+    fn response(status: &str, body: &str) -> &'static str {
+        let head =
+            format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+        (head + body).leak()
+    }
+
+    #[tokio::test]
+    async fn answers() {
+        let fields = r#"{"error":{"code":"invalid","message":"the request is wrong","fields":
+            [{"field":"port","message":"70000 is out of range"},{"field":"ttl","message":"0s is out of range"}]}}"#;
+        let cases = [
+            (response("200 OK", r#"{"revision":1}"#), r#"{"revision":1}"#),
+            (response("204 No Content", ""), "null"),
+            (
+                response("400 Bad Request", fields),
+                "the request is wrong\n  port: 70000 is out of range\n  ttl: 0s is out of range",
+            ),
+            (
+                response("401 Unauthorized", r#"{"error":{"code":"denied","message":"no"}}"#),
+                "no\n  give a token with --token or DISCO_TOKEN",
+            ),
+            (
+                response("404 Not Found", "<h1>\u{1b}nginx</h1>"),
+                "the server answered with status 404: \"<h1>\\u{1b}nginx</h1>\"\n  is --http the HTTP port of a Disco \
+                 server of this version?",
+            ),
+            (response("500 Internal Server Error", "[]"), "the server answered with status 500: \"[]\""),
+            (response("200 OK", "hello"), "did not answer like a Disco server (no JSON: "),
+            ("SSH-2.0-OpenSSH\r\n", "did not answer like a Disco server ("),
+            (
+                "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{",
+                "did not answer like a Disco server (the answer broke off",
+            ),
+            ("", "did not answer like a Disco server ("),
+        ];
+        for (sent, want) in cases {
+            let (http, _tasks) = server(Some(sent)).await;
+            let got = match http.get("/", Duration::ZERO).await {
+                Ok(value) => value.to_string(),
+                Err(error) => error.to_string(),
+            };
+            assert!(got.contains(want), "want {want:?}\ngot  {got:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_hangs_is_given_up() {
+        let (http, _tasks) = server(None).await;
+        let error = http.get("/", Duration::from_secs(30)).await.unwrap_err();
+        assert_eq!(
+            error,
+            HttpError::TimedOut { address: http.address().to_owned(), limit: Duration::from_secs(40) }
+        );
+    }
+
+    #[test]
+    fn addresses() {
+        for good in ["127.0.0.1:18080", "http://127.0.0.1:1/", "[::1]:80", "localhost:1"] {
+            assert!(Http::new(good, None).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "127.0.0.1",
+            "http://",
+            "https://127.0.0.1:1",
+            "a:b@c:1",
+            "1.2.3.4:99999",
+            "a b:1",
+            "x:1/path",
+        ] {
+            let message = Http::new(bad, None).unwrap_err().to_string();
+            assert!(message.contains("want IP:PORT, e.g. 127.0.0.1:18080"), "{bad}: {message}");
+        }
+        assert!(
+            Http::new("127.0.0.1:1", Some("a\nb"))
+                .unwrap_err()
+                .to_string()
+                .contains("the token has characters")
+        );
+    }
+}
