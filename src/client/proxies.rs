@@ -30,8 +30,11 @@ pub async fn wait_acknowledged(
     service: &ServiceId,
     limit: Duration,
 ) -> Acknowledged {
-    let answers =
-        servers.addresses().iter().map(|address| ask(servers, *address, revision, service, limit)).collect::<Vec<_>>();
+    let answers = servers
+        .addresses()
+        .iter()
+        .map(|address| ask(servers, *address, revision, service, limit))
+        .collect::<Vec<_>>();
     let (mut proxies, mut pending, mut unknown) = (0, BTreeSet::new(), Vec::new());
     for answer in join_all(answers).await {
         match answer {
@@ -90,7 +93,10 @@ mod tests {
 
     #[tonic::async_trait]
     impl Proxies for Fixed {
-        async fn list(&self, _: Request<ListProxiesRequest>) -> Result<Response<ListProxiesResponse>, Status> {
+        async fn list(
+            &self,
+            _: Request<ListProxiesRequest>,
+        ) -> Result<Response<ListProxiesResponse>, Status> {
             Err(Status::unimplemented("not part of this test"))
         }
 

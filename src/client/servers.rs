@@ -111,7 +111,8 @@ mod tests {
     fn addresses_are_static() {
         let servers = Servers::parse("127.0.0.1:18000, [::1]:18001", None).unwrap();
         assert_eq!(servers.addresses().len(), 2);
-        for bad in ["", "localhost:18000", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:18000,", "127.0.0.1:70000"] {
+        for bad in ["", "localhost:18000", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:18000,", "127.0.0.1:70000"]
+        {
             let message = Servers::parse(bad, None).unwrap_err();
             assert!(message.contains("is not IP:PORT"), "{bad}: {message}");
         }

@@ -10,8 +10,8 @@ use crate::{
     proto::v1::{
         DeregisterRequest, DeregisterResponse, DrainRequest, DrainResponse, ListInstancesRequest,
         ListInstancesResponse, ListServicesRequest, ListServicesResponse, RegisterRequest, RegisterResponse,
-        RenewRequest, RenewResponse, SessionError as WireError, SessionRequest, SessionResponse, UpdateRequest,
-        UpdateResponse, WatchRequest, WatchResponse,
+        RenewRequest, RenewResponse, SessionError as WireError, SessionRequest, SessionResponse,
+        UpdateRequest, UpdateResponse, WatchRequest, WatchResponse,
         registry_server::{Registry, RegistryServer},
         session_request::Request as Asked,
         session_response::Response as Answer,
@@ -156,8 +156,11 @@ async fn a_broken_stream_comes_back_with_the_same_incarnation_and_state() {
     peer.answers.send(Err(Status::unavailable("restarting"))).await.unwrap();
 
     let mut peer = mock.peer().await;
-    until(&session, |state| matches!(state, SessionState::Reconnecting { error } if error.contains("restarting")))
-        .await;
+    until(
+        &session,
+        |state| matches!(state, SessionState::Reconnecting { error } if error.contains("restarting")),
+    )
+    .await;
     assert_eq!(peer.registers().await.incarnation, 7);
     peer.registered(2).await;
     until_connected(&session, 2).await;
@@ -334,7 +337,10 @@ impl Registry for Scripted {
         unused()
     }
 
-    async fn deregister(&self, _: Request<DeregisterRequest>) -> Result<Response<DeregisterResponse>, Status> {
+    async fn deregister(
+        &self,
+        _: Request<DeregisterRequest>,
+    ) -> Result<Response<DeregisterResponse>, Status> {
         unused()
     }
 

@@ -12,9 +12,9 @@ use crate::{
     client::servers::{Servers, describe},
     model::{Registration, Revision, Update},
     proto::v1::{
-        DeregisterRequest, DrainRequest, InstanceRef, Locality, MetadataUpdate, RegisterRequest, SessionRequest,
-        SessionResponse, UpdateRequest, registry_client::RegistryClient, session_request::Request,
-        session_response::Response,
+        DeregisterRequest, DrainRequest, InstanceRef, Locality, MetadataUpdate, RegisterRequest,
+        SessionRequest, SessionResponse, UpdateRequest, registry_client::RegistryClient,
+        session_request::Request, session_response::Response,
     },
     rt::Backoff,
 };
@@ -60,7 +60,9 @@ struct Sent {
 #[derive(Debug)]
 enum What {
     /// A request that opens a stream; after the last one the instance is as wanted.
-    Opening { last: bool },
+    Opening {
+        last: bool,
+    },
     Command(Command),
 }
 
@@ -231,7 +233,11 @@ impl Worker {
     }
 
     /// Takes the answer to the oldest request.
-    fn answered(&mut self, address: SocketAddr, outcome: Result<Revision, (Code, String)>) -> Result<(), End> {
+    fn answered(
+        &mut self,
+        address: SocketAddr,
+        outcome: Result<Revision, (Code, String)>,
+    ) -> Result<(), End> {
         let Some(sent) = self.unanswered.pop_front() else {
             return Err(End::Broken(format!("{address}: the server answered what was not asked")));
         };
