@@ -5,10 +5,12 @@
 
 mod check;
 mod configuration;
+mod envoy;
 mod failure;
 mod instance;
 mod output;
 mod proxy;
+mod run;
 mod server;
 mod service;
 #[cfg(test)]
@@ -97,7 +99,8 @@ enum Command {
     /// Run the roles that a configuration names
     #[command(after_help = "Example:\n  disco serve --config disco.yaml")]
     Serve(server::Serve),
-    // run: Run(run::Args),
+    /// Run a command as an instance: register it once healthy, drain it before it stops
+    Run(run::RunArgs),
     /// Look whether everything is in order; ends with 79 when it is not
     #[command(after_help = "Example:\n  disco check && echo fine")]
     Check(check::Check),
@@ -110,7 +113,9 @@ enum Command {
     /// Connected proxies: list, show
     #[command(subcommand, visible_alias = "proxies")]
     Proxy(proxy::Command),
-    // envoy: Envoy(envoy::Args),
+    /// Envoy sidecars: bootstrap, run
+    #[command(subcommand)]
+    Envoy(envoy::EnvoyCommand),
     /// Configuration files: check, show
     #[command(subcommand)]
     Config(configuration::Command),
@@ -149,12 +154,12 @@ async fn run(cli: Cli) -> Result<ExitCode, Failure> {
     match command {
         Command::Dev(arguments) => Box::pin(server::dev(arguments)).await?,
         Command::Serve(arguments) => Box::pin(server::serve(arguments)).await?,
-        // run: Command::Run(arguments) => return Box::pin(run::run(arguments, &global)).await,
+        Command::Run(arguments) => return Box::pin(run::run(arguments, &global)).await.map(ExitCode::from),
         Command::Check(arguments) => check::run(arguments, &global).await?,
         Command::Service(command) => service::run(command, &global).await?,
         Command::Instance(command) => instance::run(command, &global).await?,
         Command::Proxy(command) => proxy::run(command, &global).await?,
-        // envoy: Command::Envoy(arguments) => return Box::pin(envoy::run(arguments, &global)).await,
+        Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
         Command::Config(command) => configuration::run(command)?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
