@@ -1,0 +1,11 @@
+//! Code generated of `greeter.proto` by `build.rs`.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_debug_implementations,
+    unused_qualifications,
+    clippy::wildcard_imports,
+    reason = "generated"
+)]
+
+tonic::include_proto!("greeter.v1");
