@@ -5,6 +5,7 @@
     missing_debug_implementations,
     unused_qualifications,
     clippy::wildcard_imports,
+    clippy::allow_attributes_without_reason,
     reason = "generated"
 )]
 

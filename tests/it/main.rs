@@ -1,1 +1,17 @@
-//! x
+//! Tests of the whole program: the real `disco` binary, real Envoy, real gRPC clients.
+//!
+//! `make test` installs what they need. A tool that is missing fails the test that needs it.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::indexing_slicing,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    reason = "tests; helpers do not count as such for the lints"
+)]
+
+mod bad_input;
+mod harness;
+mod real_clients;
+mod tidy;
