@@ -9,6 +9,7 @@ import (
 	"log"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -89,13 +90,16 @@ func main() {
 
 	counts := &stats{By: map[string]int{}, Errors: map[string]int{}}
 	stop := make(chan struct{})
+	var stopped atomic.Bool
 	pause := time.Duration(float64(time.Second) * float64(*concurrency) / *rate)
 	callUntilStopped := func(due time.Time) {
 		for {
 			select {
 			case <-stop:
-				return
 			case <-time.After(time.Until(due)):
+			}
+			if stopped.Load() {
+				return
 			}
 			if due = due.Add(pause); due.Before(time.Now()) {
 				due = time.Now()
@@ -115,6 +119,7 @@ func main() {
 	}
 	go func() {
 		_, _ = io.Copy(io.Discard, os.Stdin)
+		stopped.Store(true)
 		close(stop)
 	}()
 	reports := time.NewTicker(100 * time.Millisecond)

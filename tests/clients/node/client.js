@@ -48,7 +48,7 @@ const hello = () =>
 async function callUntilStopped(first) {
   let due = performance.now() + (pause * first) / concurrency;
   for (;;) {
-    await new Promise((resolve) => setTimeout(resolve, due - performance.now()));
+    await new Promise((resolve) => setTimeout(resolve, Math.max(0, due - performance.now())));
     if (stopped) return;
     due = Math.max(due + pause, performance.now());
     await hello();

@@ -84,8 +84,9 @@ impl Load {
             callers.spawn(async move {
                 loop {
                     tokio::select! {
-                        () = tokio::time::sleep_until(due) => {}
+                        biased;
                         () = stop.cancelled() => return,
+                        () = tokio::time::sleep_until(due) => {}
                     }
                     due = (due + pause).max(Instant::now());
                     let call = call(&mut greeter, caller, plan.long_calls);
