@@ -4,7 +4,9 @@
 Everything is pinned: wheels.lock names the Python wheels with their hashes, package-lock.json the npm packages, go.sum
 the Go modules. A wheel is a zip file, so neither pip nor venv is needed. When all is in place nothing is done.
 
-    install.py [FOLDER]        without FOLDER: .tools at the top of the checkout
+    install.py [TOOL…]     only these, e.g. envoy; without names all
+
+DISCO_TEST_TOOLS names another folder than .tools.
 """
 
 import base64
@@ -253,8 +255,13 @@ def say(line):
 
 
 def main():
-    tools = Path(sys.argv[1] if len(sys.argv) > 1 else HERE.parent.parent / ".tools").resolve()
-    chains = [[tool for tool in chain if not tool.is_installed(tools)] for chain in all_tools()]
+    tools = Path(os.environ.get("DISCO_TEST_TOOLS") or HERE.parent.parent / ".tools").resolve()
+    chains = all_tools()
+    known = [tool.name for chain in chains for tool in chain]
+    wanted = sys.argv[1:] or known
+    if unknown := set(wanted) - set(known):
+        raise Problem(f"there is no tool {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    chains = [[tool for tool in chain if tool.name in wanted and not tool.is_installed(tools)] for chain in chains]
     if not any(chains):
         return
     (tools / "bin").mkdir(parents=True, exist_ok=True)
@@ -269,7 +276,7 @@ def main():
             shutil.rmtree(leftover)
         start = time.monotonic()
         names = ", ".join(tool.name for chain in chains for tool in chain)
-        say(f"Installing {names} into {os.path.relpath(tools)}; all of them are 180 MB to fetch and take a minute or two")
+        say(f"Installing {names} into {os.path.relpath(tools)}")
         running = []
         jobs = [pool.submit(install_chain, chain, tools, running) for chain in chains]
         while wait(jobs, timeout=10).not_done:

@@ -7,7 +7,7 @@ mod envoy;
 mod greeter;
 mod http;
 mod load;
-mod process;
+pub(crate) mod process;
 
 pub(crate) use self::{
     disco::Disco,

@@ -99,13 +99,7 @@ impl Process {
 
     /// The processes it started, and those that they started.
     pub(crate) fn descendants(&self) -> Vec<Pid> {
-        let mut found: Vec<Pid> = self.pid().into_iter().collect();
-        let mut next = 0;
-        while let Some(pid) = found.get(next) {
-            found.extend(children(*pid));
-            next += 1;
-        }
-        found.split_off(1.min(found.len()))
+        self.pid().map(descendants).unwrap_or_default()
     }
 
     fn pid(&self) -> anyhow::Result<Pid> {
@@ -117,6 +111,17 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// The processes that `pid` started, and those that they started.
+pub(crate) fn descendants(pid: Pid) -> Vec<Pid> {
+    let mut found = children(pid);
+    let mut next = 0;
+    while let Some(pid) = found.get(next) {
+        found.extend(children(*pid));
+        next += 1;
+    }
+    found
 }
 
 /// From `/proc`: the child processes of every thread.
