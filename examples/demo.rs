@@ -67,7 +67,7 @@ fn show(args: &Args) -> anyhow::Result<bool> {
     let runtime = Runtime::new()?;
     let _inside = runtime.enter();
     let folder = tempfile::tempdir()?;
-    end_on_ctrl_c(&runtime, folder.path());
+    end_on_ctrl_c(&runtime, folder.path(), args.keep);
 
     println!("Disco demo: instances come, go and crash, and no call fails.\n");
     let start = Instant::now();
@@ -123,6 +123,9 @@ fn show(args: &Args) -> anyhow::Result<bool> {
         ms(crash.reached_envoy - crash.begun),
         ms(added.reached_envoy - added.accepted),
     );
+    if counts.resumed > 0 {
+        println!("  streams that the crash cut off, and that their readers resumed: {}", counts.resumed);
+    }
     for (error, times) in &counts.errors {
         println!("  {times} x {error}");
     }
@@ -211,8 +214,8 @@ fn leave_running(disco: &Disco, envoy: &Envoy) -> anyhow::Result<()> {
     }
 }
 
-/// Ends all that was started, and the demo.
-fn end_on_ctrl_c(runtime: &Runtime, folder: &Path) {
+/// On Ctrl-C, ends all that was started, and the demo; with `keep` that is how it is meant to end.
+fn end_on_ctrl_c(runtime: &Runtime, folder: &Path, keep: bool) {
     let folder = folder.to_owned();
     runtime.spawn(async move {
         if tokio::signal::ctrl_c().await.is_ok() {
@@ -221,7 +224,7 @@ fn end_on_ctrl_c(runtime: &Runtime, folder: &Path) {
             }
             let _ = fs::remove_dir_all(folder);
             println!();
-            process::exit(130);
+            process::exit(if keep { 0 } else { 130 });
         }
     });
 }

@@ -68,6 +68,7 @@ fn prove(folder: &Path, caller: Caller) -> anyhow::Result<()> {
     ensure!(status.success(), "disco run ended with {status} after a drain\n{}", g1.output());
     disco.wait_serving(&["g2", "g3"])?;
     load.wait_more(100)?;
+    ensure!(load.stats().resumed == 0, "the drain broke a stream");
 
     // Crashed: `disco run` reports it at once and ends as its command did.
     g2.crash()?;

@@ -55,6 +55,8 @@ where
 pub(crate) struct Counts {
     pub(crate) ok: u64,
     pub(crate) failed: u64,
+    /// Streams that broke off and were asked for again.
+    pub(crate) resumed: u64,
     /// Calls answered, by instance.
     pub(crate) by: BTreeMap<String, u64>,
     /// Calls failed, by reason.
@@ -112,10 +114,11 @@ impl Load {
 }
 
 impl Counts {
-    fn add(&mut self, answer: Result<String, Status>) {
+    fn add(&mut self, answer: Result<Answer, Status>) {
         match answer {
-            Ok(instance) => {
+            Ok(Answer { instance, resumed }) => {
                 self.ok += 1;
+                self.resumed += resumed;
                 self.first.entry(instance.clone()).or_insert_with(Instant::now);
                 *self.by.entry(instance).or_default() += 1;
             }
@@ -127,22 +130,40 @@ impl Counts {
     }
 }
 
-/// One call of `caller`. Returns the instance that answered.
-async fn call(greeter: &mut Greeter, caller: u32, long_calls: u32) -> Result<String, Status> {
+/// Who answered, and how often a stream broke off on the way.
+struct Answer {
+    instance: String,
+    resumed: u64,
+}
+
+async fn call(greeter: &mut Greeter, caller: u32, long_calls: u32) -> Result<Answer, Status> {
     let name = "rust".to_owned();
-    if caller < long_calls {
-        let reply = greeter.slow(SlowRequest { name, delay_ms: 300 }).await?;
-        return Ok(reply.into_inner().instance);
-    }
-    if caller < 2 * long_calls {
-        let mut replies = greeter.count(CountRequest { count: 3, interval_ms: 100 }).await?.into_inner();
-        let mut instance = String::new();
-        let mut received = 0;
-        while let Some(reply) = replies.message().await? {
-            instance = reply.instance;
-            received += 1;
+    let reply = match caller {
+        n if n < long_calls => greeter.slow(SlowRequest { name, delay_ms: 300 }).await?,
+        n if n < 2 * long_calls => return stream(greeter).await,
+        _ => greeter.hello(HelloRequest { name }).await?,
+    };
+    Ok(Answer { instance: reply.into_inner().instance, resumed: 0 })
+}
+
+/// Reads three replies. A stream that has begun dies with its server, and no proxy can repeat it: only its reader knows
+/// what is still to come. So it asks for the rest, as readers of streams do.
+async fn stream(greeter: &mut Greeter) -> Result<Answer, Status> {
+    let mut answer = Answer { instance: String::new(), resumed: 0 };
+    let mut left = 3;
+    loop {
+        let mut replies = greeter.count(CountRequest { count: left, interval_ms: 100 }).await?.into_inner();
+        loop {
+            match replies.message().await {
+                Ok(Some(reply)) => {
+                    left -= 1;
+                    answer.instance = reply.instance;
+                }
+                Ok(None) if left == 0 => return Ok(answer),
+                Ok(None) => return Err(Status::data_loss("the stream ended too early")),
+                Err(_) => break,
+            }
         }
-        return if received == 3 { Ok(instance) } else { Err(Status::data_loss("the stream was cut short")) };
+        answer.resumed += 1;
     }
-    Ok(greeter.hello(HelloRequest { name }).await?.into_inner().instance)
 }

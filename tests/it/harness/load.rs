@@ -32,6 +32,9 @@ pub(crate) enum Client {
 pub(crate) struct Stats {
     pub(crate) ok: u64,
     pub(crate) failed: u64,
+    /// Streams that broke off and were asked for again; only Rust calls streams.
+    #[serde(default)]
+    pub(crate) resumed: u64,
     pub(crate) by: BTreeMap<String, u64>,
     pub(crate) errors: BTreeMap<String, u64>,
 }
