@@ -7,6 +7,7 @@ use prost::Message;
 const API: &[&str] = &["disco/v1/registry.proto", "disco/v1/proxies.proto"];
 const GREETER: &[&str] = &["greeter.proto"];
 
+#[allow(clippy::disallowed_methods, reason = "cargo speaks to build scripts through the environment")]
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-changed=examples/greeter/greeter.proto");

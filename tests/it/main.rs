@@ -11,4 +11,8 @@
     reason = "tests; helpers do not count as such for the lints"
 )]
 
+mod bad_input;
+mod harness;
+mod real_clients;
+mod tidy;
 mod validate;

@@ -1,0 +1,52 @@
+# What people and CI run; `make` alone lists it.
+
+# One profile for the demo and the tests, so that everything is built once.
+PROFILE := fast
+PYTHON ?= python3
+CARGO ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test tools check bench requirements
+
+help: ## This list
+	@echo "Disco, a service-mesh control plane. What you can make:"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
+	  printf '  make %-8s %s\n' "$$name" "$$what"; \
+	done
+	@echo
+	@echo "Needed: Rust 1.95 (https://rustup.rs), gcc, make, Python 3.10. No root: the rest goes to .tools/."
+
+demo: requirements ## The main job in half a minute; KEEP=1 leaves it running
+	@$(PYTHON) tests/tools/install.py envoy
+	@echo "Building; the first time takes minutes"
+	@$(CARGO) build --profile $(PROFILE) --bins --examples
+	@$(CARGO) run --quiet --profile $(PROFILE) --example demo -- $(if $(KEEP),--keep)
+
+test: requirements tools ## All tests, with real Envoy and real gRPC clients
+	@echo "Building and testing; the first time takes minutes"
+	@$(CARGO) test --profile $(PROFILE)
+	@echo "All tests passed"
+
+tools: requirements ## Install Envoy and the gRPC clients into .tools/
+	@$(PYTHON) tests/tools/install.py
+
+check: requirements ## Formatting, lints and documentation, as CI checks them
+	$(CARGO) fmt --check
+	$(CARGO) clippy --profile $(PROFILE) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile $(PROFILE) --no-deps --quiet
+
+bench: requirements ## All benchmarks
+	@if ls benches/*.rs >/dev/null 2>&1; then \
+	  $(CARGO) bench --profile $(PROFILE); \
+	else \
+	  echo "There are no benchmarks yet"; \
+	fi
+
+requirements:
+	@missing=; \
+	need() { command -v "$$1" >/dev/null || { echo "$$1 is missing: $$2"; missing=yes; }; }; \
+	need $(CARGO) "install Rust 1.95 or newer, see https://rustup.rs"; \
+	need cc "install a C compiler and its headers, e.g. apt-get install gcc libc6-dev"; \
+	need $(PYTHON) "install Python 3.10 or newer, e.g. apt-get install python3"; \
+	[ -z "$$missing" ]
