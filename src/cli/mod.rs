@@ -14,9 +14,11 @@ mod service;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, process::ExitCode};
+use std::{ffi::OsString, fmt, process::ExitCode};
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{
+    Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind, parser::ValueSource,
+};
 
 pub use failure::Failure;
 
@@ -53,7 +55,7 @@ pub struct Global {
         value_name = "IP:PORT"
     )]
     pub http: String,
-    /// gRPC address of the server to ask
+    /// gRPC addresses of the servers, separated by commas
     #[arg(
         long,
         global = true,
@@ -97,7 +99,7 @@ enum Command {
     /// Run the roles that a configuration names
     #[command(after_help = "Example:\n  disco serve --config disco.yaml")]
     Serve(server::Serve),
-    // run: Run(run::Args),
+    // run: Run(run::RunArgs),
     /// Look whether everything is in order; ends with 79 when it is not
     #[command(after_help = "Example:\n  disco check && echo fine")]
     Check(check::Check),
@@ -110,7 +112,9 @@ enum Command {
     /// Connected proxies: list, show
     #[command(subcommand, visible_alias = "proxies")]
     Proxy(proxy::Command),
-    // envoy: Envoy(envoy::Args),
+    // envoy: /// Envoy as a sidecar: bootstrap, run
+    // envoy: #[command(subcommand)]
+    // envoy: Envoy(envoy::EnvoyCommand),
     /// Configuration files: check, show
     #[command(subcommand)]
     Config(configuration::Command),
@@ -126,7 +130,7 @@ enum Command {
 
 /// Runs the command that the arguments of the process name.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are answers; nobody is left to tell when they cannot be printed.
@@ -144,17 +148,33 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Reads a command line. `dev` and `serve` are servers and ask none: an address given to them is a slip.
+fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let mut command = Cli::command();
+    let matches = command.try_get_matches_from_mut(arguments)?;
+    if matches!(matches.subcommand_name(), Some("dev" | "serve")) {
+        for name in ["http", "grpc"] {
+            if matches.value_source(name) == Some(ValueSource::CommandLine) {
+                let message =
+                    format!("--{name} names a server to ask; where to listen is --{name}-listen IP:PORT");
+                return Err(command.error(ErrorKind::ArgumentConflict, message));
+            }
+        }
+    }
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+}
+
 async fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let Cli { global, command } = cli;
     match command {
         Command::Dev(arguments) => Box::pin(server::dev(arguments)).await?,
         Command::Serve(arguments) => Box::pin(server::serve(arguments)).await?,
-        // run: Command::Run(arguments) => return Box::pin(run::run(arguments, &global)).await,
+        // run: Command::Run(arguments) => return Box::pin(run::run(arguments, &global)).await.map(ExitCode::from),
         Command::Check(arguments) => check::run(arguments, &global).await?,
         Command::Service(command) => service::run(command, &global).await?,
         Command::Instance(command) => instance::run(command, &global).await?,
         Command::Proxy(command) => proxy::run(command, &global).await?,
-        // envoy: Command::Envoy(arguments) => return Box::pin(envoy::run(arguments, &global)).await,
+        // envoy: Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
         Command::Config(command) => configuration::run(command)?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
