@@ -109,7 +109,7 @@ fn proxy_type(status: &TypeStatus) -> Value {
     json!({
         "type": kind(status.kind),
         "type_url": status.kind.url(),
-        "wildcard": status.subscription.wildcard(),
+        "wildcard": status.subscription.is_wildcard(),
         "names": status.subscription.names().len(),
         "sent": status.sent.0,
         "acknowledged": status.acknowledged.0,
@@ -202,7 +202,7 @@ impl proxies_server::Proxies for ProxiesService {
 fn proxy_message(status: &ProxyStatus) -> v1::Proxy {
     let types = status.types.iter().map(|of| v1::ProxyType {
         type_url: of.kind.url().to_owned(),
-        wildcard: of.subscription.wildcard(),
+        wildcard: of.subscription.is_wildcard(),
         names: u32::try_from(of.subscription.names().len()).unwrap_or(u32::MAX),
         sent: of.sent.0,
         acknowledged: of.acknowledged.0,

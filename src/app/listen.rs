@@ -23,19 +23,22 @@ const BACKLOG: u32 = 16_384;
 /// stream is dropped. Live clients answer within a round trip.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(10));
 
-/// Listens with a backlog fit for a reconnect storm.
-pub(super) fn bind(field: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
+/// Listens, if it is wanted, with a backlog fit for a reconnect storm.
+pub(super) fn bind(
+    field: &'static str,
+    address: SocketAddr,
+    wanted: bool,
+) -> Result<Option<TcpListener>, Error> {
+    if !wanted {
+        return Ok(None);
+    }
     let open = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         socket.listen(BACKLOG)
     };
-    open().map_err(error(field, address))
-}
-
-pub(super) fn error(field: &'static str, address: SocketAddr) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Listen { field, address, source }
+    open().map(Some).map_err(|source| Error::Listen { field, address, source })
 }
 
 /// Accepted connections. A failed accept (out of descriptors, a peer that left) is no end: the next one may do.

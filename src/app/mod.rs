@@ -5,20 +5,26 @@
 //! the store.
 
 mod listen;
+mod observe;
+mod settings;
 mod views;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::{Mutex, mpsc},
+};
 use tonic::service::RoutesBuilder;
 
 use crate::{
-    api::{self, Api},
+    api::Api,
     catalog,
-    config::{Config, Store as StoreConfig},
+    config::{Config, Role, Store as StoreConfig},
     registry::{self, Registry},
     rt::{Readiness, Shutdown, Tasks},
-    store::{FileStore, MemoryStore, Store},
+    store::{self, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, Proxies},
 };
@@ -27,10 +33,10 @@ use views::Views;
 /// Where the process listens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Addresses {
-    /// xDS, registry, health, reflection.
-    pub grpc: SocketAddr,
-    /// HTTP API, metrics.
-    pub http: SocketAddr,
+    /// xDS, registry, health, reflection; if a role needs it.
+    pub grpc: Option<SocketAddr>,
+    /// HTTP API, metrics; if a role needs it.
+    pub http: Option<SocketAddr>,
 }
 
 /// Why the process does not run.
@@ -47,8 +53,8 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The store cannot be opened.
-    #[error("the store cannot be opened: {0}")]
-    Store(String),
+    #[error(transparent)]
+    Store(#[from] store::OpenError),
     /// What the store holds cannot be read.
     #[error("the registry cannot start: {0}")]
     Registry(#[from] registry::Error),
@@ -98,7 +104,7 @@ struct Running {
     /// Tasks behind them.
     core: Tasks,
     store: Arc<dyn Store>,
-    failures: tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Error>>,
+    failures: Mutex<mpsc::Receiver<Error>>,
 }
 
 impl Running {
@@ -109,17 +115,16 @@ impl Running {
 
         // Bound before the store is read: a port that is taken should not cost a restart its wait, and connections that
         // come meanwhile wait in the backlog.
-        let grpc = listen::bind("listen.grpc", config.listen.grpc)?;
-        let http = listen::bind("listen.http", config.listen.http)?;
-        let addresses = Addresses {
-            grpc: grpc.local_addr().map_err(listen::error("listen.grpc", config.listen.grpc))?,
-            http: http.local_addr().map_err(listen::error("listen.http", config.listen.http))?,
-        };
+        let has = |role| config.roles.contains(&role);
+        let grpc = listen::bind("listen.grpc", config.listen.grpc, has(Role::Registry) || has(Role::Xds))?;
+        let http = listen::bind("listen.http", config.listen.http, has(Role::Admin))?;
+        let address = |listener: &Option<TcpListener>| listener.as_ref().and_then(|l| l.local_addr().ok());
+        let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 
         let store = open_store(&config.store)?;
         let (writer, reader) = catalog::catalog();
         let registry = Registry::start(
-            config.registry.clone(),
+            settings::registry(config),
             Arc::clone(&store),
             writer,
             reader.clone(),
@@ -130,10 +135,13 @@ impl Running {
         .await?;
 
         let proxies = Proxies::default();
-        let views = Views::new(reader, core.clone());
-        let ads = AdsServer::new(Arc::new(views), proxies.clone(), config.xds.clone(), edges.clone());
+        let ads = has(Role::Xds).then(|| {
+            let views = Arc::new(Views::new(reader, core.clone()));
+            let observer = Arc::new(observe::StreamMetrics::new(&metrics));
+            AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
+        });
         let api = Api::new(
-            api::Config { body_limit: config.body_limit, effective: config.to_yaml() },
+            settings::api(config),
             registry,
             proxies,
             readiness.clone(),
@@ -142,22 +150,27 @@ impl Running {
             edges.clone(),
         );
 
-        let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-        let mut routes = RoutesBuilder::default();
-        routes
-            .add_service(ads)
-            .add_service(api.registry_service())
-            .add_service(api.proxies_service())
-            .add_service(health_service)
-            .add_service(listen::reflection());
-
-        let (failed, failures) = tokio::sync::mpsc::channel(1);
-        listen::serve_grpc(grpc, routes.routes(), &edges, failed.clone());
-        listen::serve_http(http, api.http(), &edges, failed);
+        let (failed, failures) = mpsc::channel(1);
+        if let Some(listener) = grpc {
+            let (health, health_service) = tonic_health::server::health_reporter();
+            health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+            let mut routes = RoutesBuilder::default();
+            routes.add_service(health_service).add_service(listen::reflection());
+            if let Some(ads) = ads {
+                routes.add_service(ads);
+            }
+            if has(Role::Registry) {
+                routes.add_service(api.registry_service());
+            }
+            routes.add_service(api.proxies_service());
+            listen::serve_grpc(listener, routes.routes(), &edges, failed.clone());
+        }
+        if let Some(listener) = http {
+            listen::serve_http(listener, api.http(), &edges, failed);
+        }
         listening.open();
-        tracing::info!(grpc = %addresses.grpc, http = %addresses.http, "serving");
-        Ok(Self { addresses, readiness, edges, core, store, failures: tokio::sync::Mutex::new(failures) })
+        tracing::info!(?addresses, "serving");
+        Ok(Self { addresses, readiness, edges, core, store, failures: Mutex::new(failures) })
     }
 
     /// Returns when a server ends by itself.
@@ -191,9 +204,10 @@ impl Running {
 fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>, Error> {
     match config {
         StoreConfig::Memory => Ok(Arc::new(MemoryStore::default())),
-        StoreConfig::File(config) => {
-            let (store, recovery) = FileStore::open(config).map_err(|error| Error::Store(error.to_string()))?;
-            tracing::info!(%recovery, "store opened");
+        StoreConfig::File { dir, accept_loss } => {
+            let settings = store::Config { accept_loss: *accept_loss, ..store::Config::default() };
+            // What it found and cut it has logged itself.
+            let (store, _) = FileStore::open(dir, settings)?;
             Ok(Arc::new(store))
         }
     }

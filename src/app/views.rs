@@ -7,9 +7,9 @@ use tokio::sync::watch;
 
 use crate::{
     catalog::Reader,
-    resources::{self, View},
+    resources::{self, ClientKind, View},
     rt::Tasks,
-    xds::ResourceSet,
+    xds::{Admit, Admitted, Code, Node, Refusal, ResourceSet, StreamPolicy},
 };
 
 /// Views that may be in use at once. Each costs a rendering of the whole catalog, and a node's metadata may ask for one.
@@ -72,5 +72,23 @@ impl Views {
     fn sets(&self) -> MutexGuard<'_, HashMap<View, Arc<watch::Sender<Set>>>> {
         // Every change of the map is one call; it is whole even after a panic.
         self.sets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Admit for Views {
+    fn admit(&self, node: &Node) -> Result<Admitted, Refusal> {
+        let view = View::of(node)
+            .map_err(|error| Refusal { code: Code::InvalidArgument, message: error.to_string() })?;
+        let policy = match view.kind {
+            ClientKind::Envoy => StreamPolicy::ENVOY,
+            ClientKind::Grpc => StreamPolicy::GRPC,
+        };
+        let set = self.subscribe(view).ok_or_else(|| Refusal {
+            code: Code::ResourceExhausted,
+            message: format!(
+                "{MOST} different views are in use, the most that there may be: let sidecars share disco.outbound_port"
+            ),
+        })?;
+        Ok(Admitted { set, policy })
     }
 }

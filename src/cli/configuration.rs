@@ -16,7 +16,7 @@ pub(super) enum Command {
         /// The file
         file: PathBuf,
     },
-    /// Print a file with all its defaults filled in; without a file, what `disco dev` runs
+    /// Print a file with all its defaults filled in; without a file, the defaults with all roles
     #[command(after_help = "Example:\n  disco config show > disco.yaml")]
     Show {
         /// The file
@@ -33,6 +33,6 @@ pub(super) fn run(command: Command) -> Result<(), Failure> {
             print(&format!("{}: good; roles {}\n", file.display(), roles.join(", ")))
         }
         Command::Show { file: Some(file) } => print(&Config::load(&file, &overrides)?.to_yaml()),
-        Command::Show { file: None } => print(&Config::dev(&overrides)?.to_yaml()),
+        Command::Show { file: None } => print(&Config::default().to_yaml()),
     }
 }

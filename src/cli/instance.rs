@@ -42,7 +42,7 @@ pub(super) enum Command {
     /// Show everything about one instance
     #[command(after_help = "Example:\n  disco instance show greeter/a")]
     Show {
-        /// Which
+        /// Which instance, e.g. greeter/a
         #[arg(value_name = KEY, value_parser = parse_key)]
         instance: InstanceKey,
         #[command(flatten)]
@@ -75,7 +75,7 @@ const KEY: &str = "SERVICE/ID";
 /// Arguments that name one run of one instance.
 #[derive(Debug, Args)]
 pub(super) struct Which {
-    /// Which
+    /// Which instance, e.g. greeter/a
     #[arg(value_name = KEY, value_parser = parse_key)]
     instance: InstanceKey,
     /// Only if it is this run of it
@@ -96,7 +96,7 @@ pub(super) struct Drain {
 /// Arguments of `disco instance register`.
 #[derive(Debug, Args)]
 pub(super) struct Register {
-    /// Which
+    /// Which instance, e.g. greeter/a
     #[arg(value_name = KEY, value_parser = parse_key)]
     instance: InstanceKey,
     /// Where it listens; an IP address, never a host name
@@ -190,10 +190,11 @@ async fn all_instances(http: &Http) -> Result<View, Failure> {
         let name = service.get("name").and_then(Value::as_str).unwrap_or_default();
         let Ok(name) = name.parse::<ServiceId>() else { continue };
         match http.get(&format!("/v1/services/{name}/instances"), Duration::ZERO).await {
-            Ok(mut answer) => match answer.get_mut("instances").map(Value::take) {
-                Some(Value::Array(some)) => instances.extend(some),
-                _ => {}
-            },
+            Ok(mut answer) => {
+                if let Some(Value::Array(some)) = answer.get_mut("instances").map(Value::take) {
+                    instances.extend(some);
+                }
+            }
             // Removed since it was listed.
             Err(HttpError::Refused { status: 404, .. }) => {}
             Err(error) => return Err(error.into()),

@@ -16,9 +16,11 @@ mod service;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, process::ExitCode};
+use std::{ffi::OsString, fmt, process::ExitCode};
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{
+    Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, error::ErrorKind, parser::ValueSource,
+};
 
 pub use failure::Failure;
 
@@ -55,7 +57,7 @@ pub struct Global {
         value_name = "IP:PORT"
     )]
     pub http: String,
-    /// gRPC address of the server to ask
+    /// gRPC addresses of the servers, separated by commas
     #[arg(
         long,
         global = true,
@@ -131,7 +133,7 @@ enum Command {
 
 /// Runs the command that the arguments of the process name.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are answers; nobody is left to tell when they cannot be printed.
@@ -147,6 +149,22 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => report(&failure),
     }
+}
+
+/// Reads a command line. `dev` and `serve` are servers and ask none: an address given to them is a slip.
+fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    let mut command = Cli::command();
+    let matches = command.try_get_matches_from_mut(arguments)?;
+    if matches!(matches.subcommand_name(), Some("dev" | "serve")) {
+        for name in ["http", "grpc"] {
+            if matches.value_source(name) == Some(ValueSource::CommandLine) {
+                let message =
+                    format!("--{name} names a server to ask; where to listen is --{name}-listen IP:PORT");
+                return Err(command.error(ErrorKind::ArgumentConflict, message));
+            }
+        }
+    }
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
 }
 
 async fn run(cli: Cli) -> Result<ExitCode, Failure> {

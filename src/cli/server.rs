@@ -7,7 +7,7 @@ use clap::Args;
 use super::{Failure, output::print};
 use crate::{
     app::{self, Addresses},
-    config::{Config, Overrides, Role, Store},
+    config::{Config, Listen, Overrides, Role, Store},
 };
 
 /// Arguments of `disco dev`.
@@ -16,11 +16,14 @@ pub(super) struct Dev {
     /// Keep the state in this directory; without it, it is gone with the process
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
+    /// Start although accepted changes are damaged, and keep those before the damage
+    #[arg(long, requires = "data")]
+    accept_loss: bool,
     /// Allow listening beyond loopback, without TLS
     #[arg(long)]
     insecure: bool,
     #[command(flatten)]
-    listen: Listen,
+    listen: ListenOptions,
 }
 
 /// Arguments of `disco serve`.
@@ -29,13 +32,16 @@ pub(super) struct Serve {
     /// The configuration; `disco config show` prints one to start from
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Start although accepted changes are damaged, and keep those before the damage
+    #[arg(long)]
+    accept_loss: bool,
     #[command(flatten)]
-    listen: Listen,
+    listen: ListenOptions,
 }
 
 /// Options of both, over what the configuration says.
 #[derive(Debug, Args)]
-struct Listen {
+struct ListenOptions {
     /// Where to listen for gRPC; port 0 takes any free one
     #[arg(long, value_name = "IP:PORT")]
     grpc_listen: Option<SocketAddr>,
@@ -47,15 +53,15 @@ struct Listen {
     log: Option<String>,
 }
 
-impl Listen {
+impl ListenOptions {
     fn overrides(self) -> Overrides {
         Overrides { grpc: self.grpc_listen, http: self.http_listen, log: self.log, ..Overrides::default() }
     }
 }
 
 pub(super) async fn dev(arguments: Dev) -> Result<(), Failure> {
-    let Dev { data, insecure, listen } = arguments;
-    let config = Config::dev(&Overrides { data, insecure, ..listen.overrides() })?;
+    let Dev { data, accept_loss, insecure, listen } = arguments;
+    let config = Config::dev(&Overrides { data, accept_loss, insecure, ..listen.overrides() })?;
     let store = config.store.clone();
     app::run(config, |addresses| {
         // A banner that nobody reads is no reason to end.
@@ -65,46 +71,46 @@ pub(super) async fn dev(arguments: Dev) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The line that programs read to learn the chosen ports.
+fn listening(addresses: &Addresses) -> String {
+    let part = |name: &str, address: Option<SocketAddr>| {
+        address.map(|address| format!(" {name}={address}")).unwrap_or_default()
+    };
+    format!("disco: listening{}{}\n", part("grpc", addresses.grpc), part("http", addresses.http))
+}
+
 fn banner(addresses: &Addresses, store: &Store) -> String {
-    let show = |address: Option<SocketAddr>| address.map_or("off".to_owned(), |address| address.to_string());
-    let (grpc, http) = (show(addresses.grpc), show(addresses.http));
     let state = match store {
-        Store::Memory => "in memory; gone when this ends (--data DIR keeps it)".to_owned(),
-        Store::File { dir, .. } => dir.display().to_string(),
+        Store::Memory => "the state is in memory and gone when this ends; --data DIR keeps it".to_owned(),
+        Store::File { dir, .. } => format!("the state is in {}", dir.display()),
     };
     // On other ports than usual, the commands to try would miss this server.
-    let (http_option, grpc_option) = (
-        if http == "127.0.0.1:18080" { String::new() } else { format!(" --http {http}") },
-        if grpc == "127.0.0.1:18000" { String::new() } else { format!(" --grpc {grpc}") },
-    );
+    let usual = Listen::default();
+    let option = |name: &str, address: Option<SocketAddr>, usual: SocketAddr| match address {
+        Some(address) if address != usual => format!(" --{name} {address}"),
+        _ => String::new(),
+    };
+    let grpc = option("grpc", addresses.grpc, usual.grpc);
+    let http = option("http", addresses.http, usual.http);
     format!(
-        "Disco is ready.
-  gRPC   {grpc}  xDS, registry
-  HTTP   {http}  API, metrics
-  state  {state}
+        "{}{state}
 
 Try next, in another terminal:
-  disco run --service hello --port 8000{http_option}{grpc_option} -- python3 -m http.server 8000
-  disco envoy run{http_option}{grpc_option}
-  disco service list{http_option}
+  disco run --service hello --port 8000{grpc} -- python3 -m http.server 8000
+  disco service list{http}
+  disco envoy run{grpc}
 
-"
+",
+        listening(addresses)
     )
 }
 
 pub(super) async fn serve(arguments: Serve) -> Result<(), Failure> {
-    let Some(file) = arguments.config else { return Err(Failure::usage(no_config())) };
-    let config = Config::load(&file, &arguments.listen.overrides())?;
-    let roles: Vec<&str> = config.roles.iter().map(|role| role.name()).collect();
+    let Serve { config, accept_loss, listen } = arguments;
+    let Some(file) = config else { return Err(Failure::usage(no_config())) };
+    let config = Config::load(&file, &Overrides { accept_loss, ..listen.overrides() })?;
     app::run(config, |addresses| {
-        let show =
-            |address: Option<SocketAddr>| address.map_or("off".to_owned(), |address| address.to_string());
-        let _ = print(&format!(
-            "disco ready roles={} grpc={} http={}\n",
-            roles.join(","),
-            show(addresses.grpc),
-            show(addresses.http)
-        ));
+        let _ = print(&listening(addresses));
     })
     .await?;
     Ok(())
@@ -131,11 +137,13 @@ mod tests {
         let at = |text: &str| Some(text.parse().unwrap());
         let usual = Addresses { grpc: at("127.0.0.1:18000"), http: at("127.0.0.1:18080") };
         let text = banner(&usual, &Store::Memory);
+        assert!(text.starts_with("disco: listening grpc=127.0.0.1:18000 http=127.0.0.1:18080\n"), "{text}");
         assert!(text.contains("--data DIR") && !text.contains("--http"), "{text}");
         let other = Addresses { grpc: at("127.0.0.1:4001"), http: at("127.0.0.1:4002") };
         let text = banner(&other, &Store::File { dir: "/tmp/d".into(), accept_loss: false });
+        assert!(text.contains("\n  disco service list --http 127.0.0.1:4002\n"), "{text}");
         assert!(
-            text.contains("disco service list --http 127.0.0.1:4002\n") && text.contains("/tmp/d"),
+            text.contains("\n  disco envoy run --grpc 127.0.0.1:4001\n") && text.contains("/tmp/d"),
             "{text}"
         );
     }

@@ -1,7 +1,7 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use axum::{Json, Router, routing::get};
-use clap::{Command as Clap, CommandFactory as _, Parser as _, error::ErrorKind};
+use clap::{Command as Clap, CommandFactory as _, error::ErrorKind};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
@@ -9,7 +9,7 @@ use super::*;
 use crate::rt::Tasks;
 
 fn parse(line: &str) -> Result<Cli, clap::Error> {
-    Cli::try_parse_from(line.split_whitespace())
+    super::parse(line.split_whitespace().map(Into::into))
 }
 
 /// Every command without further verbs, by its full name.
@@ -77,6 +77,9 @@ fn wrong_command_lines_say_what_is_right() {
         ("disco instance register greeter/a --address 10.0.0.1", "--port"),
         ("disco instance register greeter/a --address 10.0.0.1 --port 1 --metadata x", "want KEY=VALUE"),
         ("disco service list -o xml", "jsonl"),
+        ("disco dev --http 127.0.0.1:1", "where to listen is --http-listen"),
+        ("disco --grpc 127.0.0.1:1 serve", "where to listen is --grpc-listen"),
+        ("disco dev --accept-loss", "--data"),
         ("disco dev --grpc-listen localhost:1", "invalid socket address"),
     ];
     for (line, want) in cases {
@@ -111,7 +114,9 @@ fn answer(value: Value) -> axum::routing::MethodRouter {
 
 /// Runs a command line against a server; what it prints goes to the test's output.
 async fn against(address: SocketAddr, line: &str) -> Result<(), Failure> {
-    run(parse(&format!("disco --http {address} {line}")).unwrap()).await.map(|_| ())
+    let mut cli = parse(&format!("disco {line}")).unwrap();
+    cli.global.http = address.to_string();
+    run(cli).await.map(|_| ())
 }
 
 fn mesh(complete: bool) -> Router {

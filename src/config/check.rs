@@ -11,7 +11,7 @@ use crate::model::{
 const LATER: [&str; 2] = ["discovery", "federation"];
 
 /// Where the state is kept when the file does not say.
-const DEFAULT_DIR: &str = "./disco-data";
+pub(super) const DEFAULT_DIR: &str = "./disco-data";
 
 const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -48,11 +48,14 @@ pub(super) fn finish(mut config: Config, overrides: &Overrides) -> Result<Config
 }
 
 fn apply(config: &mut Config, overrides: &Overrides) {
-    let Overrides { grpc, http, data, log, insecure } = overrides;
+    let Overrides { grpc, http, data, accept_loss, log, insecure } = overrides;
     config.listen.grpc = grpc.unwrap_or(config.listen.grpc);
     config.listen.http = http.unwrap_or(config.listen.http);
     if let Some(dir) = data {
         config.store = Store::File { dir: dir.clone(), accept_loss: false };
+    }
+    if let Store::File { accept_loss: accepted, .. } = &mut config.store {
+        *accepted |= accept_loss;
     }
     if let Some(filter) = log {
         config.log.filter.clone_from(filter);
@@ -67,7 +70,7 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn config(&mut self, root: &Node) -> Config {
-        let mut config = Config::all_roles();
+        let mut config = Config::default();
         let mut fields = Fields::of(root, "", &mut self.problems);
         self.roles(&mut fields, &mut config);
         if let Some(mut listen) = fields.fields("listen", &mut self.problems) {
@@ -101,7 +104,12 @@ impl Reader<'_> {
             registry.finish(&mut self.problems);
         }
         if let Some(mut xds) = fields.fields("xds", &mut self.problems) {
-            self.duration(&mut xds, "ack_timeout", &mut config.xds.ack_timeout, SECOND, DAY);
+            let settings = &mut config.xds;
+            self.duration(&mut xds, "ack_timeout", &mut settings.ack_timeout, SECOND, DAY);
+            self.duration(&mut xds, "warming_timeout", &mut settings.warming_timeout, Duration::ZERO, DAY);
+            self.duration(&mut xds, "reconnect_grace", &mut settings.reconnect_grace, Duration::ZERO, DAY);
+            let first_request = &mut settings.first_request_timeout;
+            self.duration(&mut xds, "first_request_timeout", first_request, SECOND, DAY);
             xds.finish(&mut self.problems);
         }
         fields.finish(&mut self.problems);
@@ -135,7 +143,6 @@ impl Reader<'_> {
     }
 
     fn store(&mut self, fields: &mut Fields<'_>, config: &mut Config) {
-        config.store = Store::File { dir: DEFAULT_DIR.into(), accept_loss: false };
         let Some(node) = fields.node("store") else { return };
         const WANT: &str = "want `memory`, or `file: {dir: PATH}`";
         match &node.value {
@@ -192,6 +199,7 @@ impl Reader<'_> {
         }
         self.bytes(&mut limits, "metadata_value", &mut registration.metadata_value, 1, 1 << 20);
         self.bytes(&mut limits, "body", &mut own.body, 1 << 10, 1 << 30);
+        self.bytes(&mut limits, "xds_request", &mut own.xds_request, 1 << 20, 1 << 30);
         limits.finish(&mut self.problems);
     }
 

@@ -18,6 +18,7 @@ use std::{
     time::Duration,
 };
 
+pub use crate::telemetry::LogFormat;
 pub use problem::ConfigError;
 
 use crate::model;
@@ -120,8 +121,10 @@ pub enum Store {
 pub struct Limits {
     /// On registrations.
     pub registration: model::Limits,
-    /// Largest request body in bytes.
+    /// Largest body of an HTTP request in bytes.
     pub body: usize,
+    /// Largest xDS request in bytes.
+    pub xds_request: usize,
     /// Most resource names that one stream may subscribe to.
     pub names_per_stream: usize,
     /// Longest resource name in bytes.
@@ -133,8 +136,9 @@ impl Default for Limits {
         Self {
             registration: model::Limits::default(),
             body: 1 << 20,
-            names_per_stream: 100_000,
-            name_bytes: 1024,
+            xds_request: 64 << 20,
+            names_per_stream: 200_000,
+            name_bytes: 2048,
         }
     }
 }
@@ -167,15 +171,6 @@ impl Default for Log {
     }
 }
 
-/// How log lines are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 /// Settings of the registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registry {
@@ -194,13 +189,24 @@ impl Default for Registry {
 /// Settings of the xDS server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Xds {
-    /// How long a proxy may leave a response unacknowledged before it is reported as stuck.
+    /// How long the answer to a response is waited for before the next one is sent all the same.
     pub ack_timeout: Duration,
+    /// How long listeners and routes wait for clusters to warm.
+    pub warming_timeout: Duration,
+    /// How long after a reconnect a removed cluster is kept while the proxy has not asked for its listeners and routes.
+    pub reconnect_grace: Duration,
+    /// How long a new stream may take to send its first request.
+    pub first_request_timeout: Duration,
 }
 
 impl Default for Xds {
     fn default() -> Self {
-        Self { ack_timeout: Duration::from_secs(60) }
+        Self {
+            ack_timeout: Duration::from_secs(60),
+            warming_timeout: Duration::from_secs(20),
+            reconnect_grace: Duration::from_secs(5),
+            first_request_timeout: Duration::from_secs(30),
+        }
     }
 }
 
@@ -213,10 +219,29 @@ pub struct Overrides {
     pub http: Option<SocketAddr>,
     /// Over `store`: the directory of a file store.
     pub data: Option<PathBuf>,
+    /// Sets `store.file.accept_loss`.
+    pub accept_loss: bool,
     /// Over `log.filter`.
     pub log: Option<String>,
     /// Sets `insecure`.
     pub insecure: bool,
+}
+
+impl Default for Config {
+    /// All roles, everything else as it is when a file does not say.
+    fn default() -> Self {
+        Self {
+            roles: Role::ALL.into(),
+            listen: Listen::default(),
+            insecure: false,
+            store: Store::File { dir: check::DEFAULT_DIR.into(), accept_loss: false },
+            limits: Limits::default(),
+            shutdown: Shutdown::default(),
+            log: Log::default(),
+            registry: Registry::default(),
+            xds: Xds::default(),
+        }
+    }
 }
 
 impl Config {
@@ -225,7 +250,7 @@ impl Config {
     /// # Errors
     /// The overrides are wrong, e.g. they listen beyond loopback without saying `insecure`.
     pub fn dev(overrides: &Overrides) -> Result<Self, ConfigError> {
-        check::finish(Self::all_roles(), overrides)
+        check::finish(Self { store: Store::Memory, ..Self::default() }, overrides)
     }
 
     /// Reads and checks a file.
@@ -253,20 +278,6 @@ impl Config {
     /// Everything that is wrong with it.
     pub fn parse(file: &str, text: &str, overrides: &Overrides) -> Result<Self, ConfigError> {
         check::parse(file, text, overrides)
-    }
-
-    fn all_roles() -> Self {
-        Self {
-            roles: Role::ALL.into(),
-            listen: Listen::default(),
-            insecure: false,
-            store: Store::Memory,
-            limits: Limits::default(),
-            shutdown: Shutdown::default(),
-            log: Log::default(),
-            registry: Registry::default(),
-            xds: Xds::default(),
-        }
     }
 
     /// The configuration as a file that says everything, also what was left to its default.

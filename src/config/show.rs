@@ -39,6 +39,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("instances_per_service", registration.instances_per_service.to_string()),
                 ("services", registration.services.to_string()),
                 ("body", format_bytes(limits.body)),
+                ("xds_request", format_bytes(limits.xds_request)),
                 ("names_per_stream", limits.names_per_stream.to_string()),
                 ("name_bytes", limits.name_bytes.to_string()),
             ],
@@ -52,7 +53,15 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("empty_service_retention", format_duration(registry.empty_service_retention)),
             ],
         ),
-        ("xds", vec![("ack_timeout", format_duration(xds.ack_timeout))]),
+        (
+            "xds",
+            vec![
+                ("ack_timeout", format_duration(xds.ack_timeout)),
+                ("warming_timeout", format_duration(xds.warming_timeout)),
+                ("reconnect_grace", format_duration(xds.reconnect_grace)),
+                ("first_request_timeout", format_duration(xds.first_request_timeout)),
+            ],
+        ),
     ];
     let mut text = format!("roles: [{}]\ninsecure: {insecure}\n{store}", roles.join(", "));
     for (name, fields) in blocks {

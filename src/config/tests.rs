@@ -57,6 +57,7 @@ xds: {ack_timeout: 5s}
 #[test]
 fn defaults_are_safe_and_durable() {
     let config = parse("roles: [registry]").unwrap();
+    assert_eq!(config, Config { roles: [Role::Registry].into(), ..Config::default() });
     assert_eq!(config.store, Store::File { dir: "./disco-data".into(), accept_loss: false });
     assert!(
         !config.insecure && config.listen.grpc.ip().is_loopback() && config.listen.http.ip().is_loopback()
@@ -232,6 +233,10 @@ fn the_command_line_wins_and_is_checked_too() {
     }
     let insecure = Overrides { insecure: true, ..open };
     assert_eq!(Config::dev(&insecure).unwrap().listen.grpc, "0.0.0.0:0".parse().unwrap());
+    let loss = Overrides { accept_loss: true, ..Overrides::default() };
+    let config = Config::parse("f", "roles: [registry]\nstore: {file: {dir: d}}", &loss).unwrap();
+    assert_eq!(config.store, Store::File { dir: "d".into(), accept_loss: true });
+    assert_eq!(Config::dev(&loss).unwrap().store, Store::Memory);
     let log = Overrides { log: Some("===".into()), ..Overrides::default() };
     assert!(Config::dev(&log).unwrap_err().to_string().contains("log.filter"));
 }

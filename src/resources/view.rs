@@ -1,9 +1,6 @@
-use envoy_types::pb::{
-    envoy::config::core::v3::Node,
-    google::protobuf::{Value, value::Kind},
-};
+use serde_json::Value;
 
-use crate::model::excerpt;
+use crate::{model::excerpt, xds::Node};
 
 /// Where a sidecar listens for its service's calls, unless its node metadata says otherwise.
 pub const DEFAULT_OUTBOUND_PORT: u16 = 10_000;
@@ -53,7 +50,7 @@ impl View {
     /// The view of a node, by its user agent and the metadata keys `disco.client` and `disco.outbound_port`, each absent or
     /// usable.
     pub fn of(node: &Node) -> Result<Self, NodeError> {
-        let value = |key: &str| node.metadata.as_ref().and_then(|metadata| metadata.fields.get(key));
+        let value = |key: &str| node.metadata.get(key);
         let kind = match value(CLIENT) {
             None => ClientKind::of(&node.user_agent_name),
             Some(value) => match text(value).as_str() {
@@ -93,15 +90,15 @@ impl ClientKind {
     }
 }
 
-/// A metadata value as one would write it.
+/// A metadata value as one would write it. JSON knows only one kind of number, so a whole one may come as `9000.0`.
 fn text(value: &Value) -> String {
-    match &value.kind {
-        Some(Kind::StringValue(text)) => text.clone(),
-        Some(Kind::NumberValue(number)) => number.to_string(),
-        Some(Kind::BoolValue(bool)) => bool.to_string(),
-        Some(Kind::NullValue(_)) | None => "null".to_owned(),
-        Some(Kind::StructValue(_)) => "{…}".to_owned(),
-        Some(Kind::ListValue(_)) => "[…]".to_owned(),
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.as_f64().map_or_else(|| number.to_string(), |number| number.to_string()),
+        Value::Bool(bool) => bool.to_string(),
+        Value::Null => "null".to_owned(),
+        Value::Object(_) => "{…}".to_owned(),
+        Value::Array(_) => "[…]".to_owned(),
     }
 }
 
@@ -140,15 +137,14 @@ mod tests {
 
     #[test]
     fn metadata_counts() {
-        let text = |text: &str| Kind::StringValue(text.into());
         for (user_agent, metadata, want) in [
             ("envoy", vec![], View::envoy(10_000)),
-            ("envoy", vec![("disco.outbound_port", Kind::NumberValue(9_000.0))], View::envoy(9_000)),
-            ("envoy", vec![("disco.outbound_port", text("9001"))], View::envoy(9_001)),
-            ("envoy", vec![("disco.client", text("grpc"))], View::grpc()),
-            ("gRPC Go", vec![("disco.client", text("envoy"))], View::envoy(10_000)),
+            ("envoy", vec![("disco.outbound_port", json!(9_000.0))], View::envoy(9_000)),
+            ("envoy", vec![("disco.outbound_port", json!("9001"))], View::envoy(9_001)),
+            ("envoy", vec![("disco.client", json!("grpc"))], View::grpc()),
+            ("gRPC Go", vec![("disco.client", json!("envoy"))], View::envoy(10_000)),
             // Not a sidecar: the port is none of its business.
-            ("gRPC Go", vec![("disco.outbound_port", text("9001"))], View::grpc()),
+            ("gRPC Go", vec![("disco.outbound_port", json!("9001"))], View::grpc()),
         ] {
             assert_eq!(View::of(&node(user_agent, &metadata)), Ok(want), "{user_agent} {metadata:?}");
         }
@@ -157,15 +153,15 @@ mod tests {
 
     #[test]
     fn unusable_metadata_is_named() {
-        for (key, kind, want) in [
-            ("disco.outbound_port", Kind::NumberValue(70_000.0), "\"70000\" is no port"),
-            ("disco.outbound_port", Kind::NumberValue(80.5), "\"80.5\" is no port"),
-            ("disco.outbound_port", Kind::NumberValue(0.0), "\"0\" is no port"),
-            ("disco.outbound_port", Kind::StringValue("http".into()), "\"http\" is no port"),
-            ("disco.outbound_port", Kind::NullValue(0), "\"null\" is no port"),
-            ("disco.client", Kind::StringValue("Envoy\n".into()), "\"Envoy\\n\" is no client kind"),
+        for (key, value, want) in [
+            ("disco.outbound_port", json!(70_000.0), "\"70000\" is no port"),
+            ("disco.outbound_port", json!(80.5), "\"80.5\" is no port"),
+            ("disco.outbound_port", json!(0.0), "\"0\" is no port"),
+            ("disco.outbound_port", json!("http"), "\"http\" is no port"),
+            ("disco.outbound_port", Value::Null, "\"null\" is no port"),
+            ("disco.client", json!("Envoy\n"), "\"Envoy\\n\" is no client kind"),
         ] {
-            let message = View::of(&node("envoy", &[(key, kind)])).unwrap_err().to_string();
+            let message = View::of(&node("envoy", &[(key, value)])).unwrap_err().to_string();
             assert!(message.starts_with(&format!("node metadata {key}: {want}")), "{message}");
         }
     }

@@ -12,7 +12,7 @@ mod memory;
 mod state;
 
 pub use file::{Config, Cut, Damage, FileError, FileStore, Loss, OpenError, Recovery, Stats};
-pub use memory::Memory;
+pub use memory::Memory as MemoryStore;
 
 use std::{fmt, sync::Arc};
 
