@@ -10,3 +10,6 @@ mod session;
 pub use proxies::{Acknowledged, wait_acknowledged};
 pub use servers::Servers;
 pub use session::{Session, SessionError, SessionState};
+
+#[cfg(test)]
+pub(crate) mod mock;
