@@ -12,3 +12,6 @@ pub use http::{FieldError, Http, HttpError};
 pub use proxies::{Acknowledged, wait_acknowledged};
 pub use servers::Servers;
 pub use session::{Session, SessionError, SessionState};
+
+#[cfg(test)]
+pub(crate) mod mock;

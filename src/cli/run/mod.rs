@@ -14,7 +14,7 @@ use crate::{
     rt::Tasks,
 };
 use life::{Check, Life, Plan};
-pub(crate) use process::{Process, Running, stop_requests};
+use process::{Running, stop_requests};
 use registrar::Sessions;
 
 /// Longest time for one check.

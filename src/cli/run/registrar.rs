@@ -72,3 +72,61 @@ fn incarnation(now: SystemTime) -> Incarnation {
     let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Incarnation(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        client::mock::{Mock, soon},
+        model::{Limits, RawRegistration},
+        proto::v1::session_request::Request,
+    };
+
+    fn registration() -> Registration {
+        let raw = RawRegistration {
+            service: "greeter".into(),
+            id: "a".into(),
+            address: Some("127.0.0.1".into()),
+            port: Some(50051),
+            ..RawRegistration::default()
+        };
+        Registration::check(raw, &Limits::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn registering_again_removes_the_instance_and_brings_a_later_incarnation() {
+        let mut mock = Mock::start().await;
+        let mut sessions = Sessions::new(mock.servers(), registration(), mock.tasks.clone());
+        sessions.register().await;
+        let mut peer = mock.peer().await;
+        let first = peer.registers().await.incarnation;
+        peer.registered(1).await;
+        assert_eq!(soon(sessions.news()).await, SessionState::Connected { revision: Revision(1) });
+
+        let removal = async {
+            let Request::Deregister(removed) = peer.asked().await else { panic!("not a deregistration") };
+            assert_eq!(removed.instance.unwrap().incarnation, first);
+            peer.deregistered(2).await;
+        };
+        tokio::join!(sessions.register(), removal);
+        let mut peer = mock.peer().await;
+        assert!(peer.registers().await.incarnation > first);
+        peer.registered(3).await;
+        assert_eq!(soon(sessions.news()).await, SessionState::Connected { revision: Revision(3) });
+    }
+
+    #[tokio::test]
+    async fn after_a_refusal_there_is_no_more_news() {
+        let mut mock = Mock::start().await;
+        let mut sessions = Sessions::new(mock.servers(), registration(), mock.tasks.clone());
+        sessions.register().await;
+        let mut peer = mock.peer().await;
+        peer.registers().await;
+        peer.refuses(tonic::Code::InvalidArgument, "port: is wrong").await;
+        let refused = SessionState::Refused { message: "port: is wrong".into() };
+        assert_eq!(soon(sessions.news()).await, refused);
+        assert!(sessions.drain().await.is_err());
+        let more = tokio::time::timeout(Duration::from_millis(10), sessions.news()).await;
+        assert!(more.is_err(), "{more:?}");
+    }
+}

@@ -1,97 +1,18 @@
-use std::{future::Future, time::Duration};
-
-use tokio::{net::TcpListener, sync::mpsc};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
+use tokio::net::TcpListener;
+use tonic::{Code, Status};
 
 use super::*;
 use crate::{
+    client::mock::{Mock, soon},
     model::{Limits, RawRegistration},
     proto::v1::{
-        DeregisterRequest, DeregisterResponse, DrainRequest, DrainResponse, ListInstancesRequest,
-        ListInstancesResponse, ListServicesRequest, ListServicesResponse, RegisterRequest, RegisterResponse,
-        RenewRequest, RenewResponse, SessionError as WireError, SessionRequest, SessionResponse,
-        UpdateRequest, UpdateResponse, WatchRequest, WatchResponse,
-        registry_server::{Registry, RegistryServer},
-        session_request::Request as Asked,
+        UpdateRequest, UpdateResponse, session_request::Request as Asked,
         session_response::Response as Answer,
     },
 };
 
-/// Far longer than anything here takes; reached only by a failing test.
-async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(Duration::from_secs(20), future).await.expect("took too long")
-}
-
-/// A server that leaves every answer to the test.
-struct Mock {
-    address: std::net::SocketAddr,
-    opened: mpsc::Receiver<Peer>,
-    tasks: Tasks,
-}
-
-/// One stream of a client, seen from the server.
-struct Peer {
-    token: Option<String>,
-    requests: Streaming<SessionRequest>,
-    answers: mpsc::Sender<Result<SessionResponse, Status>>,
-}
-
-impl Mock {
-    async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (sender, opened) = mpsc::channel(4);
-        let tasks = Tasks::default();
-        let end = tasks.shutdown().clone();
-        let server = Server::builder().add_service(RegistryServer::new(Scripted(sender)));
-        tasks.spawn("mock", async move {
-            let incoming = TcpListenerStream::new(listener);
-            server.serve_with_incoming_shutdown(incoming, end.wait()).await.unwrap();
-        });
-        Self { address, opened, tasks }
-    }
-
-    async fn peer(&mut self) -> Peer {
-        soon(self.opened.recv()).await.unwrap()
-    }
-
-    fn servers(&self) -> Servers {
-        Servers::parse(&self.address.to_string(), None).unwrap()
-    }
-
-    fn session(&self) -> Session {
-        Session::open(self.servers(), &registration(), &self.tasks)
-    }
-}
-
-impl Peer {
-    async fn asked(&mut self) -> Asked {
-        soon(self.requests.message()).await.unwrap().unwrap().request.unwrap()
-    }
-
-    async fn registers(&mut self) -> RegisterRequest {
-        match self.asked().await {
-            Asked::Register(register) => register,
-            other => panic!("not a register: {other:?}"),
-        }
-    }
-
-    async fn answer(&self, answer: Answer) {
-        self.answers.send(Ok(SessionResponse { response: Some(answer) })).await.unwrap();
-    }
-
-    async fn registered(&self, revision: u64) {
-        self.answer(Answer::Register(RegisterResponse { revision, instance: None })).await;
-    }
-
-    async fn drained(&self, revision: u64) {
-        self.answer(Answer::Drain(DrainResponse { revision, instance: None })).await;
-    }
-
-    async fn refuses(&self, code: Code, message: &str) {
-        self.answer(Answer::Error(WireError { code: code.into(), message: message.into() })).await;
-    }
+fn open(mock: &Mock) -> Session {
+    Session::open(mock.servers(), &registration(), &mock.tasks)
 }
 
 fn registration() -> Registration {
@@ -121,7 +42,7 @@ async fn until_connected(session: &Session, revision: u64) {
 #[tokio::test]
 async fn registers_and_reports_each_change() {
     let mut mock = Mock::start().await;
-    let session = mock.session();
+    let session = open(&mock);
     let mut peer = mock.peer().await;
     let register = peer.registers().await;
     assert_eq!((register.service.as_str(), register.id.as_str(), register.incarnation), ("greeter", "a", 7));
@@ -139,7 +60,7 @@ async fn registers_and_reports_each_change() {
 
     let (gone, ()) = tokio::join!(soon(session.deregister()), async {
         assert!(matches!(peer.asked().await, Asked::Deregister(_)));
-        peer.answer(Answer::Deregister(DeregisterResponse { revision: 5 })).await;
+        peer.deregistered(5).await;
     });
     assert_eq!(gone, Ok(Revision(5)));
     assert!(soon(peer.requests.message()).await.is_ok_and(|request| request.is_none()));
@@ -148,7 +69,7 @@ async fn registers_and_reports_each_change() {
 #[tokio::test]
 async fn a_broken_stream_comes_back_with_the_same_incarnation_and_state() {
     let mut mock = Mock::start().await;
-    let session = mock.session();
+    let session = open(&mock);
     let mut peer = mock.peer().await;
     peer.registers().await;
     peer.registered(1).await;
@@ -194,7 +115,7 @@ async fn a_broken_stream_comes_back_with_the_same_incarnation_and_state() {
 #[tokio::test]
 async fn an_update_lasts_over_a_reconnection_and_a_refused_one_does_not() {
     let mut mock = Mock::start().await;
-    let session = mock.session();
+    let session = open(&mock);
     let mut peer = mock.peer().await;
     peer.registers().await;
     peer.registered(1).await;
@@ -230,7 +151,7 @@ async fn refusals() {
     ];
     for (code, registered, fatal) in cases {
         let mut mock = Mock::start().await;
-        let session = mock.session();
+        let session = open(&mock);
         let mut peer = mock.peer().await;
         peer.registers().await;
         if registered {
@@ -271,7 +192,7 @@ async fn takes_the_next_server_when_one_is_away_and_shows_the_token() {
 #[tokio::test]
 async fn what_is_to_be_removed_is_not_registered_again() {
     let mut mock = Mock::start().await;
-    let session = mock.session();
+    let session = open(&mock);
     let mut peer = mock.peer().await;
     peer.registers().await;
     peer.registered(1).await;
@@ -282,7 +203,7 @@ async fn what_is_to_be_removed_is_not_registered_again() {
         drop(peer);
         let mut peer = mock.peer().await;
         assert!(matches!(peer.asked().await, Asked::Deregister(_)));
-        peer.answer(Answer::Deregister(DeregisterResponse { revision: 2 })).await;
+        peer.deregistered(2).await;
     };
     let (gone, ()) = tokio::join!(soon(session.deregister()), script);
     assert_eq!(gone, Ok(Revision(2)));
@@ -291,74 +212,21 @@ async fn what_is_to_be_removed_is_not_registered_again() {
 #[tokio::test]
 async fn dropping_a_session_ends_its_stream() {
     let mut mock = Mock::start().await;
-    let session = mock.session();
+    let session = open(&mock);
     let mut peer = mock.peer().await;
     peer.registers().await;
     drop(session);
     assert!(!matches!(soon(peer.requests.message()).await, Ok(Some(_))));
     mock.tasks.shutdown().start();
-    assert_eq!(mock.tasks.join(Duration::from_secs(20)).await, 0);
+    assert_eq!(mock.tasks.join(std::time::Duration::from_secs(20)).await, 0);
 }
 
-struct Scripted(mpsc::Sender<Peer>);
-
-fn unused<T>() -> Result<T, Status> {
-    Err(Status::unimplemented("not part of this test"))
-}
-
-#[tonic::async_trait]
-impl Registry for Scripted {
-    type SessionStream = ReceiverStream<Result<SessionResponse, Status>>;
-    type WatchStream = ReceiverStream<Result<WatchResponse, Status>>;
-
-    async fn session(
-        &self,
-        request: Request<Streaming<SessionRequest>>,
-    ) -> Result<Response<Self::SessionStream>, Status> {
-        let (answers, stream) = mpsc::channel(4);
-        let token = request.metadata().get("authorization").map(|token| token.to_str().unwrap().to_owned());
-        self.0.send(Peer { token, requests: request.into_inner(), answers }).await.unwrap();
-        Ok(Response::new(ReceiverStream::new(stream)))
-    }
-
-    async fn register(&self, _: Request<RegisterRequest>) -> Result<Response<RegisterResponse>, Status> {
-        unused()
-    }
-
-    async fn renew(&self, _: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
-        unused()
-    }
-
-    async fn update(&self, _: Request<UpdateRequest>) -> Result<Response<UpdateResponse>, Status> {
-        unused()
-    }
-
-    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
-        unused()
-    }
-
-    async fn deregister(
-        &self,
-        _: Request<DeregisterRequest>,
-    ) -> Result<Response<DeregisterResponse>, Status> {
-        unused()
-    }
-
-    async fn list_services(
-        &self,
-        _: Request<ListServicesRequest>,
-    ) -> Result<Response<ListServicesResponse>, Status> {
-        unused()
-    }
-
-    async fn list_instances(
-        &self,
-        _: Request<ListInstancesRequest>,
-    ) -> Result<Response<ListInstancesResponse>, Status> {
-        unused()
-    }
-
-    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        unused()
-    }
+#[tokio::test(start_paused = true)]
+async fn a_server_that_never_answers_is_given_up() {
+    // The kernel accepts the connection, nobody reads from it.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let servers = Servers::parse(&silent.local_addr().unwrap().to_string(), None).unwrap();
+    let tasks = Tasks::default();
+    let session = Session::open(servers, &registration(), &tasks);
+    until(&session, |state| matches!(state, SessionState::Reconnecting { .. })).await;
 }

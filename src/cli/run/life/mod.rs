@@ -129,8 +129,9 @@ impl<P: Process, R: Registrar, C: Check, L: Fn(&str)> Life<P, R, C, L> {
                 }
                 self.say("stopping the command");
                 let exit = self.stop().await;
-                self.deregister(registered).await;
+                let line = self.deregister(registered).await;
                 self.say(&format!("the command ended: {exit}"));
+                line.iter().for_each(|line| self.say(line));
                 exit.code()
             }
         }
@@ -237,28 +238,27 @@ impl<P: Process, R: Registrar, C: Check, L: Fn(&str)> Life<P, R, C, L> {
 
     /// The command ended by itself: the registry hears of it before anybody else does.
     async fn exited(&mut self, exit: Exit, registered: bool) -> u8 {
-        self.deregister(registered).await;
+        let line = self.deregister(registered).await;
         self.say(&format!("the command ended by itself: {exit}"));
+        line.iter().for_each(|line| self.say(line));
         exit.code()
     }
 
-    async fn deregister(&mut self, registered: bool) {
+    /// Returns what to log of it.
+    async fn deregister(&mut self, registered: bool) -> Option<String> {
         if !registered {
-            return;
+            return None;
         }
+        let name = &self.plan.name;
         let since = Instant::now();
-        let line = match timeout(DEREGISTER, self.registrar.deregister()).await {
+        Some(match timeout(DEREGISTER, self.registrar.deregister()).await {
             Ok(Ok(revision)) => {
                 let took = since.elapsed().as_secs_f64() * 1000.0;
-                format!("deregistered {}, revision {revision}, in {took:.1} ms", self.plan.name)
+                format!("deregistered {name}, revision {revision}, in {took:.1} ms")
             }
-            Ok(Err(error)) => format!("{} is not deregistered: {error}", self.plan.name),
-            Err(_) => format!(
-                "no server to deregister {} at; the end of its session will remove it",
-                self.plan.name
-            ),
-        };
-        self.say(&line);
+            Ok(Err(error)) => format!("{name} is not deregistered: {error}"),
+            Err(_) => format!("no server to deregister {name} at; the end of its session will remove it"),
+        })
     }
 
     fn say(&self, line: &str) {
