@@ -31,7 +31,6 @@ use crate::client::Http;
     version,
     arg_required_else_help = true,
     subcommand_required = true,
-    disable_help_subcommand = true,
     after_help = "Start with:\n  disco dev\n\nExit codes:\n  0 done, 1 failed, 2 not yet or timed out, 64 usage, 65 bad data, \
                   79 a check found problems"
 )]
@@ -142,10 +141,10 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failure::failed(format!("cannot start threads: {error}"))),
     };
-    match runtime.block_on(run(cli)) {
-        Ok(code) => code,
-        Err(failure) => report(&failure),
-    }
+    let result = runtime.block_on(run(cli));
+    // A blocking call that hangs, such as a name look-up, must not keep the process.
+    runtime.shutdown_background();
+    result.unwrap_or_else(|failure| report(&failure))
 }
 
 /// Reads a command line. `dev` and `serve` are servers and ask none: an address given to them is a slip.
