@@ -23,6 +23,9 @@ use crate::{
 /// How long one question for acknowledgements may wait at the server.
 const ASK: Duration = Duration::from_secs(20);
 
+/// Shortest time between two questions, should the server not wait as asked.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// How long a watch of one service waits at the server.
 const POLL: Duration = Duration::from_secs(30);
 
@@ -340,6 +343,7 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
     }
     let started = tokio::time::Instant::now();
     loop {
+        let asked = tokio::time::Instant::now();
         let left = drain.wait.saturating_sub(started.elapsed());
         let wait = left.min(ASK);
         let path =
@@ -363,6 +367,7 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
                 some_of(&pending(&delivery))
             )));
         }
+        tokio::time::sleep_until((asked + PAUSE).min(started + drain.wait)).await;
     }
 }
 

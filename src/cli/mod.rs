@@ -141,7 +141,7 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failure::failed(format!("cannot start threads: {error}"))),
     };
-    let result = runtime.block_on(run(cli));
+    let result = runtime.block_on(execute(cli));
     // A blocking call that hangs, such as a name look-up, must not keep the process.
     runtime.shutdown_background();
     result.unwrap_or_else(|failure| report(&failure))
@@ -163,7 +163,7 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Err
     Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
 }
 
-async fn run(cli: Cli) -> Result<ExitCode, Failure> {
+async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     let Cli { global, command } = cli;
     match command {
         Command::Dev(arguments) => Box::pin(server::dev(arguments)).await?,

@@ -116,7 +116,7 @@ fn answer(value: Value) -> axum::routing::MethodRouter {
 async fn against(address: SocketAddr, line: &str) -> Result<(), Failure> {
     let mut cli = parse(&format!("disco {line}")).unwrap();
     cli.global.http = address.to_string();
-    run(cli).await.map(|_| ())
+    execute(cli).await.map(|_| ())
 }
 
 fn mesh(complete: bool) -> Router {
