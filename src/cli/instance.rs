@@ -367,7 +367,7 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
                 some_of(&pending(&delivery))
             )));
         }
-        tokio::time::sleep_until((asked + PAUSE).min(started + drain.wait)).await;
+        tokio::time::sleep_until(asked + PAUSE.min(left)).await;
     }
 }
 
