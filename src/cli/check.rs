@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    output::{ShowOptions, View, cell, clean, number, print},
+    output::{Format, ShowOptions, View, cell, clean, count, number, print},
 };
 use crate::client::{Http, HttpError};
 
@@ -46,17 +46,14 @@ pub(super) async fn run(arguments: Check, global: &Global) -> Result<(), Failure
         Err(error) => (vec![Finding::new("server", error.to_string(), "")], String::new()),
     };
     let format = arguments.options.output;
-    let count = findings.len();
     let view = View { document: document(&findings), items: Some("findings"), table: text, empty: "" };
-    let people = matches!(format, super::output::Format::Table | super::output::Format::Wide);
-    if count == 0 && people {
+    if findings.is_empty() && matches!(format, Format::Table | Format::Wide) {
         return print(&format!("all good: {seen}\n"));
     }
     view.print(format)?;
-    match count {
+    match findings.len() as u64 {
         0 => Ok(()),
-        1 => Err(Failure::findings("1 problem found")),
-        _ => Err(Failure::findings(format!("{count} problems found"))),
+        some => Err(Failure::findings(format!("{} found", count(some, "problem")))),
     }
 }
 
@@ -99,14 +96,13 @@ async fn look(http: &Http) -> Result<(Vec<Finding>, String), HttpError> {
     }
     findings.extend(rejections(&proxies));
 
-    let count =
-        |document: &Value, list: &str| document.get(list).and_then(Value::as_array).map_or(0, Vec::len);
     let serving: u64 = items(&services, "services").map(|service| number(service, "/serving")).sum();
     let seen = format!(
-        "the server at {} is ready; {} services with {serving} serving instances, {} proxies up to date",
+        "the server at {} is ready; {} with {}; {} up to date",
         http.address(),
-        count(&services, "services"),
-        count(&proxies, "proxies"),
+        count(items(&services, "services").count() as u64, "service"),
+        count(serving, "serving instance"),
+        count(items(&proxies, "proxies").count() as u64, "proxy"),
     );
     Ok((findings, seen))
 }

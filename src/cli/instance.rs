@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 use super::{
     Failure, Global,
     output::{
-        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, list, note, number, print, render,
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, note, number, print,
+        render, some_of,
     },
 };
 use crate::{
@@ -21,6 +22,9 @@ use crate::{
 
 /// How long one question for acknowledgements may wait at the server.
 const ASK: Duration = Duration::from_secs(20);
+
+/// Shortest time between two questions, should the server not wait as asked.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a watch of one service waits at the server.
 const POLL: Duration = Duration::from_secs(30);
@@ -339,6 +343,7 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
     }
     let started = tokio::time::Instant::now();
     loop {
+        let asked = tokio::time::Instant::now();
         let left = drain.wait.saturating_sub(started.elapsed());
         let wait = left.min(ASK);
         let path =
@@ -347,10 +352,11 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
         let acknowledged = number(&delivery, "/acknowledged");
         if delivery.get("complete").and_then(Value::as_bool).unwrap_or_default() {
             let took = started.elapsed().as_millis();
-            return print(&format!(
-                "{instance} takes no new calls: {acknowledged} of {acknowledged} proxies acknowledged revision {revision} \
-                 in {took} ms\n"
-            ));
+            let by = match acknowledged {
+                0 => "no proxy holds it".to_owned(),
+                _ => format!("{} acknowledged it in {took} ms", count(acknowledged, "proxy")),
+            };
+            return print(&format!("{instance} takes no new calls from revision {revision}: {by}\n"));
         }
         if left.is_zero() || started.elapsed() >= drain.wait {
             return Err(Failure::not_yet(format!(
@@ -358,9 +364,10 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
                  not yet: {}\n  `disco proxy list` shows what keeps them",
                 format_duration(drain.wait),
                 acknowledged,
-                pending(&delivery).join(", ")
+                some_of(&pending(&delivery))
             )));
         }
+        tokio::time::sleep_until(asked + PAUSE.min(left)).await;
     }
 }
 

@@ -33,7 +33,6 @@ use crate::client::Http;
     version,
     arg_required_else_help = true,
     subcommand_required = true,
-    disable_help_subcommand = true,
     after_help = "Start with:\n  disco dev\n\nExit codes:\n  0 done, 1 failed, 2 not yet or timed out, 64 usage, 65 bad data, \
                   79 a check found problems"
 )]
@@ -145,10 +144,10 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failure::failed(format!("cannot start threads: {error}"))),
     };
-    match runtime.block_on(run(cli)) {
-        Ok(code) => code,
-        Err(failure) => report(&failure),
-    }
+    let result = runtime.block_on(execute(cli));
+    // A blocking call that hangs, such as a name look-up, must not keep the process.
+    runtime.shutdown_background();
+    result.unwrap_or_else(|failure| report(&failure))
 }
 
 /// Reads a command line. `dev` and `serve` are servers and ask none: an address given to them is a slip.
@@ -167,7 +166,7 @@ fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Err
     Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
 }
 
-async fn run(cli: Cli) -> Result<ExitCode, Failure> {
+async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     let Cli { global, command } = cli;
     match command {
         Command::Dev(arguments) => Box::pin(server::dev(arguments)).await?,

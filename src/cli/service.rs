@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{
     Failure, Global,
     instance::{INSTANCE_COLUMNS, instance_row},
-    output::{Column, ListOptions, ShowOptions, View, cell, list, number, print, render},
+    output::{Column, ListOptions, ShowOptions, View, cell, clean, list, number, print, render, some_of},
 };
 use crate::{client::Http, model::ServiceId};
 
@@ -96,7 +96,7 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     let zones = document.get("zones").and_then(Value::as_object).into_iter().flatten();
     let zones: Vec<String> = zones
         .map(|(zone, count)| {
-            let zone = if zone.is_empty() { "(none)".to_owned() } else { super::output::clean(zone) };
+            let zone = if zone.is_empty() { "(none)".to_owned() } else { clean(zone) };
             format!("{zone} {count}")
         })
         .collect();
@@ -109,12 +109,12 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
         field("/draining")
     );
     if !zones.is_empty() {
-        text.push_str(&format!("Zones      {}\n", zones.join(", ")));
+        text.push_str(&format!("Zones      {}\n", some_of(&zones)));
     }
     let pending = super::instance::pending(document.get("proxies").unwrap_or(&Value::Null));
     text.push_str(&format!("Proxies    {} up to date", number(document, "/proxies/acknowledged")));
     if !pending.is_empty() {
-        text.push_str(&format!("; not yet: {}", pending.join(", ")));
+        text.push_str(&format!("; not yet: {}", some_of(&pending)));
     }
     text.push('\n');
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();

@@ -116,7 +116,7 @@ fn answer(value: Value) -> axum::routing::MethodRouter {
 async fn against(address: SocketAddr, line: &str) -> Result<(), Failure> {
     let mut cli = parse(&format!("disco {line}")).unwrap();
     cli.global.http = address.to_string();
-    run(cli).await.map(|_| ())
+    execute(cli).await.map(|_| ())
 }
 
 fn mesh(complete: bool) -> Router {
@@ -161,6 +161,8 @@ async fn a_drain_that_is_not_acknowledged_names_the_proxies() {
     assert_eq!(failure.code, failure::NOT_YET);
     assert!(failure.message.contains("not yet: edge\\u{1b}-7"), "{failure}");
     against(address, "instance drain greeter/a --wait 0s").await.unwrap();
+    let for_ever = against(address, "instance drain greeter/a --wait 9999999999999999s");
+    assert!(tokio::time::timeout(std::time::Duration::from_millis(150), for_ever).await.is_err());
 }
 
 #[tokio::test]

@@ -13,6 +13,8 @@ mod yaml;
 use std::{
     collections::BTreeSet,
     fmt,
+    fs::File,
+    io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
@@ -259,15 +261,7 @@ impl Config {
     /// The file cannot be read, or everything that is wrong with it.
     pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, ConfigError> {
         let name = path.display().to_string();
-        // A configuration is small; a file that is not would only cost memory.
-        const LARGEST: u64 = 1 << 20;
-        let read = || {
-            if std::fs::metadata(path)?.len() > LARGEST {
-                return Err(std::io::Error::other("it is larger than 1 MiB"));
-            }
-            std::fs::read_to_string(path)
-        };
-        let text = read()
+        let text = read(path)
             .map_err(|error| ConfigError::Unreadable { file: name.clone(), reason: error.to_string() })?;
         Self::parse(&name, &text, overrides)
     }
@@ -284,4 +278,16 @@ impl Config {
     pub fn to_yaml(&self) -> String {
         show::yaml(self)
     }
+}
+
+/// A configuration is small; a file that is not would only cost memory.
+const LARGEST: u64 = 1 << 20;
+
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(LARGEST + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > LARGEST {
+        return Err(io::Error::other("it is larger than 1 MiB"));
+    }
+    Ok(text)
 }

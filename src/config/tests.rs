@@ -65,6 +65,17 @@ fn defaults_are_safe_and_durable() {
 }
 
 #[test]
+fn the_example_file_names_every_field_with_its_default() {
+    let text = include_str!("../../examples/disco.yaml");
+    assert_eq!(parse(text).unwrap(), Config::default());
+    for line in Config::default().to_yaml().lines() {
+        let (field, _) = line.split_once(':').unwrap();
+        let named = |line: &str| line.trim_start().starts_with(&format!("{}:", field.trim()));
+        assert!(text.lines().any(named), "{field} is not in examples/disco.yaml");
+    }
+}
+
+#[test]
 fn what_show_prints_reads_back() {
     let data = |dir: &str| Overrides { data: Some(dir.into()), ..Overrides::default() };
     for overrides in [

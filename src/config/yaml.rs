@@ -32,7 +32,10 @@ pub(super) fn read(text: &str) -> Result<Tree, Problem> {
         return Ok(Tree { root, keys: BTreeMap::new() });
     }
     // YAML 1.2: `off` and `yes` are texts, which matters for `log.filter: off`.
-    let options = serde_saphyr::options! { strict_booleans: true };
+    let options = serde_saphyr::options! {
+        strict_booleans: true,
+        budget: serde_saphyr::budget! { max_nodes: 10_000 },
+    };
     let raw: Raw = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
         let error = error.without_snippet();
         let at = error.location().and_then(position);

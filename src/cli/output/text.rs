@@ -37,6 +37,26 @@ pub(in crate::cli) fn number(value: &Value, pointer: &str) -> u64 {
     value.pointer(pointer).and_then(Value::as_u64).unwrap_or_default()
 }
 
+/// `1 proxy`, `2 proxies`: for words whose plural is regular but for a final y.
+pub(in crate::cli) fn count(count: impl Into<u64>, word: &str) -> String {
+    let count = count.into();
+    match (count, word.strip_suffix('y')) {
+        (1, _) => format!("1 {word}"),
+        (_, Some(stem)) => format!("{count} {stem}ies"),
+        _ => format!("{count} {word}s"),
+    }
+}
+
+/// The first names of a list, and how many more there are.
+pub(in crate::cli) fn some_of(names: &[String]) -> String {
+    const SHOWN: usize = 10;
+    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 /// How long ago the RFC 3339 time at a JSON pointer was at `now`: `12s`, `3m`, `5h`, `2d`; `-` when there is none.
 pub(in crate::cli) fn age(value: &Value, pointer: &str, now: SystemTime) -> String {
     let parsed =
@@ -77,6 +97,15 @@ mod tests {
             assert_eq!(age(&json!({"at": then}), "/at", now), want, "{then}");
         }
         assert_eq!(age(&json!({}), "/at", now), "-");
+    }
+
+    #[test]
+    fn counts_and_lists() {
+        assert_eq!([0u64, 1, 2].map(|n| count(n, "proxy")), ["0 proxies", "1 proxy", "2 proxies"]);
+        assert_eq!(count(3u64, "problem"), "3 problems");
+        let names: Vec<String> = (1..=12).map(|n| n.to_string()).collect();
+        assert_eq!(some_of(&names), "1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more");
+        assert_eq!(some_of(&names[..2]), "1, 2");
     }
 
     #[test]
