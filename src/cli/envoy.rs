@@ -34,7 +34,7 @@ the arguments after `--` say otherwise. It is looked for at --envoy, on PATH and
 
 /// Envoy sidecars.
 #[derive(Debug, Clone, Subcommand)]
-pub enum EnvoyCommand {
+pub(super) enum EnvoyCommand {
     /// Print a bootstrap for a sidecar
     #[command(after_help = BOOTSTRAP_EXAMPLE)]
     Bootstrap(Sidecar),
@@ -54,7 +54,7 @@ pub enum EnvoyCommand {
 
 /// What tells one sidecar from another.
 #[derive(Debug, Clone, Args)]
-pub struct Sidecar {
+pub(super) struct Sidecar {
     /// The service that it stands beside
     #[arg(long)]
     service: Option<ServiceId>,
@@ -82,7 +82,7 @@ pub struct Sidecar {
 }
 
 /// Prints a bootstrap, or becomes Envoy, in which case it returns only when that fails.
-pub fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failure> {
+pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failure> {
     match command {
         EnvoyCommand::Bootstrap(sidecar) => {
             let yaml = sidecar.bootstrap(global, &host())?.to_yaml();

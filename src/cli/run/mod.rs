@@ -44,7 +44,7 @@ Examples:
 /// Run a command as an instance of a service.
 #[derive(Debug, Clone, clap::Args)]
 #[command(long_about = LONG, after_help = EXAMPLES)]
-pub struct RunArgs {
+pub(super) struct RunArgs {
     /// The service that the command is an instance of
     #[arg(long)]
     service: String,
@@ -99,7 +99,7 @@ pub struct RunArgs {
 }
 
 /// Runs the command to its end. Returns the exit code for the process.
-pub async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
+pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
     let Settings { registration, probe, plan, program, arguments } = Settings::new(args, &host())?;
     let servers = Servers::parse(&global.grpc, global.token.as_deref()).map_err(Failure::usage)?;
     let address = SocketAddr::new(registration.address, registration.port.into());
@@ -253,7 +253,7 @@ fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 /// The name of this machine; empty when it has none.
-pub(crate) fn host() -> String {
+pub(super) fn host() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
