@@ -15,6 +15,7 @@ pub mod model;
 // Truth.
 pub mod catalog;
 // Writers.
+pub mod health;
 pub mod registry;
 pub mod store;
 // Projections: pure functions of a snapshot.

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `disco` program.
+
+fn main() -> std::process::ExitCode {
+    disco::cli::main()
+}

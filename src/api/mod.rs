@@ -1,1 +1,73 @@
-//! TBD
+//! The edges that people, scripts and instances use: gRPC (`disco.v1`) and HTTP/JSON over the same handlers of
+//! `registry`, the state of the proxies from `xds`, metrics and readiness.
+//!
+//! Whatever comes in is checked whole before anything is done, and every refusal names the fields at fault.
+
+mod dto;
+mod error;
+mod grpc;
+mod http;
+mod proxies;
+
+use std::sync::Arc;
+
+use crate::{
+    proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
+    registry::Registry,
+    rt::{Readiness, Tasks},
+    telemetry::{LogFilter, Metrics},
+    xds::Proxies,
+};
+
+/// Settings of the edges.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Largest request body in bytes, on both edges.
+    pub body_limit: usize,
+    /// The configuration in force, as YAML, for `/debug/config`.
+    pub effective: String,
+}
+
+/// What the handlers work on. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Api {
+    config: Arc<Config>,
+    registry: Registry,
+    proxies: Proxies,
+    readiness: Readiness,
+    metrics: Metrics,
+    log: LogFilter,
+    tasks: Tasks,
+}
+
+impl Api {
+    /// The handlers over these rooms.
+    pub fn new(
+        config: Config,
+        registry: Registry,
+        proxies: Proxies,
+        readiness: Readiness,
+        metrics: Metrics,
+        log: LogFilter,
+        tasks: Tasks,
+    ) -> Self {
+        Self { config: Arc::new(config), registry, proxies, readiness, metrics, log, tasks }
+    }
+
+    /// The HTTP edge.
+    pub fn http(&self) -> axum::Router {
+        http::router(self.clone())
+    }
+
+    /// `disco.v1.Registry`.
+    pub fn registry_service(&self) -> RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>> {
+        RegistryServer::new(grpc::RegistryService::new(self.registry.clone(), self.tasks.clone()))
+            .max_decoding_message_size(self.config.body_limit)
+    }
+
+    /// `disco.v1.Proxies`.
+    pub fn proxies_service(&self) -> ProxiesServer<impl crate::proto::v1::proxies_server::Proxies + use<>> {
+        ProxiesServer::new(proxies::ProxiesService::new(self.clone()))
+            .max_decoding_message_size(self.config.body_limit)
+    }
+}

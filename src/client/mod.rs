@@ -1,1 +1,17 @@
-//! TBD
+//! Speaks to Disco servers: HTTP/JSON for the command line, gRPC for the session that holds a registration.
+//!
+//! Servers are named by IP and port, never by a host name. Holds no state of the mesh: whatever it learns it hands to its
+//! caller. Errors say what to do next.
+
+mod http;
+mod proxies;
+mod servers;
+mod session;
+
+pub use http::{FieldError, Http, HttpError};
+pub use proxies::{Acknowledged, wait_acknowledged};
+pub use servers::Servers;
+pub use session::{Session, SessionError, SessionState};
+
+#[cfg(test)]
+pub(crate) mod mock;

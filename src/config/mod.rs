@@ -1,1 +1,287 @@
-//! TBD
+//! The configuration: as written in YAML, then as checked.
+//!
+//! [`Config::load`] reads a file and reports every problem at once, with line and column; a [`Config`] that exists is
+//! right. `app` hands each room its part; no room reads this one.
+
+mod check;
+mod problem;
+mod show;
+#[cfg(test)]
+mod tests;
+mod yaml;
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+pub use crate::telemetry::LogFormat;
+pub use problem::ConfigError;
+
+use crate::model;
+
+/// What one process does. It runs nothing that it was not told to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The parts that run; never empty.
+    pub roles: BTreeSet<Role>,
+    /// Where it listens.
+    pub listen: Listen,
+    /// Whether it may listen beyond loopback without TLS and authentication.
+    pub insecure: bool,
+    /// Where accepted writes are kept.
+    pub store: Store,
+    /// Bounds on what clients may ask for.
+    pub limits: Limits,
+    /// How it ends.
+    pub shutdown: Shutdown,
+    /// What it logs.
+    pub log: Log,
+    /// The registry.
+    pub registry: Registry,
+    /// The xDS server.
+    pub xds: Xds,
+}
+
+/// A part of Disco that a process may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Takes registrations, leases and drains.
+    Registry,
+    /// Serves proxies.
+    Xds,
+    /// The HTTP API, metrics and health.
+    Admin,
+}
+
+impl Role {
+    /// All that this version has.
+    pub const ALL: [Self; 3] = [Self::Registry, Self::Xds, Self::Admin];
+
+    /// The name that the configuration uses.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Registry => "registry",
+            Self::Xds => "xds",
+            Self::Admin => "admin",
+        }
+    }
+
+    /// What it does, in a few words.
+    pub fn does(self) -> &'static str {
+        match self {
+            Self::Registry => "takes registrations, leases and drains",
+            Self::Xds => "serves proxies over ADS",
+            Self::Admin => "HTTP API, metrics, health",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Where the process listens. Port 0 means any free one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listen {
+    /// xDS, registry, health, reflection.
+    pub grpc: SocketAddr,
+    /// HTTP API, metrics.
+    pub http: SocketAddr,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        let loopback = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        Self { grpc: loopback(18000), http: loopback(18080) }
+    }
+}
+
+/// Where accepted writes are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Store {
+    /// Nowhere: gone with the process.
+    Memory,
+    /// In files of this process.
+    File {
+        /// Their directory; made when it is missing.
+        dir: PathBuf,
+        /// Whether to start although the middle of a file is damaged, without what is behind the damage.
+        accept_loss: bool,
+    },
+}
+
+/// Bounds on what clients may ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// On registrations.
+    pub registration: model::Limits,
+    /// Largest body of an HTTP request in bytes.
+    pub body: usize,
+    /// Largest xDS request in bytes.
+    pub xds_request: usize,
+    /// Most resource names that one stream may subscribe to.
+    pub names_per_stream: usize,
+    /// Longest resource name in bytes.
+    pub name_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            registration: model::Limits::default(),
+            body: 1 << 20,
+            xds_request: 64 << 20,
+            names_per_stream: 200_000,
+            name_bytes: 2048,
+        }
+    }
+}
+
+/// How the process ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shutdown {
+    /// How long streams and requests may take to finish.
+    pub drain: Duration,
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Self { drain: Duration::from_secs(10) }
+    }
+}
+
+/// What the process logs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// Levels by module, e.g. `info,disco::xds=debug`.
+    pub filter: String,
+    /// How lines are written.
+    pub format: LogFormat,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { filter: "info".into(), format: LogFormat::Text }
+    }
+}
+
+/// Settings of the registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registry {
+    /// How long the instances of a session that broke off stay, for their owner to come back.
+    pub session_grace: Duration,
+    /// How long a service without instances stays known.
+    pub empty_service_retention: Duration,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self { session_grace: Duration::from_secs(10), empty_service_retention: Duration::from_secs(60 * 60) }
+    }
+}
+
+/// Settings of the xDS server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Xds {
+    /// How long the answer to a response is waited for before the next one is sent all the same.
+    pub ack_timeout: Duration,
+    /// How long listeners and routes wait for clusters to warm.
+    pub warming_timeout: Duration,
+    /// How long after a reconnect a removed cluster is kept while the proxy has not asked for its listeners and routes.
+    pub reconnect_grace: Duration,
+    /// How long a new stream may take to send its first request.
+    pub first_request_timeout: Duration,
+}
+
+impl Default for Xds {
+    fn default() -> Self {
+        Self {
+            ack_timeout: Duration::from_secs(60),
+            warming_timeout: Duration::from_secs(20),
+            reconnect_grace: Duration::from_secs(5),
+            first_request_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What the command line says over the file.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// Over `listen.grpc`.
+    pub grpc: Option<SocketAddr>,
+    /// Over `listen.http`.
+    pub http: Option<SocketAddr>,
+    /// Over `store`: the directory of a file store.
+    pub data: Option<PathBuf>,
+    /// Sets `store.file.accept_loss`.
+    pub accept_loss: bool,
+    /// Over `log.filter`.
+    pub log: Option<String>,
+    /// Sets `insecure`.
+    pub insecure: bool,
+}
+
+impl Default for Config {
+    /// All roles, everything else as it is when a file does not say.
+    fn default() -> Self {
+        Self {
+            roles: Role::ALL.into(),
+            listen: Listen::default(),
+            insecure: false,
+            store: Store::File { dir: check::DEFAULT_DIR.into(), accept_loss: false },
+            limits: Limits::default(),
+            shutdown: Shutdown::default(),
+            log: Log::default(),
+            registry: Registry::default(),
+            xds: Xds::default(),
+        }
+    }
+}
+
+impl Config {
+    /// What `disco dev` runs: all roles on loopback, the store in memory unless `overrides` names a directory.
+    ///
+    /// # Errors
+    /// The overrides are wrong, e.g. they listen beyond loopback without saying `insecure`.
+    pub fn dev(overrides: &Overrides) -> Result<Self, ConfigError> {
+        check::finish(Self { store: Store::Memory, ..Self::default() }, overrides)
+    }
+
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or everything that is wrong with it.
+    pub fn load(path: &Path, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let name = path.display().to_string();
+        // A configuration is small; a file that is not would only cost memory.
+        const LARGEST: u64 = 1 << 20;
+        let read = || {
+            if std::fs::metadata(path)?.len() > LARGEST {
+                return Err(std::io::Error::other("it is larger than 1 MiB"));
+            }
+            std::fs::read_to_string(path)
+        };
+        let text = read()
+            .map_err(|error| ConfigError::Unreadable { file: name.clone(), reason: error.to_string() })?;
+        Self::parse(&name, &text, overrides)
+    }
+
+    /// Reads and checks the text of a file; `file` names it in problems.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn parse(file: &str, text: &str, overrides: &Overrides) -> Result<Self, ConfigError> {
+        check::parse(file, text, overrides)
+    }
+
+    /// The configuration as a file that says everything, also what was left to its default.
+    pub fn to_yaml(&self) -> String {
+        show::yaml(self)
+    }
+}

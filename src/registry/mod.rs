@@ -1,1 +1,137 @@
-//! TBD
+//! The only way in for writes from outside: register, renew, update, drain, deregister, and the leases that keep what is
+//! registered.
+//!
+//! A write is committed to the store first and answered once it is durable and visible in the catalog. The catalog is a
+//! mirror of the store, kept by one task here. Renewals touch neither: leases live in memory, and start anew, whole, when
+//! the process does, so that a restart never expires anybody.
+
+mod error;
+mod leases;
+mod mirror;
+mod record;
+mod sessions;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::{sync::Arc, time::Duration};
+
+pub use error::Error;
+pub use record::{instance_to_proto, lease_to_proto};
+pub use sessions::{Ended, Session};
+pub use write::Accepted;
+
+use crate::{
+    catalog,
+    model::Limits,
+    rt::{Gate, Tasks},
+    store::Store,
+    telemetry::Metrics,
+};
+use leases::Leases;
+
+/// Settings of the registry.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Bounds on what may be registered.
+    pub limits: Limits,
+    /// How long an instance outlives a session whose connection fell silent, and one that was registered before a restart
+    /// of Disco: the time its owner has to come back.
+    pub session_grace: Duration,
+    /// How long a service without instances stays known.
+    pub empty_service_retention: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            session_grace: Duration::from_secs(10),
+            empty_service_retention: Duration::from_secs(60 * 60),
+        }
+    }
+}
+
+/// Handle to the registry. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: Config,
+    store: Arc<dyn Store>,
+    catalog: catalog::Reader,
+    leases: Leases,
+    metrics: RegistryMetrics,
+    tasks: Tasks,
+}
+
+#[derive(Debug)]
+struct RegistryMetrics {
+    writes: prometheus_client::metrics::counter::Counter,
+    refused: prometheus_client::metrics::counter::Counter,
+    renewals: prometheus_client::metrics::counter::Counter,
+    expired: prometheus_client::metrics::counter::Counter,
+}
+
+impl RegistryMetrics {
+    fn new(metrics: &Metrics) -> Self {
+        Self {
+            writes: metrics.counter("registry_writes", "Accepted and durable changes"),
+            refused: metrics.counter("registry_refused", "Requests that were refused"),
+            renewals: metrics.counter("registry_renewals", "Lease renewals"),
+            expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
+        }
+    }
+}
+
+impl Registry {
+    /// Reads the store into the catalog and starts the tasks that keep the catalog, the leases and the services; `synced`
+    /// opens when the catalog holds everything.
+    ///
+    /// # Errors
+    /// When the store cannot be read, or holds a record that this version does not understand.
+    pub async fn start(
+        config: Config,
+        store: Arc<dyn Store>,
+        writer: catalog::Writer,
+        catalog: catalog::Reader,
+        metrics: &Metrics,
+        tasks: &Tasks,
+        synced: Gate,
+    ) -> Result<Self, Error> {
+        let inner = Arc::new(Inner {
+            leases: Leases::new(config.session_grace),
+            config,
+            store: Arc::clone(&store),
+            catalog,
+            metrics: RegistryMetrics::new(metrics),
+            tasks: tasks.clone(),
+        });
+        let mirror = mirror::Mirror::load(store, writer).await?;
+        for service in inner.catalog.latest().services() {
+            for instance in service.instances() {
+                inner.leases.hold_after_restart(instance, tokio::time::Instant::now());
+            }
+        }
+        synced.open();
+
+        tasks.spawn_until_shutdown("catalog-mirror", mirror.run());
+        let registry = Self { inner };
+        tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
+        tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
+        Ok(registry)
+    }
+
+    /// What is registered.
+    pub fn catalog(&self) -> &catalog::Reader {
+        &self.inner.catalog
+    }
+
+    /// Bounds on what may be registered.
+    pub fn limits(&self) -> &Limits {
+        &self.inner.config.limits
+    }
+}

@@ -1,1 +1,99 @@
-//! TBD
+//! What proxies are told: a pure function from a catalog snapshot to the LDS, RDS, CDS and EDS resources of one view.
+//!
+//! `app` calls [`render`] for a new [`View`] and [`update`] after each change; `xds` serves what comes out. No clocks, no
+//! randomness, no map whose order could vary: equal snapshots give equal bytes, on every replica and after every restart.
+//!
+//! Envoy and proxyless gRPC clients get separate renderings (`envoy`, `grpc`), because each refuses things that the other
+//! needs; they share the endpoints. Also here: the [`Bootstrap`] that points an Envoy at its servers.
+
+mod bootstrap;
+mod endpoints;
+mod envoy;
+mod grpc;
+mod view;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeSet, sync::Arc};
+
+pub use bootstrap::{Bootstrap, DEFAULT_ADMIN_PORT};
+pub use envoy::OUTBOUND;
+pub use view::{ClientKind, DEFAULT_OUTBOUND_PORT, NodeError, View};
+
+use crate::{
+    catalog::{Changes, Service, Snapshot},
+    xds::{Change, ResourceSet, ResourceType},
+};
+
+/// All resources of a view.
+pub fn render(snapshot: &Snapshot, view: &View) -> ResourceSet {
+    update(&ResourceSet::default(), snapshot, &Changes::Resync, view)
+}
+
+/// The resources of a view after `changes`, which lead from `old` to `snapshot`; equal to [`render`] of the snapshot. Only the
+/// services that the changes name are generated again, and what comes out the same keeps its version and place.
+pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &View) -> ResourceSet {
+    let mut out = Vec::new();
+    // Every service has a cluster of its name in every view, so the clusters of a set say which services it knows.
+    let known = |name: &str| old.get(ResourceType::Cluster, name).is_some();
+    let mut services_changed = false;
+    let mut put = |service: &Service, out: &mut Vec<Change>| {
+        services_changed |= !known(service.id.as_str());
+        out.extend(service_resources(service, view));
+    };
+    let mut gone: Vec<Arc<str>> = Vec::new();
+    match changes {
+        Changes::Touched(touched) => {
+            let services: BTreeSet<_> = touched.iter().map(|(service, _)| service).collect();
+            for id in services {
+                match snapshot.service(id) {
+                    Some(service) => put(service, &mut out),
+                    None => gone.push(id.shared()),
+                }
+            }
+        }
+        Changes::Resync => {
+            snapshot.services().for_each(|service| put(service, &mut out));
+            let present: BTreeSet<&str> = snapshot.services().map(|service| service.id.as_str()).collect();
+            let names = old.iter(ResourceType::Cluster).map(|(name, _)| name);
+            gone.extend(names.filter(|name| !present.contains(name.as_ref())).cloned());
+        }
+    }
+    services_changed |= gone.iter().any(|name| known(name));
+    out.extend(gone.iter().flat_map(|name| removals(name, view)));
+
+    if view.kind == ClientKind::Envoy {
+        if old.get(ResourceType::Listener, OUTBOUND).is_none() {
+            out.push(Change::Put(envoy::listener(view.outbound_port)));
+        }
+        if services_changed || old.get(ResourceType::Route, OUTBOUND).is_none() {
+            out.push(Change::Put(envoy::routes(snapshot.services().map(|service| service.id.as_str()))));
+        }
+    }
+    old.apply(snapshot.revision(), out)
+}
+
+fn service_resources(service: &Service, view: &View) -> Vec<Change> {
+    let name = service.id.shared();
+    let resources = match view.kind {
+        ClientKind::Envoy => vec![envoy::cluster(&name), endpoints::for_envoy(service)],
+        ClientKind::Grpc => vec![
+            grpc::cluster(&name),
+            endpoints::for_grpc(service),
+            grpc::listener(&name),
+            grpc::routes(&name),
+        ],
+    };
+    resources.into_iter().map(Change::Put).collect()
+}
+
+fn removals(name: &Arc<str>, view: &View) -> impl Iterator<Item = Change> + use<> {
+    let kinds: &[ResourceType] = match view.kind {
+        ClientKind::Envoy => &[ResourceType::Cluster, ResourceType::Endpoints],
+        ClientKind::Grpc => &ResourceType::ALL,
+    };
+    let name = Arc::clone(name);
+    kinds.iter().map(move |kind| Change::Remove(*kind, Arc::clone(&name)))
+}

@@ -2,7 +2,17 @@
 //!
 //! Written by `registry`; read by it at start-up and through [`Store::watch`]. A commit that was answered survives
 //! `kill -9` right after. Backends differ in where they keep things, not in what they do: one conformance suite holds
-//! them all.
+//! them all. [`Memory`] keeps nothing; [`FileStore`] keeps a log in a directory of this machine.
+
+#[cfg(test)]
+mod conformance;
+mod feed;
+mod file;
+mod memory;
+mod state;
+
+pub use file::{Config, Cut, Damage, FileError, FileStore, Loss, OpenError, Recovery, Stats};
+pub use memory::Memory as MemoryStore;
 
 use std::{fmt, sync::Arc};
 
@@ -80,7 +90,8 @@ pub struct Listing {
 pub struct Event {
     /// The commit.
     pub revision: Revision,
-    /// Its operations under the prefix: the new value, or `None` for a removal.
+    /// Its operations under the prefix: the new value, or `None` for a removal. Removing an absent key changes nothing
+    /// and is not told.
     pub changes: Vec<(Key, Option<Bytes>)>,
 }
 
@@ -94,7 +105,8 @@ pub trait Watch: Send + fmt::Debug {
 /// Durable key-value state with revisions, compare-and-set and a feed of changes.
 pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Applies all operations or none. Durable when answered. The revision is greater than that of every commit answered
-    /// before, and every accepted commit has its own.
+    /// before, and every accepted commit has its own. Conditions are checked against the state before the commit; of
+    /// two operations on one key the later wins. Dropping the future does not take a commit back.
     ///
     /// # Errors
     /// [`StoreError::Conflict`] names the first key whose condition did not hold; nothing was written.
@@ -103,7 +115,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// One entry.
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
 
-    /// Everything under a prefix at one revision.
+    /// Everything whose key starts with `prefix` (as text: end it with `/` to stay within a segment) at one revision.
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Listing, StoreError>>;
 
     /// Every commit after `after` that touches the prefix.
@@ -134,7 +146,7 @@ pub enum StoreError {
     /// The feed does not go back that far.
     #[error("the store remembers changes after revision {0} only; list again")]
     Compacted(Revision),
-    /// The medium failed; the commit may or may not be durable, and no further one is accepted.
+    /// The medium failed; the commit may or may not be durable. Later ones fail too until the medium works again.
     #[error("{0}")]
     Failed(String),
     /// The store was closed.

@@ -15,3 +15,4 @@ mod bad_input;
 mod harness;
 mod real_clients;
 mod tidy;
+mod validate;

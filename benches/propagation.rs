@@ -1,0 +1,168 @@
+//! How long an accepted change takes to reach proxies: from the answer to a write until every connected proxy has
+//! acknowledged it, and until each proxy has it, with 1, 100 and 1,000 delta ADS streams of one connection each; and what
+//! a connected proxy costs in memory.
+//!
+//! `cargo bench --profile fast --bench propagation`
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::time::{Duration, Instant};
+
+use disco::proto::v1::{
+    RegisterRequest, WaitAcknowledgedRequest, proxies_client::ProxiesClient, registry_client::RegistryClient,
+};
+use envoy_types::pb::envoy::{
+    config::core::v3::Node,
+    service::discovery::v3::{
+        DeltaDiscoveryRequest, aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    },
+};
+use hdrhistogram::Histogram;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+const CHANGES: u16 = 300;
+const INSTANCES: u16 = 20;
+const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
+const ENDPOINTS: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
+const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() {
+    println!("{CHANGES} endpoint changes of a service of {INSTANCES} instances; milliseconds");
+    println!(
+        "{:>8} {:>10} {:>10} {:>11} {:>11} {:>14} {:>14}",
+        "proxies", "all ack p50", "p99", "receive p50", "p99", "CPU us/resp", "KiB a proxy"
+    );
+    for proxies in [1, 100, 1000] {
+        measure(proxies).await;
+    }
+}
+
+async fn measure(proxies: usize) {
+    let data = tempfile::tempdir().expect("a directory");
+    let disco = common::Disco::start(data.path());
+    let channel = connect(&disco.grpc).await;
+    let mut registry = RegistryClient::new(channel.clone());
+    let mut ledger = ProxiesClient::new(channel);
+    for n in 0..INSTANCES {
+        register(&mut registry, n, 1).await;
+    }
+    let idle = disco.memory();
+
+    let (received, mut arrivals) = mpsc::channel(4096);
+    let mut streams = Vec::with_capacity(proxies);
+    for n in 0..proxies {
+        streams.push(tokio::spawn(proxy(disco.grpc.clone(), n, received.clone())));
+    }
+    for _ in 0..proxies {
+        arrivals.recv().await.expect("every proxy is sent the endpoints");
+    }
+    let revision = register(&mut registry, 0, 1).await;
+    wait(&mut ledger, revision).await;
+    let connected = disco.memory();
+
+    let mut acked = Histogram::<u64>::new(3).expect("a histogram");
+    let mut each = Histogram::<u64>::new(3).expect("a histogram");
+    let cpu = disco.cpu();
+    for change in 0..CHANGES {
+        let revision = register(&mut registry, change % INSTANCES, 2 + u32::from(change)).await;
+        let answered = Instant::now();
+        let ((), ()) = tokio::join!(
+            async {
+                wait(&mut ledger, revision).await;
+                acked.saturating_record(micros(answered.elapsed()));
+            },
+            async {
+                for _ in 0..proxies {
+                    let at: Instant = arrivals.recv().await.expect("every proxy is sent the change");
+                    each.saturating_record(micros(at.saturating_duration_since(answered)));
+                }
+            }
+        );
+    }
+    let responses = f64::from(CHANGES) * proxies as f64;
+    println!(
+        "{proxies:>8} {:>10.2} {:>10.2} {:>11.2} {:>11.2} {:>14.1} {:>14.1}",
+        acked.value_at_quantile(0.5) as f64 / 1000.0,
+        acked.value_at_quantile(0.99) as f64 / 1000.0,
+        each.value_at_quantile(0.5) as f64 / 1000.0,
+        each.value_at_quantile(0.99) as f64 / 1000.0,
+        (disco.cpu() - cpu) * 1e6 / responses,
+        (connected.saturating_sub(idle)) as f64 / proxies as f64,
+    );
+    if proxies == 1 {
+        println!(
+            "         (memory of an idle disco dev with {INSTANCES} instances: {:.1} MiB)",
+            idle as f64 / 1024.0
+        );
+    }
+    streams.into_iter().for_each(|stream| stream.abort());
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+async fn connect(address: &str) -> Channel {
+    let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address");
+    endpoint.tcp_nodelay(true).connect().await.expect("disco answers")
+}
+
+async fn register(registry: &mut RegistryClient<Channel>, n: u16, weight: u32) -> u64 {
+    let request = RegisterRequest {
+        service: "greeter".into(),
+        id: format!("greeter-{n}"),
+        address: "127.0.0.1".into(),
+        port: u32::from(20_000 + n),
+        weight,
+        ttl: Some(prost_types::Duration { seconds: 3600, nanos: 0 }),
+        ..RegisterRequest::default()
+    };
+    registry.register(request).await.expect("a registration").into_inner().revision
+}
+
+async fn wait(ledger: &mut ProxiesClient<Channel>, revision: u64) {
+    let request = WaitAcknowledgedRequest {
+        revision,
+        service: "greeter".into(),
+        timeout: Some(prost_types::Duration { seconds: 30, nanos: 0 }),
+    };
+    let answer = ledger.wait_acknowledged(request).await.expect("an answer").into_inner();
+    assert!(answer.complete, "not acknowledged in 30 s by {:?}", answer.pending);
+}
+
+/// A proxy as Envoy behaves: asks for clusters, endpoints, the listener and the routes, and acknowledges what it is sent. Says
+/// when endpoints arrive.
+async fn proxy(address: String, n: usize, received: mpsc::Sender<Instant>) {
+    let (requests, stream) = mpsc::channel(16);
+    let first = |type_url: &str, names: &[&str], node: Option<Node>| DeltaDiscoveryRequest {
+        node,
+        type_url: type_url.into(),
+        resource_names_subscribe: names.iter().map(|name| (*name).into()).collect(),
+        ..DeltaDiscoveryRequest::default()
+    };
+    let node = Node { id: format!("bench-{n}"), user_agent_name: "envoy".into(), ..Node::default() };
+    requests.send(first(CLUSTER, &[], Some(node))).await.expect("room");
+    requests.send(first(ENDPOINTS, &["greeter"], None)).await.expect("room");
+    requests.send(first(LISTENER, &[], None)).await.expect("room");
+    requests.send(first(ROUTE, &["outbound"], None)).await.expect("room");
+    let mut client = AggregatedDiscoveryServiceClient::new(connect(&address).await);
+    let mut responses =
+        client.delta_aggregated_resources(ReceiverStream::new(stream)).await.expect("a stream").into_inner();
+    while let Ok(Some(response)) = responses.message().await {
+        let at = Instant::now();
+        let ack = DeltaDiscoveryRequest {
+            type_url: response.type_url.clone(),
+            response_nonce: response.nonce,
+            ..DeltaDiscoveryRequest::default()
+        };
+        requests.send(ack).await.expect("the stream is open");
+        if response.type_url == ENDPOINTS {
+            received.send(at).await.expect("the benchmark runs");
+        }
+    }
+}

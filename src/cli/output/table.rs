@@ -1,0 +1,129 @@
+use comfy_table::{ContentArrangement, Table, presets};
+
+/// Narrowest a column gets.
+const NARROWEST: usize = 8;
+/// Space between columns.
+const GAP: usize = 2;
+
+/// A column of a table.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::cli) struct Column {
+    title: &'static str,
+    wide_only: bool,
+}
+
+impl Column {
+    /// A column of every table.
+    pub(in crate::cli) const fn new(title: &'static str) -> Self {
+        Self { title, wide_only: false }
+    }
+
+    /// A column that is left out when the table has to fit a width.
+    pub(in crate::cli) const fn wide(title: &'static str) -> Self {
+        Self { title, wide_only: true }
+    }
+}
+
+/// Draws a table. With a width it fits: columns of the wide form are left out and the widest columns are shortened.
+pub(in crate::cli) fn render(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> String {
+    let kept = |index: usize| columns.get(index).is_some_and(|column| width.is_none() || !column.wide_only);
+    let keep = |row: Vec<String>| -> Vec<String> {
+        row.into_iter().enumerate().filter(|(index, _)| kept(*index)).map(|(_, cell)| cell).collect()
+    };
+    let mut lines = vec![keep(columns.iter().map(|column| column.title.to_owned()).collect())];
+    lines.extend(rows.iter().cloned().map(keep));
+    if let Some(width) = width {
+        let widths = fit(&lines, width);
+        for line in &mut lines {
+            for (cell, width) in line.iter_mut().zip(&widths) {
+                shorten(cell, *width);
+            }
+        }
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.add_rows(lines);
+    let padding = u16::try_from(GAP).unwrap_or_default();
+    for column in table.column_iter_mut() {
+        column.set_padding((0, padding));
+    }
+    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+/// The widths at which the lines fit: taken from the widest column, one character at a time.
+fn fit(lines: &[Vec<String>], width: usize) -> Vec<usize> {
+    let columns = lines.first().map_or(0, Vec::len);
+    let mut widths: Vec<usize> = (0..columns)
+        .map(|index| lines.iter().filter_map(|line| line.get(index)).map(|cell| cell.chars().count()).max())
+        .map(Option::unwrap_or_default)
+        .collect();
+    let room = width.saturating_sub(GAP * columns.saturating_sub(1));
+    let mut over = widths.iter().sum::<usize>().saturating_sub(room);
+    while over > 0 {
+        let Some(widest) = widths.iter_mut().max_by_key(|width| **width).filter(|width| **width > NARROWEST)
+        else {
+            break;
+        };
+        *widest -= 1;
+        over -= 1;
+    }
+    widths
+}
+
+/// Cuts the middle out: names often differ at their ends.
+fn shorten(cell: &mut String, width: usize) {
+    let count = cell.chars().count();
+    if count <= width || width == 0 {
+        return;
+    }
+    let tail = (width - 1) / 2;
+    let head = width - 1 - tail;
+    let shown = cell.chars().take(head).chain(['…']).chain(cell.chars().skip(count - tail)).collect();
+    *cell = shown;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn columns() -> [Column; 4] {
+        [Column::new("NAME"), Column::new("STATE"), Column::wide("NOTE"), Column::new("AGE")]
+    }
+
+    fn row(cells: [&str; 4]) -> Vec<String> {
+        cells.map(str::to_owned).to_vec()
+    }
+
+    #[test]
+    fn columns_line_up_without_borders() {
+        let rows = [row(["greeter", "serving", "x", "3s"]), row(["a", "draining", "y", "12m"])];
+        assert_eq!(
+            render(&columns(), &rows, Some(80)),
+            "NAME     STATE     AGE\n\
+             greeter  serving   3s\n\
+             a        draining  12m\n"
+        );
+        assert_eq!(
+            render(&columns(), &rows, None),
+            "NAME     STATE     NOTE  AGE\n\
+             greeter  serving   x     3s\n\
+             a        draining  y     12m\n"
+        );
+    }
+
+    #[test]
+    fn a_table_fits_and_the_wide_form_shortens_nothing() {
+        let long = format!("start-{}-end", "n".repeat(200));
+        let rows = [row([&long, "serving", &long, "3s"]), row(["b", &"s".repeat(90), "", "3s"])];
+        let table = render(&columns(), &rows, Some(80));
+        assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+        assert!(table.contains("start-n") && table.contains('…') && table.contains("-end "), "{table}");
+        assert!(render(&columns(), &rows, None).contains(&long));
+    }
+
+    #[test]
+    fn nothing_breaks_in_a_very_narrow_terminal() {
+        let rows = [row(["a-long-long-name", "serving", "", "3s"])];
+        assert!(render(&columns(), &rows, Some(1)).lines().count() == 2);
+    }
+}

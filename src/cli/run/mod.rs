@@ -1,0 +1,273 @@
+//! `disco run`: starts a command, registers it while it works, and takes it out of load balancing before it stops.
+
+mod life;
+mod process;
+mod registrar;
+
+use std::{collections::BTreeMap, ffi::OsString, io::Write as _, net::SocketAddr, time::Duration};
+
+use crate::{
+    cli::{Failure, Global},
+    client::Servers,
+    health::Probe,
+    model::{Limits, MAX_INSTANCE_ID, Problems, RawRegistration, Registration, excerpt, parse_duration},
+    rt::Tasks,
+};
+use life::{Check, Life, Plan};
+use process::{Running, stop_requests};
+use registrar::Sessions;
+
+/// Longest time for one check.
+const CHECK: Duration = Duration::from_secs(2);
+/// Longest look at the port before the command is started.
+const GLANCE: Duration = Duration::from_millis(200);
+
+const LONG: &str = "\
+Starts COMMAND and registers it as an instance of a service once its check passes. The registration lasts as long as \
+this program: when the command ends, however it ends, it is removed at once.
+
+On SIGTERM, SIGINT, SIGHUP or SIGQUIT the instance is drained first: it takes no new calls, and when every proxy has \
+acknowledged that, the command gets SIGTERM, and SIGKILL if that takes too long. Asking a second time skips the \
+waiting. The exit code is the command's own, 128 and the signal's number if it was killed, 127 if it was not found.
+
+The command runs on when no Disco server can be reached, and is registered when there is one. After registration the \
+check goes on; when it fails several times in a row the instance is drained, and registered anew when it passes again.
+
+The command gets DISCO_SERVICE, DISCO_INSTANCE, DISCO_ADDRESS and PORT in its environment. It runs in a process group of \
+its own, without the terminal as its input.";
+
+const EXAMPLES: &str = "\
+Examples:
+  disco run --service greeter --port 50051 --health grpc -- ./greeter --listen 127.0.0.1:50051
+  disco run --service web --port 8080 --health http /healthz --zone z1 -- python3 -m http.server 8080";
+
+/// Run a command as an instance of a service.
+#[derive(Debug, Clone, clap::Args)]
+#[command(long_about = LONG, after_help = EXAMPLES)]
+pub struct RunArgs {
+    /// The service that the command is an instance of
+    #[arg(long)]
+    service: String,
+    /// The port that it listens on
+    #[arg(long, allow_negative_numbers = true)]
+    port: i64,
+    /// Its id within the service [default: HOST-PORT]
+    #[arg(long)]
+    id: Option<String>,
+    /// The IP address that callers reach it at
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    address: String,
+    /// How to see that it works: `tcp`, `http [/PATH]`, `grpc [SERVICE]` or `none`
+    #[arg(long, num_args = 1..=2, value_names = ["KIND", "DETAIL"], action = clap::ArgAction::Set, default_value = "tcp")]
+    health: Vec<String>,
+    /// The path for `--health http`
+    #[arg(long, value_name = "PATH")]
+    health_path: Option<String>,
+    /// Until when the check must have passed for the first time
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    health_timeout: Duration,
+    /// Pause between two checks until it has passed
+    #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_duration)]
+    health_interval: Duration,
+    /// Pause between two checks after that; 0s for no more checks
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    health_recheck: Duration,
+    /// Failed checks in a row that make it drain
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    health_failures: u32,
+    /// The zone it runs in
+    #[arg(long, default_value = "", hide_default_value = true)]
+    zone: String,
+    /// The region it runs in
+    #[arg(long, default_value = "", hide_default_value = true)]
+    region: String,
+    /// Its share of the calls relative to the other instances
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
+    weight: i64,
+    /// What else to tell of it; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    metadata: Vec<(String, String)>,
+    /// Longest wait for the proxies to acknowledge a drain
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    drain_timeout: Duration,
+    /// From SIGTERM to SIGKILL
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    stop_timeout: Duration,
+    /// The command and its arguments, after `--`
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+/// Runs the command to its end. Returns the exit code for the process.
+pub async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
+    let Settings { registration, probe, plan, program, arguments } = Settings::new(args, &host())?;
+    let servers = Servers::parse(&global.grpc, global.token.as_deref()).map_err(Failure::usage)?;
+    let address = SocketAddr::new(registration.address, registration.port.into());
+    let environment = [
+        ("DISCO_SERVICE", registration.key.service.to_string()),
+        ("DISCO_INSTANCE", registration.key.id.to_string()),
+        ("DISCO_ADDRESS", registration.address.to_string()),
+        ("PORT", registration.port.to_string()),
+    ];
+    if probe.is_some() && Probe::Tcp.check(address, GLANCE).await.is_ok() {
+        say(&format!(
+            "something answers on {address} before the command is started: its check may pass for another process"
+        ));
+    }
+
+    let tasks = Tasks::default();
+    let stops = stop_requests(&tasks)?;
+    let process = Running::start(&program, &arguments, &environment)?;
+    let name = &plan.name;
+    say(&match &probe {
+        Some(probe) => {
+            format!("started {} for {name}; checking {address} by {probe}", program.display())
+        }
+        None => format!("started {} for {name} at {address}, without a check", program.display()),
+    });
+    let life = Life {
+        registrar: Sessions::new(servers, registration, tasks.clone()),
+        check: probe.map(|probe| At { probe, address }),
+        plan,
+        process,
+        stops,
+        log: say,
+    };
+    let code = Box::pin(life.live()).await;
+    tasks.shutdown().start();
+    tasks.join(Duration::from_secs(1)).await;
+    Ok(code)
+}
+
+fn say(line: &str) {
+    // Nobody to tell when standard error is closed; the command matters more.
+    let _ = writeln!(std::io::stderr().lock(), "disco run: {line}");
+}
+
+/// A probe and where to point it.
+#[derive(Debug)]
+struct At {
+    probe: Probe,
+    address: SocketAddr,
+}
+
+impl Check for At {
+    async fn check(&mut self) -> Result<(), String> {
+        self.probe.check(self.address, CHECK).await
+    }
+}
+
+/// The arguments, checked.
+#[derive(Debug)]
+struct Settings {
+    registration: Registration,
+    probe: Option<Probe>,
+    plan: Plan,
+    program: OsString,
+    arguments: Vec<OsString>,
+}
+
+impl Settings {
+    /// Reports everything that is wrong at once.
+    fn new(args: RunArgs, host: &str) -> Result<Self, Failure> {
+        let mut problems = Problems::default();
+        let probe = problems.take("health", probe(&args.health, args.health_path.as_deref()));
+        if args.health_interval.is_zero() {
+            problems.add("health-interval", "0s is too short: want at least 1ms");
+        }
+        let id = args
+            .id
+            .unwrap_or_else(|| default_id(if host.is_empty() { &args.service } else { host }, args.port));
+        let raw = RawRegistration {
+            service: args.service,
+            id,
+            incarnation: None,
+            address: Some(args.address),
+            port: Some(args.port.into()),
+            locality: [args.region, args.zone, String::new()],
+            weight: Some(args.weight.into()),
+            metadata: args.metadata.into_iter().collect::<BTreeMap<_, _>>(),
+            ttl: None,
+        };
+        let registration = Registration::check_into(raw, &form_only(), &mut problems);
+        let mut command = args.command.into_iter();
+        let (Some(registration), Some(probe), Some(program), true) =
+            (registration, probe, command.next(), problems.is_empty())
+        else {
+            let lines: Vec<_> =
+                problems.0.iter().map(|p| format!("{}: {}", flag(&p.field), p.message)).collect();
+            return Err(Failure::usage(lines.join("\n")));
+        };
+        let plan = Plan {
+            name: registration.key.to_string(),
+            start_limit: args.health_timeout,
+            start_interval: args.health_interval,
+            interval: args.health_recheck,
+            failures: args.health_failures,
+            drain_limit: args.drain_timeout,
+            stop_limit: args.stop_timeout,
+        };
+        Ok(Self { registration, probe, plan, program, arguments: command.collect() })
+    }
+}
+
+/// How large a registration may be is the server's choice; here only its form is checked.
+fn form_only() -> Limits {
+    Limits {
+        weight_max: u32::MAX,
+        metadata_entries: usize::MAX,
+        metadata_key: usize::MAX,
+        metadata_value: usize::MAX,
+        locality: usize::MAX,
+        ..Limits::default()
+    }
+}
+
+/// The flag that sets a field.
+fn flag(field: &str) -> String {
+    let name = field.strip_prefix("locality.").unwrap_or(field);
+    format!("--{}", name.split('.').next().unwrap_or(name))
+}
+
+/// `http /path` and `http:/path` are the same.
+fn probe(words: &[String], path: Option<&str>) -> Result<Option<Probe>, String> {
+    let mut text = words.join(":");
+    if let Some(path) = path {
+        if text != "http" {
+            return Err(format!("a --health-path goes with `--health http`, not with {}", excerpt(&text)));
+        }
+        text = format!("http:{path}");
+    }
+    if text == "none" {
+        return Ok(None);
+    }
+    let wrong = |error| format!("{error}; or none");
+    text.parse().map(Some).map_err(wrong)
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{} is not KEY=VALUE, such as version=1.2", excerpt(text))),
+    }
+}
+
+/// The name of this machine; empty when it has none.
+pub(crate) fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// `name-port`, with what an instance id may not hold replaced.
+fn default_id(name: &str, port: i64) -> String {
+    let tail = format!("-{port}");
+    let head: String = name
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' })
+        .skip_while(|c| !c.is_ascii_alphanumeric())
+        .take(MAX_INSTANCE_ID.saturating_sub(tail.len()))
+        .collect();
+    if head.is_empty() { format!("instance{tail}") } else { format!("{head}{tail}") }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+use std::{collections::BTreeMap, time::Duration};
+
+use clap::{Args, Subcommand};
+use http::Method;
+use serde_json::{Value, json};
+
+use super::{
+    Failure, Global,
+    instance::{INSTANCE_COLUMNS, instance_row},
+    output::{Column, ListOptions, ShowOptions, View, cell, list, number, print, render},
+};
+use crate::{client::Http, model::ServiceId};
+
+/// Verbs of `disco service`.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// List services
+    #[command(visible_alias = "ls", after_help = "Example:\n  disco service list -o json")]
+    List(ListOptions),
+    /// Show one service: its instances, their zones, and which proxies have its newest state
+    #[command(after_help = "Example:\n  disco service show greeter")]
+    Show(Show),
+    /// Forget a service that has no instances
+    #[command(after_help = "Example:\n  disco service remove greeter")]
+    Remove {
+        /// Its name
+        service: ServiceId,
+    },
+}
+
+/// Arguments of `disco service show`.
+#[derive(Debug, Args)]
+pub(super) struct Show {
+    /// Its name
+    service: ServiceId,
+    #[command(flatten)]
+    options: ShowOptions,
+}
+
+pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure> {
+    let http = global.client()?;
+    match command {
+        Command::List(options) => list(&options, async |_| services(&http).await).await,
+        Command::Show(Show { service, options }) => show(&http, &service).await?.print(options.output),
+        Command::Remove { service } => {
+            let answer =
+                http.send(Method::DELETE, &format!("/v1/services/{service}"), None, Duration::ZERO).await?;
+            print(&format!("{service} removed at revision {}\n", number(&answer, "/revision")))
+        }
+    }
+}
+
+async fn services(http: &Http) -> Result<View, Failure> {
+    Ok(View {
+        document: http.get("/v1/services", Duration::ZERO).await?,
+        items: Some("services"),
+        table: services_table,
+        empty: "no services yet; register one with `disco run --service NAME --port PORT -- COMMAND`",
+    })
+}
+
+fn services_table(document: &Value, width: Option<usize>) -> String {
+    let services = document.get("services").and_then(Value::as_array).into_iter().flatten();
+    let fields = ["/name", "/serving", "/draining", "/revision"];
+    let rows: Vec<_> = services.map(|service| fields.map(|field| cell(service, field)).to_vec()).collect();
+    render(&["NAME", "SERVING", "DRAINING", "REVISION"].map(Column::new), &rows, width)
+}
+
+async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
+    let mut answer = http.get(&format!("/v1/services/{service}/instances"), Duration::ZERO).await?;
+    let revision = number(&answer, "/revision");
+    let path = format!("/v1/revisions/{revision}?service={service}&wait=0s");
+    let delivery = http.get(&path, Duration::ZERO).await?;
+
+    let instances = answer.get_mut("instances").map(Value::take).unwrap_or_default();
+    let each = || instances.as_array().into_iter().flatten();
+    let in_state = |state: &str| each().filter(|instance| cell(instance, "/state") == state).count();
+    let mut zones = BTreeMap::<&str, usize>::new();
+    for instance in each() {
+        let zone = instance.pointer("/locality/zone").and_then(Value::as_str).unwrap_or_default();
+        *zones.entry(zone).or_default() += 1;
+    }
+    let document = json!({
+        "name": service.as_str(),
+        "revision": revision,
+        "serving": in_state("serving"),
+        "draining": in_state("draining"),
+        "zones": zones,
+        "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
+        "instances": instances,
+    });
+    Ok(View { document, items: None, table: service_table, empty: "" })
+}
+
+fn service_table(document: &Value, width: Option<usize>) -> String {
+    let zones = document.get("zones").and_then(Value::as_object).into_iter().flatten();
+    let zones: Vec<String> = zones
+        .map(|(zone, count)| {
+            let zone = if zone.is_empty() { "(none)".to_owned() } else { super::output::clean(zone) };
+            format!("{zone} {count}")
+        })
+        .collect();
+    let field = |name: &str| cell(document, name);
+    let mut text = format!(
+        "Service    {}\nRevision   {}\nInstances  {} serving, {} draining\n",
+        field("/name"),
+        field("/revision"),
+        field("/serving"),
+        field("/draining")
+    );
+    if !zones.is_empty() {
+        text.push_str(&format!("Zones      {}\n", zones.join(", ")));
+    }
+    let pending = super::instance::pending(document.get("proxies").unwrap_or(&Value::Null));
+    text.push_str(&format!("Proxies    {} up to date", number(document, "/proxies/acknowledged")));
+    if !pending.is_empty() {
+        text.push_str(&format!("; not yet: {}", pending.join(", ")));
+    }
+    text.push('\n');
+    let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
+    let rows: Vec<_> = instances.map(instance_row).collect();
+    if !rows.is_empty() {
+        text.push('\n');
+        text.push_str(&render(&INSTANCE_COLUMNS, &rows, width));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_in_80_columns() {
+        let instance = |id: &str, state: &str| {
+            json!({"service": "greeter", "id": id, "address": "127.0.0.1", "port": 50051, "state": state,
+                   "weight": 1, "locality": {"zone": "z1"}, "registered_at": "2000-01-01T00:00:00Z"})
+        };
+        let document = json!({
+            "name": "greeter", "revision": 7, "serving": 1, "draining": 1, "zones": {"": 1, "z1": 1},
+            "proxies": {"acknowledged": 2, "pending": ["edge-\u{1b}1"]},
+            "instances": [instance("a", "serving"), instance(&"b".repeat(128), "draining")],
+        });
+        let text = service_table(&document, Some(80));
+        assert!(text.starts_with(
+            "Service    greeter\nRevision   7\nInstances  1 serving, 1 draining\nZones      (none) 1, z1 1\n\
+             Proxies    2 up to date; not yet: edge-\\u{1b}1\n\nSERVICE "
+        ));
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        assert!(text.contains(" 127.0.0.1:50051 "), "{text}");
+    }
+}

@@ -1,0 +1,87 @@
+//! A checked configuration as YAML again.
+
+use super::{Config, LogFormat, Store, check::format_bytes};
+use crate::model::format_duration;
+
+pub(super) fn yaml(config: &Config) -> String {
+    let Config { roles, listen, insecure, store, limits, shutdown, log, registry, xds } = config;
+    let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
+    let store = match store {
+        Store::Memory => "store: memory\n".to_owned(),
+        Store::File { dir, accept_loss } => {
+            format!(
+                "store:\n  file:\n    dir: {}\n    accept_loss: {accept_loss}\n",
+                quoted(&dir.to_string_lossy())
+            )
+        }
+    };
+    let format = match log.format {
+        LogFormat::Text => "text",
+        LogFormat::Json => "json",
+    };
+    let registration = &limits.registration;
+    let blocks = [
+        (
+            "listen",
+            vec![("grpc", quoted(&listen.grpc.to_string())), ("http", quoted(&listen.http.to_string()))],
+        ),
+        (
+            "limits",
+            vec![
+                ("ttl_min", format_duration(registration.ttl_min)),
+                ("ttl_max", format_duration(registration.ttl_max)),
+                ("ttl_default", format_duration(registration.ttl_default)),
+                ("weight_max", registration.weight_max.to_string()),
+                ("metadata_entries", registration.metadata_entries.to_string()),
+                ("metadata_key", registration.metadata_key.to_string()),
+                ("metadata_value", format_bytes(registration.metadata_value)),
+                ("locality", registration.locality.to_string()),
+                ("instances_per_service", registration.instances_per_service.to_string()),
+                ("services", registration.services.to_string()),
+                ("body", format_bytes(limits.body)),
+                ("xds_request", format_bytes(limits.xds_request)),
+                ("names_per_stream", limits.names_per_stream.to_string()),
+                ("name_bytes", limits.name_bytes.to_string()),
+            ],
+        ),
+        ("shutdown", vec![("drain", format_duration(shutdown.drain))]),
+        ("log", vec![("filter", quoted(&log.filter)), ("format", format.to_owned())]),
+        (
+            "registry",
+            vec![
+                ("session_grace", format_duration(registry.session_grace)),
+                ("empty_service_retention", format_duration(registry.empty_service_retention)),
+            ],
+        ),
+        (
+            "xds",
+            vec![
+                ("ack_timeout", format_duration(xds.ack_timeout)),
+                ("warming_timeout", format_duration(xds.warming_timeout)),
+                ("reconnect_grace", format_duration(xds.reconnect_grace)),
+                ("first_request_timeout", format_duration(xds.first_request_timeout)),
+            ],
+        ),
+    ];
+    let mut text = format!("roles: [{}]\ninsecure: {insecure}\n{store}", roles.join(", "));
+    for (name, fields) in blocks {
+        text.push_str(&format!("{name}:\n"));
+        for (field, value) in fields {
+            text.push_str(&format!("  {field}: {value}\n"));
+        }
+    }
+    text
+}
+
+/// A JSON text is a YAML text; one that no reader of YAML could take for something else goes without quotes.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '-' | '_' | '=' | ',');
+    let name = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/') || text.starts_with("./");
+    let word =
+        matches!(text.to_ascii_lowercase().as_str(), "null" | "true" | "false" | "yes" | "no" | "on" | "off");
+    let number = text.parse::<f64>().is_ok();
+    if name && !word && !number && text.chars().all(plain) {
+        return text.to_owned();
+    }
+    serde_json::Value::from(text).to_string()
+}

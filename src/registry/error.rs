@@ -1,0 +1,48 @@
+use crate::{
+    model::{InstanceKey, Problem, Problems},
+    store::StoreError,
+};
+
+/// Why the registry refused or failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The input is wrong; sending it again cannot help.
+    #[error("{0}")]
+    Invalid(Problems),
+    /// There is no such instance. An owner registers again.
+    #[error("instance {0} is not registered: register it (again)")]
+    NotFound(InstanceKey),
+    /// There is no such service.
+    #[error("service {0} is not known")]
+    NoService(crate::model::ServiceId),
+    /// Somebody else holds it, or it is not in the state that the request needs.
+    #[error("{0}")]
+    Conflict(Problem),
+    /// A limit of the server was reached.
+    #[error("{0}")]
+    Limit(Problem),
+    /// The store did not take it. It may or may not be durable; trying again is safe.
+    #[error("the store did not take the change: {0}")]
+    Store(StoreError),
+    /// A record in the store is not one of ours.
+    #[error("the store holds a record that cannot be read, {key}: {reason}")]
+    Record {
+        /// Its key.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The server is shutting down.
+    #[error("this server is shutting down; try another or again")]
+    ShuttingDown,
+}
+
+impl Error {
+    pub(super) fn conflict(field: &str, message: String) -> Self {
+        Self::Conflict(Problem { field: field.to_owned(), message, at: None })
+    }
+
+    pub(super) fn limit(field: &str, message: String) -> Self {
+        Self::Limit(Problem { field: field.to_owned(), message, at: None })
+    }
+}

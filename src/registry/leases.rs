@@ -1,0 +1,280 @@
+//! Who must be heard of by when. In memory only; time comes in as an argument of the pure part.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeSet, BinaryHeap, HashMap},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::Instant};
+
+use crate::model::{Incarnation, Instance, InstanceKey, Lease};
+
+/// A session that holds leases, unique within the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct SessionId(pub(super) u64);
+
+/// What holds a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// Renewals, at least this often.
+    Ttl(Duration),
+    /// A live session.
+    Session(SessionId),
+    /// Nobody any more: a session that was lost, until its grace is over.
+    Nobody,
+}
+
+#[derive(Debug)]
+pub(super) struct Leases {
+    table: Mutex<Table>,
+    /// A deadline came up that is earlier than those before.
+    earlier: Notify,
+    grace: Duration,
+}
+
+impl Leases {
+    pub(super) fn new(grace: Duration) -> Self {
+        Self { table: Mutex::default(), earlier: Notify::new(), grace }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // The table's methods leave it whole even if one should panic.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the owner of an instance that was registered before a restart the time to come back.
+    pub(super) fn hold_after_restart(&self, instance: &Instance, now: Instant) {
+        let (holder, within) = match instance.lease {
+            Lease::Ttl(ttl) => (Holder::Ttl(ttl), ttl.max(self.grace)),
+            Lease::Session => (Holder::Nobody, self.grace),
+        };
+        self.table().hold(instance.key.clone(), instance.incarnation, holder, Some(now + within));
+        self.earlier.notify_one();
+    }
+
+    /// A session begins.
+    pub(super) fn session_begins(&self, session: SessionId) {
+        self.table().sessions.insert(session, BTreeSet::new());
+    }
+
+    /// Notes who holds the instance from now on. A session that is over by now holds nothing.
+    pub(super) fn hold(&self, key: InstanceKey, incarnation: Incarnation, holder: Holder, now: Instant) {
+        let mut table = self.table();
+        let (holder, deadline) = match holder {
+            Holder::Ttl(ttl) => (holder, Some(now + ttl)),
+            Holder::Session(session) if table.sessions.contains_key(&session) => (holder, None),
+            Holder::Session(_) | Holder::Nobody => (Holder::Nobody, Some(now + self.grace)),
+        };
+        let first = table.hold(key, incarnation, holder, deadline);
+        drop(table);
+        if first {
+            self.earlier.notify_one();
+        }
+    }
+
+    /// Moves a TTL lease's deadline. `None` when that incarnation holds no such lease.
+    pub(super) fn renew(&self, key: &InstanceKey, incarnation: Incarnation, now: Instant) -> Option<Duration> {
+        let mut table = self.table();
+        let held = table.held.get_mut(key).filter(|held| held.incarnation == incarnation)?;
+        let Holder::Ttl(ttl) = held.holder else { return None };
+        // The heap keeps the old deadline; it is looked up again when that comes.
+        held.deadline = Some(now + ttl);
+        Some(ttl)
+    }
+
+    /// Forgets an instance that was removed.
+    pub(super) fn release(&self, key: &InstanceKey, incarnation: Incarnation) {
+        self.table().release(key, incarnation);
+    }
+
+    /// Whether nobody has held the instance since its session was lost.
+    pub(super) fn abandoned(&self, key: &InstanceKey) -> bool {
+        self.table().held.get(key).is_none_or(|held| held.holder == Holder::Nobody)
+    }
+
+    /// A session is over: its instances are held by nobody, and returned.
+    pub(super) fn session_over(&self, session: SessionId, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
+        let mut table = self.table();
+        let keys = table.sessions.remove(&session).unwrap_or_default();
+        let deadline = now + self.grace;
+        let mut over = Vec::with_capacity(keys.len());
+        for key in keys {
+            let Some(held) = table.held.get(&key) else { continue };
+            if held.holder == Holder::Session(session) {
+                let incarnation = held.incarnation;
+                table.hold(key.clone(), incarnation, Holder::Nobody, Some(deadline));
+                over.push((key, incarnation));
+            }
+        }
+        drop(table);
+        self.earlier.notify_one();
+        over
+    }
+
+    /// Waits until leases are over and returns them. Each is returned once, until it is held again.
+    pub(super) async fn next_due(&self) -> Vec<(InstanceKey, Incarnation)> {
+        loop {
+            let now = Instant::now();
+            let (due, next) = {
+                let mut table = self.table();
+                (table.due(now), table.queue.peek().map(|Reverse((at, _))| *at))
+            };
+            if !due.is_empty() {
+                return due;
+            }
+            let next = next.unwrap_or_else(|| now + Duration::from_secs(3600));
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                () = self.earlier.notified() => {}
+            }
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    held: HashMap<InstanceKey, Held>,
+    sessions: HashMap<SessionId, BTreeSet<InstanceKey>>,
+    /// One entry per lease with a deadline; a renewal leaves it and the entry is put back when it comes up too early.
+    queue: BinaryHeap<Reverse<(Instant, InstanceKey)>>,
+}
+
+#[derive(Debug)]
+struct Held {
+    incarnation: Incarnation,
+    holder: Holder,
+    deadline: Option<Instant>,
+    /// The entry of the queue that stands for it.
+    queued: Option<Instant>,
+}
+
+impl Table {
+    /// Returns whether its deadline is now the next of all.
+    fn hold(
+        &mut self,
+        key: InstanceKey,
+        incarnation: Incarnation,
+        holder: Holder,
+        deadline: Option<Instant>,
+    ) -> bool {
+        let before = self.held.get(&key);
+        let queued = before.and_then(|held| held.queued).filter(|at| deadline.is_none_or(|new| *at <= new));
+        if let Some(Holder::Session(old)) = before.map(|held| held.holder)
+            && let Some(keys) = self.sessions.get_mut(&old)
+        {
+            keys.remove(&key);
+        }
+        if let Holder::Session(session) = holder
+            && let Some(keys) = self.sessions.get_mut(&session)
+        {
+            keys.insert(key.clone());
+        }
+        let mut held = Held { incarnation, holder, deadline, queued };
+        let mut first = false;
+        if let (Some(deadline), None) = (deadline, queued) {
+            first = self.queue.peek().is_none_or(|Reverse((at, _))| deadline < *at);
+            self.queue.push(Reverse((deadline, key.clone())));
+            held.queued = Some(deadline);
+        }
+        self.held.insert(key, held);
+        first
+    }
+
+    fn release(&mut self, key: &InstanceKey, incarnation: Incarnation) {
+        if self.held.get(key).is_some_and(|held| held.incarnation == incarnation)
+            && let Some(held) = self.held.remove(key)
+            && let Holder::Session(session) = held.holder
+            && let Some(keys) = self.sessions.get_mut(&session)
+        {
+            keys.remove(key);
+        }
+    }
+
+    fn due(&mut self, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
+        let mut due = Vec::new();
+        while let Some(Reverse((at, _))) = self.queue.peek()
+            && *at <= now
+        {
+            let Some(Reverse((at, key))) = self.queue.pop() else { break };
+            let Some(held) = self.held.get_mut(&key).filter(|held| held.queued == Some(at)) else { continue };
+            held.queued = None;
+            match held.deadline {
+                Some(deadline) if deadline <= now => due.push((key, held.incarnation)),
+                Some(deadline) => {
+                    held.queued = Some(deadline);
+                    self.queue.push(Reverse((deadline, key)));
+                }
+                None => {}
+            }
+        }
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(10);
+    const ONE: Incarnation = Incarnation(1);
+
+    fn key(id: &str) -> InstanceKey {
+        InstanceKey { service: "s".parse().unwrap(), id: id.parse().unwrap() }
+    }
+
+    async fn due_after(leases: &Leases, start: Instant) -> (Vec<String>, u64) {
+        let due = leases.next_due().await;
+        (due.into_iter().map(|(key, _)| key.id.to_string()).collect(), (Instant::now() - start).as_secs())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_ttl_lease_ends_one_ttl_after_the_last_renewal() {
+        let leases = Leases::new(TTL);
+        let start = Instant::now();
+        leases.hold(key("a"), ONE, Holder::Ttl(TTL), start);
+        leases.hold(key("b"), ONE, Holder::Ttl(TTL), start);
+        tokio::time::advance(Duration::from_secs(9)).await;
+        assert_eq!(leases.renew(&key("a"), ONE, Instant::now()), Some(TTL));
+        assert_eq!(leases.renew(&key("a"), Incarnation(2), Instant::now()), None);
+        assert_eq!(due_after(&leases, start).await, (vec!["b".to_owned()], 10));
+        assert_eq!(due_after(&leases, start).await, (vec!["a".to_owned()], 19));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lost_session_has_its_grace_and_may_come_back() {
+        let leases = Leases::new(TTL);
+        let start = Instant::now();
+        leases.session_begins(SessionId(1));
+        leases.session_begins(SessionId(2));
+        for id in ["a", "b"] {
+            leases.hold(key(id), ONE, Holder::Session(SessionId(1)), start);
+        }
+        assert!(!leases.abandoned(&key("a")));
+        assert_eq!(leases.session_over(SessionId(1), start).len(), 2);
+        assert!(leases.abandoned(&key("a")));
+        leases.hold(key("a"), ONE, Holder::Session(SessionId(2)), start);
+        assert_eq!(due_after(&leases, start).await, (vec!["b".to_owned()], 10));
+        assert_eq!(leases.session_over(SessionId(1), start), []);
+        leases.hold(key("late"), ONE, Holder::Session(SessionId(1)), start);
+        assert!(leases.abandoned(&key("late")), "a session that is over holds nothing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_earlier_deadline_wakes_the_waiter_and_a_released_lease_never_ends() {
+        let leases = Leases::new(TTL);
+        let start = Instant::now();
+        leases.hold(key("late"), ONE, Holder::Ttl(TTL * 5), start);
+        leases.hold(key("gone"), ONE, Holder::Ttl(TTL), start);
+        leases.release(&key("gone"), ONE);
+        let (due, ()) = tokio::join!(due_after(&leases, start), async {
+            tokio::task::yield_now().await;
+            leases.hold(key("soon"), ONE, Holder::Ttl(TTL * 2), start);
+        });
+        assert_eq!(due, (vec!["soon".to_owned()], 20));
+        // A shorter TTL counts from now on, also when a later deadline was queued before.
+        leases.hold(key("late"), ONE, Holder::Ttl(Duration::from_secs(1)), Instant::now());
+        assert_eq!(due_after(&leases, start).await, (vec!["late".to_owned()], 21));
+    }
+}

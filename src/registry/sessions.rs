@@ -1,0 +1,76 @@
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use tokio::time::Instant;
+
+use super::{
+    Accepted, Error, Inner, Registry,
+    leases::{Holder, SessionId},
+};
+use crate::model::Registration;
+
+/// How a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The owner closed it, or its connection was closed under it, as a kernel does for a process that died: evidence that
+    /// what it registered is gone.
+    Closed,
+    /// The connection fell silent, or this server ends it: the owner may well be alive, and has the grace to come back.
+    Lost,
+}
+
+/// A lease that lasts as long as this value. Dropping it without [`Session::end`] counts as [`Ended::Lost`].
+#[derive(Debug)]
+pub struct Session {
+    inner: Arc<Inner>,
+    registry: Registry,
+    id: SessionId,
+}
+
+impl Registry {
+    /// Begins a session.
+    pub fn session(&self) -> Session {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = SessionId(NEXT.fetch_add(1, Ordering::Relaxed));
+        self.inner.leases.session_begins(id);
+        Session { inner: Arc::clone(&self.inner), registry: self.clone(), id }
+    }
+}
+
+impl Session {
+    /// As [`Registry::register`], held by this session instead of a TTL.
+    ///
+    /// # Errors
+    /// As [`Registry::register`].
+    pub async fn register(&self, registration: Registration) -> Result<Accepted, Error> {
+        self.registry.register_held(registration, Holder::Session(self.id)).await
+    }
+
+    /// Ends the session. What it holds is removed at once when it was [`Ended::Closed`], after the grace otherwise.
+    pub async fn end(self, how: Ended) {
+        let over = self.inner.leases.session_over(self.id, Instant::now());
+        if how == Ended::Lost {
+            return;
+        }
+        let removals = over.into_iter().map(|(key, incarnation)| {
+            let registry = self.registry.clone();
+            async move {
+                match registry.deregister(key.clone(), Some(incarnation)).await {
+                    Ok(revision) => tracing::info!(instance = %key, %revision, "removed: its session was closed"),
+                    // The lease with nobody to hold it ends by itself.
+                    Err(error) => tracing::warn!(instance = %key, %error, "its session was closed but it could not be removed yet"),
+                }
+            }
+        });
+        futures_util::future::join_all(removals).await;
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // After `end` nothing is held any more.
+        self.inner.leases.session_over(self.id, Instant::now());
+    }
+}

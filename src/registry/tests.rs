@@ -1,0 +1,208 @@
+use std::{sync::Arc, time::Duration};
+
+use super::*;
+use crate::{
+    catalog::{self, Reader},
+    model::{Incarnation, InstanceKey, RawRegistration, Registration, State, Update},
+    rt::{Readiness, Shutdown},
+    store::{MemoryStore, Store},
+};
+
+const GRACE: Duration = Duration::from_secs(10);
+const TTL: Duration = Duration::from_secs(30);
+
+/// A registry over a store, and the tasks that keep it.
+struct Node {
+    registry: Registry,
+    tasks: Tasks,
+}
+
+impl Node {
+    async fn start(store: Arc<dyn Store>) -> Self {
+        let tasks = Tasks::new(Shutdown::default());
+        let (writer, reader) = catalog::catalog();
+        let config = Config { session_grace: GRACE, ..Config::default() };
+        let gate = Readiness::default().gate("registry");
+        let registry =
+            Registry::start(config, store, writer, reader, &Metrics::default(), &tasks, gate).await.unwrap();
+        Self { registry, tasks }
+    }
+
+    async fn stop(self) {
+        self.tasks.shutdown().start();
+        assert_eq!(self.tasks.join(Duration::from_secs(5)).await, 0);
+    }
+}
+
+async fn node() -> Node {
+    Node::start(Arc::new(MemoryStore::default())).await
+}
+
+fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
+    let raw = RawRegistration {
+        service: "greeter".into(),
+        id: id.into(),
+        incarnation,
+        address: Some("127.0.0.1".into()),
+        port: Some(port.into()),
+        ttl: Some(TTL),
+        ..RawRegistration::default()
+    };
+    Registration::check(raw, &Limits::default()).unwrap()
+}
+
+fn key(id: &str) -> InstanceKey {
+    InstanceKey { service: "greeter".parse().unwrap(), id: id.parse().unwrap() }
+}
+
+fn ids(catalog: &Reader) -> Vec<String> {
+    let snapshot = catalog.latest();
+    let service = snapshot.service(&key("a").service).cloned();
+    service.map(|s| s.instances().map(|i| i.key.id.to_string()).collect()).unwrap_or_default()
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
+    match result.unwrap_err() {
+        Error::Conflict(problem) => format!("conflict {}", problem.field),
+        Error::NotFound(key) => format!("not found {key}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_is_visible_when_answered_and_a_renewal_writes_nothing() {
+    let registry = node().await.registry;
+    let accepted = registry.register(registration("a", 1, None)).await.unwrap();
+    assert_eq!(registry.catalog().latest().instance(&key("a")), Some(&accepted.instance));
+    let again = registry.register(registration("a", 1, None)).await.unwrap();
+    assert_eq!(again.revision, accepted.revision);
+    let moved = registry.register(registration("a", 2, None)).await.unwrap();
+    assert!(moved.revision > accepted.revision);
+    assert_eq!(moved.instance.incarnation, accepted.instance.incarnation);
+    assert_eq!(registry.renew(&key("a"), None).unwrap(), (TTL, moved.revision));
+    assert_eq!(refused(registry.renew(&key("b"), None)), "not found greeter/b");
+    let revision = registry.deregister(key("a"), None).await.unwrap();
+    assert_eq!(ids(registry.catalog()), [""; 0]);
+    assert_eq!(registry.deregister(key("a"), None).await.unwrap(), revision, "removing twice is no change");
+    assert_eq!(registry.catalog().latest().services().len(), 1, "the service stays known");
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_incarnations_of_one_id() {
+    let registry = node().await.registry;
+    registry.register(registration("a", 1, Some(5))).await.unwrap();
+    for (port, incarnation, want) in [
+        (1, Some(4), Err("conflict incarnation")),
+        (2, Some(6), Err("conflict incarnation")),
+        (2, Some(5), Ok(5)),
+        (2, Some(6), Ok(6)),
+        (2, None, Ok(6)),
+        (2, Some(5), Err("conflict incarnation")),
+    ] {
+        let got = registry.register(registration("a", port, incarnation)).await;
+        match want {
+            Ok(want) => assert_eq!(got.unwrap().instance.incarnation, Incarnation(want)),
+            Err(want) => assert_eq!(refused(got), want, "{port} {incarnation:?}"),
+        }
+    }
+    assert_eq!(refused(registry.drain(key("a"), Some(Incarnation(5))).await), "conflict incarnation");
+    assert_eq!(refused(registry.deregister(key("a"), Some(Incarnation(7))).await), "conflict incarnation");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_does_not_end_a_drain_but_a_new_run_does() {
+    let registry = node().await.registry;
+    registry.register(registration("a", 1, Some(1))).await.unwrap();
+    let drained = registry.drain(key("a"), None).await.unwrap();
+    assert_eq!(drained.instance.state, State::Draining);
+    assert_eq!(registry.drain(key("a"), None).await.unwrap().revision, drained.revision);
+    for (incarnation, want) in [(None, State::Draining), (Some(1), State::Draining), (Some(2), State::Serving)] {
+        let accepted = registry.register(registration("a", 1, incarnation)).await.unwrap();
+        assert_eq!(accepted.instance.state, want, "{incarnation:?}");
+    }
+    let update = Update { weight: 7.try_into().ok(), metadata: None };
+    let updated = registry.update(key("a"), None, update.clone()).await.unwrap();
+    assert_eq!(updated.instance.weight.get(), 7);
+    assert_eq!(registry.update(key("a"), None, update).await.unwrap().revision, updated.revision);
+}
+
+#[tokio::test(start_paused = true)]
+async fn leases_end_and_sessions_end() {
+    let registry = node().await.registry;
+    registry.register(registration("ttl", 1, None)).await.unwrap();
+    let (closed, lost) = (registry.session(), registry.session());
+    closed.register(registration("closed", 2, None)).await.unwrap();
+    lost.register(registration("lost", 3, None)).await.unwrap();
+    assert_eq!(refused(registry.register(registration("lost", 3, None)).await), "conflict incarnation");
+    assert_eq!(refused(registry.renew(&key("lost"), None)), "conflict instance");
+
+    closed.end(Ended::Closed).await;
+    assert_eq!(ids(registry.catalog()), ["lost", "ttl"]);
+    lost.end(Ended::Lost).await;
+    assert_eq!(ids(registry.catalog()), ["lost", "ttl"]);
+    let gone = |want: Vec<&'static str>| {
+        let catalog = registry.catalog().clone();
+        async move {
+            let start = tokio::time::Instant::now();
+            while ids(&catalog) != want {
+                catalog.newer_than(catalog.latest().revision()).await;
+            }
+            start.elapsed()
+        }
+    };
+    assert_eq!(gone(vec!["ttl"]).await.as_secs(), GRACE.as_secs());
+    assert_eq!(gone(vec![]).await.as_secs(), (TTL - GRACE).as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_expires_nobody_and_owners_come_back() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+    let first = Node::start(Arc::clone(&store)).await;
+    first.registry.register(registration("ttl", 1, None)).await.unwrap();
+    let session = first.registry.session();
+    session.register(registration("session", 2, Some(9))).await.unwrap();
+    let revision = first.registry.catalog().latest().revision();
+    first.stop().await;
+
+    tokio::time::advance(TTL * 10).await;
+    let second = Node::start(store).await;
+    let registry = &second.registry;
+    assert_eq!(ids(registry.catalog()), ["session", "ttl"]);
+    assert_eq!(registry.catalog().latest().revision(), revision);
+    let session = registry.session();
+    let back = session.register(registration("session", 2, Some(9))).await.unwrap();
+    assert!(back.revision <= revision, "coming back changes nothing: {} {revision}", back.revision);
+    registry.renew(&key("ttl"), None).unwrap();
+    tokio::time::advance(TTL - Duration::from_secs(1)).await;
+    assert_eq!(ids(registry.catalog()), ["session", "ttl"]);
+}
+
+#[tokio::test]
+async fn many_writers_of_one_instance_and_of_many_all_get_an_answer() {
+    let registry = node().await.registry;
+    let writes = (0..200u16).map(|n| {
+        let registry = registry.clone();
+        async move {
+            registry.register(registration(&format!("i{}", n % 20), 1000 + n, None)).await.unwrap();
+            if n % 3 == 0 { registry.deregister(key(&format!("i{}", n % 20)), None).await.map(drop) } else { Ok(()) }
+        }
+    });
+    for result in futures_util::future::join_all(writes).await {
+        assert!(matches!(result, Ok(()) | Err(Error::Conflict(_))), "{result:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_empty_service_is_forgotten_after_its_retention() {
+    let registry = node().await.registry;
+    registry.register(registration("a", 1, None)).await.unwrap();
+    assert_eq!(refused(registry.remove_service(key("a").service).await), "conflict service");
+    registry.deregister(key("a"), None).await.unwrap();
+    let start = tokio::time::Instant::now();
+    while registry.catalog().latest().services().len() > 0 {
+        registry.catalog().newer_than(registry.catalog().latest().revision()).await;
+    }
+    let after = start.elapsed();
+    assert!((3600..=4000).contains(&after.as_secs()), "{after:?}");
+    assert!(matches!(registry.remove_service(key("a").service).await, Err(Error::NoService(_))));
+}

@@ -1,0 +1,434 @@
+use std::{future::Future, sync::Arc, time::Duration};
+
+use tokio::{sync::oneshot, time::Instant};
+
+use super::{Error, Inner, Registry, leases::Holder, record};
+use crate::{
+    model::{Incarnation, Instance, InstanceKey, Lease, Registration, Revision, ServiceId, State, Update},
+    rt,
+    store::{Condition, Op, StoreError},
+};
+
+/// A write that is durable and visible in the catalog.
+#[derive(Debug, Clone)]
+pub struct Accepted {
+    /// The change. Where the request changed nothing, the one that last touched the instance.
+    pub revision: Revision,
+    /// What the instance is now.
+    pub instance: Arc<Instance>,
+}
+
+/// A commit that lost a race is tried again on what the winner left. Each loss means that somebody else's write was
+/// accepted, so this many in a row is a key that many writers fight for.
+const ATTEMPTS: usize = 16;
+
+/// What a request makes of the present state of one instance.
+enum Decision {
+    /// It is so already.
+    Keep(Arc<Instance>),
+    /// Write this.
+    Put(Instance),
+}
+
+impl Registry {
+    /// Registers an instance or, where it is registered, updates and renews it. Its lease is the registration's TTL.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when another incarnation, or a session, holds the id; [`Error::Limit`]; [`Error::Store`].
+    pub async fn register(&self, registration: Registration) -> Result<Accepted, Error> {
+        let holder = Holder::Ttl(registration.ttl);
+        self.register_held(registration, holder).await
+    }
+
+    pub(super) async fn register_held(
+        &self,
+        registration: Registration,
+        holder: Holder,
+    ) -> Result<Accepted, Error> {
+        let inner = Arc::clone(&self.inner);
+        self.count(self.detached(async move { inner.register(registration, holder).await }).await)
+    }
+
+    /// Extends a TTL lease. Returns the TTL and the present revision; a renewal makes none.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when the owner must register again; [`Error::Conflict`] when it is not a TTL lease of that
+    /// incarnation.
+    pub fn renew(
+        &self,
+        key: &InstanceKey,
+        incarnation: Option<Incarnation>,
+    ) -> Result<(Duration, Revision), Error> {
+        let result = self.inner.renew(key, incarnation);
+        if result.is_ok() {
+            self.inner.metrics.renewals.inc();
+        }
+        self.count(result)
+    }
+
+    /// Changes the fields that are given.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Conflict`] when another incarnation is registered, [`Error::Store`].
+    pub async fn update(
+        &self,
+        key: InstanceKey,
+        incarnation: Option<Incarnation>,
+        update: Update,
+    ) -> Result<Accepted, Error> {
+        self.change(key, incarnation, move |instance| {
+            let Update { weight, metadata } = update.clone();
+            instance.weight = weight.unwrap_or(instance.weight);
+            if let Some(metadata) = metadata {
+                instance.metadata = metadata;
+            }
+        })
+        .await
+    }
+
+    /// Takes an instance out of load balancing; it stays registered.
+    ///
+    /// # Errors
+    /// As [`Registry::update`].
+    pub async fn drain(&self, key: InstanceKey, incarnation: Option<Incarnation>) -> Result<Accepted, Error> {
+        self.change(key, incarnation, |instance| instance.state = State::Draining).await
+    }
+
+    async fn change(
+        &self,
+        key: InstanceKey,
+        incarnation: Option<Incarnation>,
+        edit: impl Fn(&mut Instance) + Send + Sync + 'static,
+    ) -> Result<Accepted, Error> {
+        let inner = Arc::clone(&self.inner);
+        let result = self.detached(async move {
+            inner
+                .write(&key, |present| {
+                    let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
+                    expect_incarnation(present, incarnation)?;
+                    let mut next = (**present).clone();
+                    edit(&mut next);
+                    Ok(if next == **present { Decision::Keep(Arc::clone(present)) } else { Decision::Put(next) })
+                })
+                .await
+        });
+        self.count(result.await)
+    }
+
+    /// Removes an instance. Removing one that is not there succeeds, with the present revision.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when another incarnation is registered, [`Error::Store`].
+    pub async fn deregister(
+        &self,
+        key: InstanceKey,
+        incarnation: Option<Incarnation>,
+    ) -> Result<Revision, Error> {
+        let inner = Arc::clone(&self.inner);
+        self.count(self.detached(async move { inner.remove(&key, incarnation).await }).await)
+    }
+
+    /// Removes a service that has no instances.
+    ///
+    /// # Errors
+    /// [`Error::NoService`]; [`Error::Conflict`] while it has instances; [`Error::Store`].
+    pub async fn remove_service(&self, id: ServiceId) -> Result<Revision, Error> {
+        let inner = Arc::clone(&self.inner);
+        self.count(self.detached(async move { inner.remove_service(&id).await }).await)
+    }
+
+    /// Runs a write to its end even if the caller goes away: a commit must never be left without its lease.
+    async fn detached<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (answer, answered) = oneshot::channel();
+        self.inner.tasks.spawn("registry-write", async move {
+            // Nobody may be waiting any more; the write stands all the same.
+            let _ = answer.send(work.await);
+        });
+        answered.await.unwrap_or(Err(Error::ShuttingDown))
+    }
+
+    fn count<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        if result.is_err() {
+            self.inner.metrics.refused.inc();
+        }
+        result
+    }
+
+    /// Removes instances whose lease is over.
+    pub(super) async fn expire(self) {
+        loop {
+            let due = self.inner.leases.next_due().await;
+            let removals = due.into_iter().map(|(key, incarnation)| {
+                let inner = Arc::clone(&self.inner);
+                async move {
+                    match inner.remove(&key, Some(incarnation)).await {
+                        Ok(revision) => {
+                            inner.metrics.expired.inc();
+                            tracing::info!(instance = %key, %revision, "removed: its lease ended without a renewal");
+                        }
+                        // It was replaced in the meantime.
+                        Err(Error::Conflict(_)) => {}
+                        Err(error) => {
+                            tracing::warn!(instance = %key, %error, "its lease is over but it could not be removed; trying again");
+                            inner.leases.hold(key, incarnation, Holder::Nobody, Instant::now());
+                        }
+                    }
+                }
+            });
+            futures_util::future::join_all(removals).await;
+        }
+    }
+
+    /// Forgets services that have had no instance for long.
+    pub(super) async fn retire_empty_services(self) {
+        let retention = self.inner.config.empty_service_retention;
+        let mut empty_since: std::collections::BTreeMap<ServiceId, Instant> = std::collections::BTreeMap::new();
+        let mut turns = tokio::time::interval((retention / 10).max(Duration::from_secs(1)));
+        loop {
+            let now = turns.tick().await;
+            let snapshot = self.inner.catalog.latest();
+            let empty = |id: &ServiceId| snapshot.service(id).is_some_and(|s| s.instances().len() == 0);
+            empty_since.retain(|id, _| empty(id));
+            for service in snapshot.services().filter(|service| empty(&service.id)) {
+                let since = *empty_since.entry(service.id.clone()).or_insert(now);
+                if now - since < retention {
+                    continue;
+                }
+                match self.inner.remove_service(&service.id).await {
+                    Ok(revision) => tracing::info!(service = %service.id, %revision, "forgotten: it has had no instance for long"),
+                    Err(error) => tracing::debug!(service = %service.id, %error, "an empty service stays"),
+                }
+            }
+        }
+    }
+}
+
+impl Inner {
+    async fn register(&self, registration: Registration, holder: Holder) -> Result<Accepted, Error> {
+        let key = registration.key.clone();
+        let accepted = self
+            .write(&key, |present| {
+                self.admit(&registration, present)?;
+                let next = merge(&registration, present, holder);
+                let mut comparable = next.clone();
+                Ok(match present {
+                    Some(present) => {
+                        comparable.revision = present.revision;
+                        if comparable == **present { Decision::Keep(Arc::clone(present)) } else { Decision::Put(next) }
+                    }
+                    None => Decision::Put(next),
+                })
+            })
+            .await?;
+        self.leases.hold(key, accepted.instance.incarnation, holder, Instant::now());
+        Ok(accepted)
+    }
+
+    /// Whether the registration may replace what is there.
+    fn admit(&self, registration: &Registration, present: Option<&Arc<Instance>>) -> Result<(), Error> {
+        let limits = &self.config.limits;
+        let Some(present) = present else {
+            let snapshot = self.catalog.latest();
+            match snapshot.service(&registration.key.service) {
+                Some(service) if service.instances().len() >= limits.instances_per_service => {
+                    return Err(Error::limit(
+                        "service",
+                        format!(
+                            "{} has {} instances, the most that one service may have; limits.instances_per_service raises it",
+                            service.id, limits.instances_per_service
+                        ),
+                    ));
+                }
+                None if snapshot.services().len() >= limits.services => {
+                    return Err(Error::limit(
+                        "service",
+                        format!("there are {} services, the most that there may be; limits.services raises it", limits.services),
+                    ));
+                }
+                _ => return Ok(()),
+            }
+        };
+        let moved = (registration.address, registration.port) != (present.address, present.port);
+        match registration.incarnation {
+            None if present.lease == Lease::Session && !self.leases.abandoned(&present.key) => Err(Error::conflict(
+                "incarnation",
+                format!(
+                    "instance {} is held by a session (incarnation {}): change it with an update, or use another id",
+                    present.key, present.incarnation
+                ),
+            )),
+            Some(given) if given < present.incarnation => Err(Error::conflict(
+                "incarnation",
+                format!(
+                    "{given} is older than incarnation {} of instance {}, which replaced it: use another id, or start anew",
+                    present.incarnation, present.key
+                ),
+            )),
+            // A later run at the same address is a restart: two processes cannot hold one port. Anywhere else it is a
+            // second process that was given the same id.
+            Some(given) if given > present.incarnation && moved && !self.leases.abandoned(&present.key) => {
+                Err(Error::conflict(
+                    "incarnation",
+                    format!(
+                        "instance {} is alive at {}:{} as incarnation {}: give this one another id, or deregister that one first",
+                        present.key, present.address, present.port, present.incarnation
+                    ),
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn renew(
+        &self,
+        key: &InstanceKey,
+        incarnation: Option<Incarnation>,
+    ) -> Result<(Duration, Revision), Error> {
+        let snapshot = self.catalog.latest();
+        let present = snapshot.instance(key).ok_or_else(|| Error::NotFound(key.clone()))?;
+        expect_incarnation(present, incarnation)?;
+        match self.leases.renew(key, present.incarnation, Instant::now()) {
+            Some(ttl) => Ok((ttl, snapshot.revision())),
+            None => Err(Error::conflict(
+                "instance",
+                format!("instance {key} is held by a session, which needs no renewals; only a TTL lease is renewed"),
+            )),
+        }
+    }
+
+    async fn remove(&self, key: &InstanceKey, incarnation: Option<Incarnation>) -> Result<Revision, Error> {
+        for _ in 0..ATTEMPTS {
+            let snapshot = self.catalog.latest();
+            let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
+            expect_incarnation(present, incarnation)?;
+            let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
+            match self.commit(vec![op]).await {
+                Ok(revision) => {
+                    self.leases.release(key, present.incarnation);
+                    return Ok(revision);
+                }
+                Err(Some(error)) => return Err(error),
+                Err(None) => {}
+            }
+        }
+        Err(contended(key))
+    }
+
+    async fn remove_service(&self, id: &ServiceId) -> Result<Revision, Error> {
+        let snapshot = self.catalog.latest();
+        let service = snapshot.service(id).ok_or_else(|| Error::NoService(id.clone()))?;
+        let instances = service.instances().len();
+        if instances > 0 {
+            return Err(Error::conflict(
+                "service",
+                format!("{id} has {instances} instances: deregister them first"),
+            ));
+        }
+        let key = record::service_key(id);
+        let entry = self.store.get(&key).await.map_err(Error::Store)?.ok_or_else(|| Error::NoService(id.clone()))?;
+        let op = Op::Delete { key, when: Condition::Unchanged(entry.revision) };
+        self.commit(vec![op]).await.map_err(|error| error.unwrap_or_else(|| Error::NoService(id.clone())))
+    }
+
+    /// Reads, decides, and commits what was decided if nobody else wrote the instance in between; else again.
+    async fn write(
+        &self,
+        key: &InstanceKey,
+        decide: impl Fn(Option<&Arc<Instance>>) -> Result<Decision, Error>,
+    ) -> Result<Accepted, Error> {
+        for _ in 0..ATTEMPTS {
+            let snapshot = self.catalog.latest();
+            let present = snapshot.instance(key);
+            let mut next = match decide(present)? {
+                Decision::Keep(instance) => return Ok(Accepted { revision: instance.revision, instance }),
+                Decision::Put(next) => next,
+            };
+            let mut ops = Vec::with_capacity(2);
+            if snapshot.service(&key.service).is_none() {
+                ops.push(Op::Put {
+                    key: record::service_key(&key.service),
+                    value: bytes::Bytes::new(),
+                    when: Condition::Always,
+                });
+            }
+            let when = present.map_or(Condition::Absent, |present| Condition::Unchanged(present.revision));
+            ops.push(Op::Put { key: record::instance_key(key), value: record::encode(&next), when });
+            match self.commit(ops).await {
+                Ok(revision) => {
+                    next.revision = revision;
+                    return Ok(Accepted { revision, instance: Arc::new(next) });
+                }
+                Err(Some(error)) => return Err(error),
+                Err(None) => {}
+            }
+        }
+        Err(contended(key))
+    }
+
+    /// Commits and waits until the catalog shows it. `Err(None)` is a lost race: the catalog has caught up with the winner.
+    async fn commit(&self, ops: Vec<Op>) -> Result<Revision, Option<Error>> {
+        match self.store.commit(ops).await {
+            Ok(revision) => {
+                self.metrics.writes.inc();
+                self.catalog.reached(revision).await;
+                Ok(revision)
+            }
+            Err(StoreError::Conflict { actual, .. }) => {
+                match actual {
+                    Some(actual) => {
+                        self.catalog.reached(actual).await;
+                    }
+                    // Removed by somebody; the mirror is about to show it.
+                    None => tokio::task::yield_now().await,
+                }
+                Err(None)
+            }
+            Err(error) => Err(Some(Error::Store(error))),
+        }
+    }
+}
+
+fn contended(key: &InstanceKey) -> Error {
+    Error::conflict("id", format!("instance {key} is being written by many at once: try again"))
+}
+
+fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<(), Error> {
+    match given {
+        Some(given) if given != present.incarnation => Err(Error::conflict(
+            "incarnation",
+            format!("instance {} is registered as incarnation {}, not {given}", present.key, present.incarnation),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// What the instance is after the registration. The same run keeps its state: a renewal does not end a drain.
+fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: Holder) -> Instance {
+    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl } = registration.clone();
+    let now = rt::now();
+    let by_clock = || {
+        let since_epoch = now.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Incarnation(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
+    };
+    let same_run =
+        present.filter(|present| incarnation.is_none() || incarnation == Some(present.incarnation));
+    Instance {
+        key,
+        incarnation: same_run.map_or_else(|| incarnation.unwrap_or_else(by_clock), |present| present.incarnation),
+        address,
+        port,
+        locality,
+        weight,
+        metadata,
+        state: same_run.map_or(State::Serving, |present| present.state),
+        lease: match holder {
+            Holder::Ttl(_) => Lease::Ttl(ttl),
+            Holder::Session(_) | Holder::Nobody => Lease::Session,
+        },
+        revision: Revision::default(),
+        registered_at: same_run.map_or(now, |present| present.registered_at),
+    }
+}

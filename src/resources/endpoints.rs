@@ -1,0 +1,108 @@
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use envoy_types::pb::envoy::config::{
+    core::v3::{
+        Address, HealthStatus, Locality as ProtoLocality, SocketAddress, address,
+        socket_address::PortSpecifier,
+    },
+    endpoint::v3::{
+        ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier,
+    },
+};
+
+use super::wire::number;
+use crate::{
+    catalog::Service,
+    model::{Instance, Locality, State},
+    xds::{Resource, ResourceType},
+};
+
+/// With the draining instances, marked so: Envoy sends them no new calls and lets those that run finish.
+pub(super) fn for_envoy(service: &Service) -> Resource {
+    resource(service, &instances(service))
+}
+
+/// Without the draining instances, which gRPC clients skip in any case: a locality that had no others would still get its share
+/// of the calls from those that honour locality weights.
+pub(super) fn for_grpc(service: &Service) -> Resource {
+    let mut instances = instances(service);
+    instances.retain(|instance| instance.state == State::Serving);
+    resource(service, &instances)
+}
+
+/// One for each address, because gRPC clients refuse a set that has an address twice. Where two instances claim one, the one
+/// that serves is kept (a successor on the port of a draining or dead one), then the first by id.
+fn instances(service: &Service) -> Vec<&Instance> {
+    let mut instances: Vec<&Instance> = service.instances().map(AsRef::as_ref).collect();
+    instances.sort_by_key(|instance| instance.state);
+    let mut taken = BTreeSet::new();
+    instances.retain(|instance| taken.insert((instance.address, instance.port)));
+    instances.sort_by(|a, b| a.key.id.cmp(&b.key.id));
+    instances
+}
+
+fn resource(service: &Service, instances: &[&Instance]) -> Resource {
+    // Clients refuse weights whose sum does not fit 32 bits (gRPC A27).
+    let total: u64 = instances.iter().map(|instance| u64::from(instance.weight.get())).sum();
+    let scale = u32::try_from(total / u64::from(u32::MAX)).unwrap_or(u32::MAX).saturating_add(1);
+    let weight = |instance: &Instance| (instance.weight.get() / scale).max(1);
+
+    let mut localities: BTreeMap<&Locality, Vec<&Instance>> = BTreeMap::new();
+    for instance in instances {
+        localities.entry(&instance.locality).or_default().push(instance);
+    }
+    let endpoints = localities.into_iter().map(|(locality, instances)| {
+        let serving = instances.iter().filter(|instance| instance.state == State::Serving);
+        // gRPC clients skip a locality without a weight.
+        let sum = serving.map(|instance| weight(instance)).fold(0, u32::saturating_add).max(1);
+        LocalityLbEndpoints {
+            locality: Some(ProtoLocality {
+                region: locality.region.to_string(),
+                zone: locality.zone.to_string(),
+                sub_zone: locality.sub_zone.to_string(),
+            }),
+            load_balancing_weight: number(sum),
+            lb_endpoints: instances
+                .into_iter()
+                .map(|instance| endpoint(instance, weight(instance)))
+                .collect(),
+            ..LocalityLbEndpoints::default()
+        }
+    });
+    let message = ClusterLoadAssignment {
+        cluster_name: service.id.to_string(),
+        endpoints: endpoints.collect(),
+        ..ClusterLoadAssignment::default()
+    };
+    Resource::new(ResourceType::Endpoints, service.id.shared(), &message, [])
+}
+
+fn endpoint(instance: &Instance, weight: u32) -> LbEndpoint {
+    let health = match instance.state {
+        // Every client takes this for healthy.
+        State::Serving => HealthStatus::Unknown,
+        State::Draining => HealthStatus::Draining,
+    };
+    LbEndpoint {
+        health_status: health.into(),
+        load_balancing_weight: number(weight),
+        host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
+            address: Some(socket(instance.address, instance.port.get())),
+            ..Endpoint::default()
+        })),
+        ..LbEndpoint::default()
+    }
+}
+
+pub(super) fn socket(address: IpAddr, port: u16) -> Address {
+    Address {
+        address: Some(address::Address::SocketAddress(SocketAddress {
+            address: address.to_string(),
+            port_specifier: Some(PortSpecifier::PortValue(u32::from(port))),
+            ..SocketAddress::default()
+        })),
+    }
+}

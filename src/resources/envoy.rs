@@ -1,0 +1,214 @@
+//! For Envoy sidecars: a cluster per service, one listener on loopback, and one route table that sends each call by its
+//! `:authority` to the cluster of that name.
+
+use std::{collections::HashMap, net::Ipv4Addr, sync::Arc};
+
+use envoy_types::pb::envoy::{
+    config::{
+        cluster::v3::{
+            Cluster, OutlierDetection, UpstreamConnectionOptions,
+            circuit_breakers::thresholds::RetryBudget,
+            cluster::{ClusterDiscoveryType, CommonLbConfig, DiscoveryType, LbPolicy},
+        },
+        core::v3::{
+            DataSource, Http2ProtocolOptions, KeepaliveSettings, SubstitutionFormatString, TcpKeepalive,
+            TrafficDirection, data_source::Specifier, substitution_format_string::Format,
+        },
+        listener::v3::{Filter, FilterChain, Listener, filter::ConfigType},
+        route::v3::{
+            DirectResponseAction, RetryPolicy, RouteConfiguration, VirtualHost,
+            retry_policy::{RetryHostPredicate, retry_host_predicate},
+            route::Action,
+        },
+    },
+    extensions::{
+        filters::network::http_connection_manager::v3::HttpConnectionManager,
+        retry::host::previous_hosts::v3::PreviousHostsPredicate,
+        upstreams::http::v3::{
+            HttpProtocolOptions,
+            http_protocol_options::{
+                ExplicitHttpConfig, UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
+            },
+        },
+    },
+};
+
+use super::{
+    endpoints::socket,
+    wire::{
+        all_paths, any, circuit_breakers, eds, number, percent, rds, retries, router, seconds, virtual_host,
+    },
+};
+use crate::xds::{Resource, ResourceType};
+
+/// The name of the one listener of a sidecar, and of its route table.
+pub const OUTBOUND: &str = "outbound";
+
+/// Calls that a client may have open at once on one connection to its sidecar. gRPC clients use one connection and hold back
+/// what exceeds the default of 1,024.
+const STREAMS_PER_CONNECTION: u32 = 1_000_000;
+
+/// Retries that may always run at once, whatever the load: enough for all calls in flight of a service whose only other instance
+/// just crashed.
+const RETRIES_AT_ONCE: u32 = 1_000;
+
+pub(super) fn cluster(service: &Arc<str>) -> Resource {
+    let message = Cluster {
+        name: service.to_string(),
+        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
+        eds_cluster_config: eds(),
+        // An instance that hangs or is slow collects open calls and gets no more of them, long before anything can say that
+        // it is ill; round robin would go on giving it its share.
+        lb_policy: LbPolicy::LeastRequest.into(),
+        connect_timeout: seconds(1),
+        circuit_breakers: circuit_breakers(Some(RetryBudget {
+            // Beyond that, as many retries as there are calls: never more than double the load.
+            budget_percent: percent(100.0),
+            min_retry_concurrency: number(RETRIES_AT_ONCE),
+            ..RetryBudget::default()
+        })),
+        outlier_detection: Some(outlier_detection()),
+        common_lb_config: Some(CommonLbConfig {
+            // Only when no instance at all is healthy are the others tried: with the default of 50 % the calls of a service
+            // that lost two of three instances would go to all three.
+            healthy_panic_threshold: percent(1.0),
+            ..CommonLbConfig::default()
+        }),
+        // What the registry removed is gone.
+        ignore_health_on_host_removal: true,
+        upstream_connection_options: Some(UpstreamConnectionOptions {
+            // Ends idle connections to hosts that vanished. No cost to the application.
+            tcp_keepalive: Some(TcpKeepalive {
+                keepalive_time: number(15),
+                keepalive_interval: number(5),
+                keepalive_probes: number(3),
+            }),
+            ..UpstreamConnectionOptions::default()
+        }),
+        typed_extension_protocol_options: HashMap::from([(
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions".to_owned(),
+            any(&http2()),
+        )]),
+        ..Cluster::default()
+    };
+    Resource::new(ResourceType::Cluster, Arc::clone(service), &message, [Arc::clone(service)])
+}
+
+/// Two calls in a row without an answer (refused, reset, timed out while connecting) put an instance aside for 5 s, longer if it
+/// goes on. What the application answers, errors too, is its own affair and counts for nothing. All may be put aside: then
+/// the panic threshold has all of them tried, so nothing is lost by it.
+fn outlier_detection() -> OutlierDetection {
+    OutlierDetection {
+        split_external_local_origin_errors: true,
+        consecutive_local_origin_failure: number(2),
+        consecutive_5xx: number(0),
+        consecutive_gateway_failure: number(0),
+        enforcing_success_rate: number(0),
+        enforcing_local_origin_success_rate: number(0),
+        interval: seconds(5),
+        base_ejection_time: seconds(5),
+        max_ejection_time: seconds(30),
+        max_ejection_percent: number(100),
+        ..OutlierDetection::default()
+    }
+}
+
+/// HTTP/2 without asking. Before a call goes to a connection that has been silent for 10 s, a ping finds out whether the host is
+/// there; if not the connection ends and its calls are retried elsewhere. Not pings at an interval: gRPC servers close a
+/// connection that pings more often than every 5 min while they have nothing to send, and so would cut quiet streams. A ping that
+/// goes with a call is followed by an answer, which is what they ask for.
+fn http2() -> HttpProtocolOptions {
+    let options = Http2ProtocolOptions {
+        connection_keepalive: Some(KeepaliveSettings {
+            connection_idle_interval: seconds(10),
+            timeout: seconds(5),
+            ..KeepaliveSettings::default()
+        }),
+        ..Http2ProtocolOptions::default()
+    };
+    HttpProtocolOptions {
+        upstream_protocol_options: Some(UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
+            protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(options)),
+        })),
+        ..HttpProtocolOptions::default()
+    }
+}
+
+/// Depends on nothing that changes: a changed listener drains its connections.
+pub(super) fn listener(port: u16) -> Resource {
+    let manager = HttpConnectionManager {
+        stat_prefix: OUTBOUND.to_owned(),
+        route_specifier: rds(OUTBOUND),
+        http_filters: router(),
+        http2_protocol_options: Some(Http2ProtocolOptions {
+            max_concurrent_streams: number(STREAMS_PER_CONNECTION),
+            ..Http2ProtocolOptions::default()
+        }),
+        // The default of 5 min would cut quiet server streams.
+        stream_idle_timeout: seconds(0),
+        ..HttpConnectionManager::default()
+    };
+    let filter = Filter {
+        name: "envoy.filters.network.http_connection_manager".to_owned(),
+        config_type: Some(ConfigType::TypedConfig(any(&manager))),
+    };
+    let message = Listener {
+        name: OUTBOUND.to_owned(),
+        address: Some(socket(Ipv4Addr::LOCALHOST.into(), port)),
+        filter_chains: vec![FilterChain { filters: vec![filter], ..FilterChain::default() }],
+        traffic_direction: TrafficDirection::Outbound.into(),
+        ..Listener::default()
+    };
+    Resource::new(ResourceType::Listener, OUTBOUND, &message, [])
+}
+
+/// One table for all services, so it changes only when a service comes or goes.
+pub(super) fn routes<'a>(services: impl Iterator<Item = &'a str>) -> Resource {
+    let retry_policy = retry_policy();
+    let mut virtual_hosts: Vec<_> =
+        services.map(|service| virtual_host(service, retry_policy.clone())).collect();
+    virtual_hosts.push(no_such_service());
+    let message =
+        RouteConfiguration { name: OUTBOUND.to_owned(), virtual_hosts, ..RouteConfiguration::default() };
+    Resource::new(ResourceType::Route, OUTBOUND, &message, [])
+}
+
+/// Calls that got no answer go to another instance: whether they could not be sent, were refused by a server that shuts down, lost
+/// their connection to a crash, or were turned away with UNAVAILABLE. A crash may come after the call had its effect, so calls
+/// must bear to be made twice, as with any retry.
+fn retry_policy() -> RetryPolicy {
+    RetryPolicy {
+        retry_host_predicate: vec![RetryHostPredicate {
+            name: "envoy.retry_host_predicates.previous_hosts".to_owned(),
+            config_type: Some(retry_host_predicate::ConfigType::TypedConfig(any(&PreviousHostsPredicate {}))),
+        }],
+        // Crashed instances have no open calls and so are picked with preference; with a few tries a retry could land on one
+        // again.
+        host_selection_retry_max_attempts: 20,
+        ..retries("connect-failure,refused-stream,reset,unavailable")
+    }
+}
+
+/// Fails the call at once with what is wrong. Envoy makes 503 into gRPC's UNAVAILABLE, as for a name that does not resolve: the
+/// service may be about to register.
+fn no_such_service() -> VirtualHost {
+    let text = "disco: no service named %REQ(:AUTHORITY)% is registered";
+    let action = DirectResponseAction {
+        status: 503,
+        body_format: Some(SubstitutionFormatString {
+            format: Some(Format::TextFormatSource(DataSource {
+                specifier: Some(Specifier::InlineString(text.to_owned())),
+                ..DataSource::default()
+            })),
+            ..SubstitutionFormatString::default()
+        }),
+        ..DirectResponseAction::default()
+    };
+    VirtualHost {
+        // No service can have this name.
+        name: "*".to_owned(),
+        domains: vec!["*".to_owned()],
+        routes: vec![all_paths(Action::DirectResponse(action))],
+        ..VirtualHost::default()
+    }
+}

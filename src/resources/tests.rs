@@ -1,0 +1,374 @@
+use std::{collections::BTreeMap, time::SystemTime};
+
+use envoy_types::pb::envoy::{
+    config::{
+        cluster::v3::Cluster,
+        core::v3::{
+            HealthStatus, address, config_source::ConfigSourceSpecifier, socket_address::PortSpecifier,
+        },
+        endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
+        listener::v3::{Listener, filter},
+        route::v3::{RouteConfiguration, route::Action, route_action::ClusterSpecifier},
+    },
+    extensions::filters::network::http_connection_manager::v3::{
+        HttpConnectionManager, http_connection_manager::RouteSpecifier,
+    },
+};
+use proptest::prelude::*;
+use prost::Message;
+
+use super::*;
+use crate::{
+    catalog::{self, catalog},
+    model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
+};
+
+/// `id, address, zone, weight, state` of an instance of `greeter`.
+type Row<'a> = (&'a str, &'a str, &'a str, u32, State);
+
+use State::{Draining, Serving};
+
+fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Instance {
+    let address: std::net::SocketAddr = address.parse().unwrap();
+    Instance {
+        key: InstanceKey { service: service.parse().unwrap(), id: id.parse().unwrap() },
+        incarnation: Incarnation(1),
+        address: address.ip(),
+        port: address.port().try_into().unwrap(),
+        locality: Locality { zone: zone.into(), ..Locality::default() },
+        weight: weight.try_into().unwrap(),
+        metadata: BTreeMap::new(),
+        state,
+        lease: Lease::Session,
+        revision: Revision(1),
+        registered_at: SystemTime::UNIX_EPOCH,
+    }
+}
+
+fn greeters(rows: &[Row<'_>]) -> Snapshot {
+    let put = |row: &Row<'_>| catalog::Change::PutInstance(instance("greeter", *row));
+    let service = catalog::Change::PutService("greeter".parse().unwrap());
+    Snapshot::default().apply(Revision(1), [service].into_iter().chain(rows.iter().map(put)))
+}
+
+fn decode<M: Message + Default + prost::Name>(set: &ResourceSet, kind: ResourceType, name: &str) -> M {
+    let resource = &set.get(kind, name).unwrap_or_else(|| panic!("no {kind:?} {name}")).resource;
+    let any = envoy_types::pb::google::protobuf::Any::decode(resource.any()).unwrap();
+    assert_eq!(any.type_url, M::type_url());
+    M::decode(any.value.as_slice()).unwrap()
+}
+
+fn load_assignment(set: &ResourceSet, name: &str) -> ClusterLoadAssignment {
+    decode(set, ResourceType::Endpoints, name)
+}
+
+/// Each locality as `zone*weight: address*weight …`, a draining endpoint in parentheses.
+fn endpoints(set: &ResourceSet) -> Vec<String> {
+    let assignment = load_assignment(set, "greeter");
+    assert_eq!(assignment.cluster_name, "greeter");
+    let locality = |locality: &envoy_types::pb::envoy::config::endpoint::v3::LocalityLbEndpoints| {
+        let weight = locality.load_balancing_weight.unwrap().value;
+        let mut text = format!("{}*{weight}:", locality.locality.as_ref().unwrap().zone);
+        for endpoint in &locality.lb_endpoints {
+            let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
+                panic!("no endpoint")
+            };
+            let Some(address::Address::SocketAddress(socket)) =
+                &host.address.as_ref().and_then(|address| address.address.as_ref())
+            else {
+                panic!("no address")
+            };
+            let Some(PortSpecifier::PortValue(port)) = socket.port_specifier else { panic!("no port") };
+            let weight = endpoint.load_balancing_weight.unwrap().value;
+            let host = format!("{}:{port}*{weight}", socket.address);
+            text += &match endpoint.health_status() {
+                HealthStatus::Draining => format!(" ({host})"),
+                _ => format!(" {host}"),
+            };
+        }
+        text
+    };
+    assignment.endpoints.iter().map(locality).collect()
+}
+
+#[test]
+fn endpoints_by_case() {
+    type Case<'a> = (&'a str, &'a [Row<'a>], &'a [&'a str], &'a [&'a str]);
+    let cases: [Case<'_>; 5] = [
+        ("no instance", &[], &[], &[]),
+        (
+            "localities in order, weighted by what they serve",
+            &[
+                ("c", "10.0.0.3:1", "z1", 5, Serving),
+                ("b", "10.0.0.2:1", "z2", 2, Serving),
+                ("a", "10.0.0.1:1", "z1", 1, Serving),
+            ],
+            &["z1*6: 10.0.0.1:1*1 10.0.0.3:1*5", "z2*2: 10.0.0.2:1*2"],
+            &["z1*6: 10.0.0.1:1*1 10.0.0.3:1*5", "z2*2: 10.0.0.2:1*2"],
+        ),
+        (
+            "draining",
+            &[
+                ("a", "10.0.0.1:1", "z1", 1, Draining),
+                ("b", "10.0.0.2:1", "z2", 2, Draining),
+                ("c", "10.0.0.3:1", "z2", 3, Serving),
+            ],
+            &["z1*1: (10.0.0.1:1*1)", "z2*3: (10.0.0.2:1*2) 10.0.0.3:1*3"],
+            &["z2*3: 10.0.0.3:1*3"],
+        ),
+        (
+            "an address twice: the serving one, else the first",
+            &[
+                ("a", "10.0.0.1:1", "", 1, Draining),
+                ("b", "10.0.0.1:1", "", 2, Serving),
+                ("c", "10.0.0.1:1", "", 3, Serving),
+                ("d", "10.0.0.1:2", "", 4, Serving),
+            ],
+            &["*6: 10.0.0.1:1*2 10.0.0.1:2*4"],
+            &["*6: 10.0.0.1:1*2 10.0.0.1:2*4"],
+        ),
+        (
+            "weights that do not fit are scaled",
+            &[("a", "[::1]:1", "", u32::MAX, Serving), ("b", "[::1]:2", "z", u32::MAX, Serving)],
+            &["*1431655765: ::1:1*1431655765", "z*1431655765: ::1:2*1431655765"],
+            &["*1431655765: ::1:1*1431655765", "z*1431655765: ::1:2*1431655765"],
+        ),
+    ];
+    for (case, rows, envoy, grpc) in cases {
+        let snapshot = greeters(rows);
+        assert_eq!(endpoints(&render(&snapshot, &View::envoy(1))), envoy, "{case}: Envoy");
+        assert_eq!(endpoints(&render(&snapshot, &View::grpc())), grpc, "{case}: gRPC");
+    }
+}
+
+#[test]
+fn a_sidecar_listens_on_its_port() {
+    let set = render(&greeters(&[]), &View::envoy(12_345));
+    let listener: Listener = decode(&set, ResourceType::Listener, OUTBOUND);
+    assert_eq!(listener.address, Some(endpoints::socket([127, 0, 0, 1].into(), 12_345)));
+    let manager = http_connection_manager(&listener);
+    assert_eq!(manager.stream_idle_timeout, wire::seconds(0));
+    assert_eq!(route_name(&manager), OUTBOUND);
+}
+
+#[test]
+fn a_call_is_routed_by_authority_and_retried_elsewhere() {
+    let set = render(&greeters(&[]), &View::envoy(1));
+    let routes: RouteConfiguration = decode(&set, ResourceType::Route, OUTBOUND);
+    let domains: Vec<_> = routes.virtual_hosts.iter().map(|host| host.domains.clone()).collect();
+    assert_eq!(domains, [vec!["greeter", "greeter:*"], vec!["*"]]);
+    let Some(Action::Route(action)) = &routes.virtual_hosts[0].routes[0].action else { panic!("no route") };
+    assert_eq!(action.timeout, wire::seconds(0));
+    let retry = action.retry_policy.as_ref().unwrap();
+    assert_eq!(retry.retry_on, "connect-failure,refused-stream,reset,unavailable");
+    assert_eq!(retry.retry_host_predicate.len(), 1);
+    let Some(Action::DirectResponse(answer)) = &routes.virtual_hosts[1].routes[0].action else {
+        panic!("no answer")
+    };
+    assert_eq!(answer.status, 503);
+}
+
+#[test]
+fn a_grpc_client_finds_all_under_the_services_name() {
+    let set = render(&greeters(&[]), &View::grpc());
+    let listener: Listener = decode(&set, ResourceType::Listener, "greeter");
+    assert_eq!(listener.address, None);
+    let manager = http_connection_manager(&listener);
+    assert_eq!(manager.http_filters.len(), 1);
+    let routes: RouteConfiguration = decode(&set, ResourceType::Route, &route_name(&manager));
+    assert_eq!(routes.virtual_hosts.len(), 1);
+    assert_eq!(routes.virtual_hosts[0].domains, ["greeter", "greeter:*"]);
+    let cluster: Cluster = decode(&set, ResourceType::Cluster, "greeter");
+    // 0 is round robin; C-core and Node refuse others, and all refuse what they do not know of the rest.
+    assert_eq!(cluster.lb_policy, 0);
+    assert!(cluster.transport_socket.is_none() && cluster.typed_extension_protocol_options.is_empty());
+}
+
+#[test]
+fn an_unchanged_service_is_not_touched() {
+    let (mut writer, reader) = catalog();
+    let row = |id, address| (id, address, "", 1, Serving);
+    let put = |service, row| catalog::Change::PutInstance(instance(service, row));
+    writer.apply(
+        Revision(1),
+        vec![put("greeter", row("a", "10.0.0.1:1")), put("other", row("a", "10.0.0.9:1"))],
+    );
+    let view = View::envoy(1);
+    let one = render(&reader.latest(), &view);
+
+    writer.apply(Revision(2), vec![put("greeter", row("b", "10.0.0.2:1"))]);
+    let (snapshot, changes) = reader.since(Revision(1));
+    let two = update(&one, &snapshot, &changes, &view);
+    let changed =
+        |kind| two.changed_since(kind, Revision(1)).unwrap().map(AsRef::as_ref).collect::<Vec<&str>>();
+    assert_eq!(changed(ResourceType::Endpoints), ["greeter"]);
+    for kind in [ResourceType::Cluster, ResourceType::Listener, ResourceType::Route] {
+        assert!(changed(kind).is_empty(), "{kind:?}");
+    }
+}
+
+fn http_connection_manager(listener: &Listener) -> HttpConnectionManager {
+    let any = match &listener.api_listener {
+        Some(api) => api.api_listener.clone().unwrap(),
+        None => match listener.filter_chains[0].filters[0].config_type.clone().unwrap() {
+            filter::ConfigType::TypedConfig(any) => any,
+            other => panic!("{other:?}"),
+        },
+    };
+    assert_eq!(any.type_url, <HttpConnectionManager as prost::Name>::type_url());
+    HttpConnectionManager::decode(any.value.as_slice()).unwrap()
+}
+
+fn route_name(manager: &HttpConnectionManager) -> String {
+    match &manager.route_specifier {
+        Some(RouteSpecifier::Rds(rds)) => {
+            let source = rds.config_source.as_ref().unwrap().config_source_specifier.as_ref();
+            assert!(matches!(source, Some(ConfigSourceSpecifier::Ads(_))));
+            rds.route_config_name.clone()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Every name that a resource refers to exists, and nothing exists that none refers to.
+fn check_references(set: &ResourceSet, snapshot: &Snapshot) {
+    let names = |kind| set.iter(kind).map(|(name, _)| name.to_string()).collect::<BTreeSet<_>>();
+    let services: BTreeSet<_> = snapshot.services().map(|service| service.id.to_string()).collect();
+
+    let mut routes = BTreeSet::new();
+    for name in names(ResourceType::Listener) {
+        routes.insert(route_name(&http_connection_manager(&decode(set, ResourceType::Listener, &name))));
+    }
+    assert_eq!(names(ResourceType::Route), routes);
+
+    let mut clusters = BTreeSet::new();
+    for name in routes {
+        let routes: RouteConfiguration = decode(set, ResourceType::Route, &name);
+        for route in routes.virtual_hosts.into_iter().flat_map(|host| host.routes) {
+            if let Some(Action::Route(action)) = route.action {
+                let Some(ClusterSpecifier::Cluster(cluster)) = action.cluster_specifier else {
+                    panic!("{action:?}")
+                };
+                clusters.insert(cluster);
+            }
+        }
+    }
+    assert_eq!(names(ResourceType::Cluster), clusters);
+    assert_eq!(clusters, services);
+
+    let mut endpoints = BTreeSet::new();
+    for name in clusters {
+        let cluster: Cluster = decode(set, ResourceType::Cluster, &name);
+        let eds = cluster.eds_cluster_config.unwrap().service_name;
+        let eds = if eds.is_empty() { cluster.name } else { eds };
+        let needs = &set.get(ResourceType::Cluster, &name).unwrap().resource.needs;
+        assert_eq!(needs.iter().map(AsRef::as_ref).collect::<Vec<&str>>(), [eds.as_str()]);
+        endpoints.insert(eds);
+    }
+    assert_eq!(names(ResourceType::Endpoints), endpoints);
+    for name in endpoints {
+        assert_eq!(load_assignment(set, &name).cluster_name, name);
+    }
+}
+
+/// The digest and the bytes, which include name and version, of each type.
+fn contents(set: &ResourceSet) -> Vec<(u64, Vec<bytes::Bytes>)> {
+    let of = |kind| set.iter(kind).map(|(_, entry)| entry.resource.delta_field()).collect();
+    ResourceType::ALL.into_iter().map(|kind| (set.digest(kind), of(kind))).collect()
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    PutService(u8),
+    RemoveService(u8),
+    PutInstance {
+        service: u8,
+        id: u8,
+        port: u16,
+        zone: u8,
+        weight: u32,
+        draining: bool,
+    },
+    RemoveInstance(u8, u8),
+    /// Bring the resources up to date, from the change list or from everything.
+    Update {
+        resync: bool,
+    },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        1 => (0..4u8).prop_map(Op::PutService),
+        1 => (0..4u8).prop_map(Op::RemoveService),
+        4 => (0..4u8, 0..5u8, 1..5u16, 0..3u8, 1..4u32, any::<bool>()).prop_map(
+            |(service, id, port, zone, weight, draining)| Op::PutInstance { service, id, port, zone, weight, draining }
+        ),
+        2 => (0..4u8, 0..5u8).prop_map(|(service, id)| Op::RemoveInstance(service, id)),
+        3 => any::<bool>().prop_map(|resync| Op::Update { resync }),
+    ]
+}
+
+fn change(op: &Op) -> Option<catalog::Change> {
+    let service = |service: &u8| format!("s{service}");
+    Some(match op {
+        Op::PutService(s) => catalog::Change::PutService(service(s).parse().unwrap()),
+        Op::RemoveService(s) => catalog::Change::RemoveService(service(s).parse().unwrap()),
+        Op::PutInstance { service: s, id, port, zone, weight, draining } => {
+            let (id, address, zone) = (format!("i{id}"), format!("10.0.0.1:{port}"), format!("z{zone}"));
+            let state = if *draining { Draining } else { Serving };
+            catalog::Change::PutInstance(instance(&service(s), (&id, &address, &zone, *weight, state)))
+        }
+        Op::RemoveInstance(s, id) => catalog::Change::RemoveInstance(InstanceKey {
+            service: service(s).parse().unwrap(),
+            id: format!("i{id}").parse().unwrap(),
+        }),
+        Op::Update { .. } => return None,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Any history: an updated set is what is rendered anew, all its references hold, and a removed resource is remembered.
+    #[test]
+    fn update_equals_render(history in proptest::collection::vec(op(), 1..60), grpc in any::<bool>()) {
+        let view = if grpc { View::grpc() } else { View::envoy(10_000) };
+        let (mut writer, reader) = catalog();
+        let mut set = render(&reader.latest(), &view);
+        for (n, op) in history.iter().enumerate() {
+            if let Some(change) = change(op) {
+                writer.apply(Revision(n as u64 + 1), vec![change]);
+            }
+            if let Op::Update { resync } = op {
+                let (snapshot, touched) = reader.since(set.revision());
+                let changes = if *resync { Changes::Resync } else { touched };
+                let next = update(&set, &snapshot, &changes, &view);
+                prop_assert_eq!(next.revision(), snapshot.revision());
+                prop_assert_eq!(contents(&next), contents(&render(&snapshot, &view)));
+                for (name, _) in set.iter(ResourceType::Cluster) {
+                    let live = next.get(ResourceType::Cluster, name).is_some();
+                    prop_assert!(live || next.gone(ResourceType::Endpoints, name).is_some());
+                }
+                check_references(&next, &snapshot);
+                set = next;
+            }
+        }
+    }
+}
+
+#[test]
+fn equal_snapshots_give_equal_bytes() {
+    let rows: [Row<'_>; 3] = [
+        ("a", "10.0.0.1:1", "z1", 1, Serving),
+        ("b", "10.0.0.2:1", "z2", 1, Serving),
+        ("c", "10.0.0.3:1", "z1", 1, Draining),
+    ];
+    for view in [View::envoy(1), View::grpc()] {
+        let want = contents(&render(&greeters(&rows), &view));
+        for n in 0..100 {
+            let mut rows = rows;
+            rows.rotate_left(n % 3);
+            assert_eq!(contents(&render(&greeters(&rows), &view)), want);
+        }
+    }
+}
