@@ -36,7 +36,7 @@ use load::{Counts, Load, Plan};
 use rustix::process::{Signal, getpid, kill_process};
 use tokio::{runtime::Runtime, time::Instant};
 
-const PLAN: Plan = Plan { concurrency: 16, rate: 1_000.0, long_calls: 3 };
+const PLAN: Plan = Plan { concurrency: 16, rate: 1_500.0, long_calls: 3 };
 /// How long the calls go on between two changes.
 const SCENE: Duration = Duration::from_secs(3);
 /// How long a change may take at most.
@@ -51,27 +51,26 @@ struct Args {
     keep: bool,
 }
 
-fn main() -> ExitCode {
-    match show(&Args::parse()) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            println!("\nThe demo could not go on: {error:?}");
-            ExitCode::FAILURE
-        }
+fn main() -> anyhow::Result<ExitCode> {
+    let folder = tempfile::tempdir()?;
+    match show(&Args::parse(), folder.path()) {
+        Ok(true) => return Ok(ExitCode::SUCCESS),
+        Ok(false) => {}
+        Err(error) => println!("\nThe demo could not go on: {error:#}"),
     }
+    println!("\nThe logs are in {}", folder.keep().display());
+    Ok(ExitCode::FAILURE)
 }
 
 /// Returns whether all calls were answered.
-fn show(args: &Args) -> anyhow::Result<bool> {
+fn show(args: &Args, folder: &Path) -> anyhow::Result<bool> {
     let runtime = Runtime::new()?;
     let _inside = runtime.enter();
-    let folder = tempfile::tempdir()?;
-    end_on_ctrl_c(&runtime, folder.path(), args.keep);
+    end_on_ctrl_c(&runtime, folder, args.keep);
 
     println!("Disco demo: instances come, go and crash, and no call fails.\n");
     let start = Instant::now();
-    let disco = Disco::start_on(folder.path(), free_or_any(18_000), free_or_any(18_080))?;
+    let disco = Disco::start_on(folder, free_or_any(18_000), free_or_any(18_080))?;
     println!("  disco dev        gRPC {}, HTTP {}{}", disco.grpc, disco.http, after(start));
 
     let start = Instant::now();
@@ -129,9 +128,7 @@ fn show(args: &Args) -> anyhow::Result<bool> {
     for (error, times) in &counts.errors {
         println!("  {times} x {error}");
     }
-    if counts.failed > 0 {
-        println!("The logs are in {}", folder.keep().display());
-    } else if args.keep {
+    if args.keep {
         leave_running(&disco, &envoy)?;
     }
     Ok(counts.failed == 0)

@@ -11,7 +11,8 @@ use prometheus_client::{
     registry::{Metric, Registry},
 };
 use tracing_subscriber::{
-    EnvFilter, Registry as Subscriber, fmt as log_fmt, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+    EnvFilter, Registry as Subscriber, fmt as log_fmt, layer::SubscriberExt as _, reload,
+    util::SubscriberInitExt as _,
 };
 
 /// How log lines are written, to standard error.

@@ -1,10 +1,11 @@
 //! A small gRPC service. Start it under Disco, and every sidecar finds it:
 //!
 //! ```text
-//! disco run --service greeter --port 50051 --health grpc -- greeter-server --port 50051
+//! disco run --service greeter --port 50051 --health grpc -- greeter-server
 //! ```
 //!
-//! Nothing in it knows of Disco: it serves `grpc.health.v1`, and on SIGTERM finishes the calls under way and ends.
+//! Nothing in it knows of Disco: it serves `grpc.health.v1`, and on SIGTERM finishes the calls under way and ends. `disco run`
+//! tells it the port and its name in the environment.
 
 mod pb;
 
@@ -42,7 +43,7 @@ struct Args {
     /// Address to listen on.
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     address: IpAddr,
-    /// The name it answers with. `disco run` sets the environment variable to the instance's id.
+    /// The name it answers with.
     #[arg(long, env = "DISCO_INSTANCE", default_value = "greeter")]
     instance: String,
 }

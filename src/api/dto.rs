@@ -114,7 +114,8 @@ pub(super) fn count(service: &Service) -> (usize, usize) {
 
 /// RFC 3339, UTC.
 pub(super) fn timestamp(at: std::time::SystemTime) -> String {
-    Timestamp::try_from(at).map_or_else(|_| String::new(), |at| at.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string())
+    Timestamp::try_from(at)
+        .map_or_else(|_| String::new(), |at| at.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string())
 }
 
 /// A JSON text as a tree. Duplicate keys are refused: which of them was meant is a guess.
@@ -284,16 +285,40 @@ mod tests {
         assert!(read(r#"{"address":"127.0.0.1","port":1,"ttl":"30s","health":"none","weight":2}"#).is_ok());
         for (body, want) in [
             (r#"{"address":"127.0.0.1","port":"x"}"#, "port: is text: want a whole number from 1 to 65535"),
-            (r#"{"address":"127.0.0.1","port":70000}"#, "port: 70000 is out of range: want a whole number from 1 to 65535"),
-            (r#"{"address":"127.0.0.1","port":1.5}"#, "port: is a fraction: want a whole number from 1 to 65535"),
+            (
+                r#"{"address":"127.0.0.1","port":70000}"#,
+                "port: 70000 is out of range: want a whole number from 1 to 65535",
+            ),
+            (
+                r#"{"address":"127.0.0.1","port":1.5}"#,
+                "port: is a fraction: want a whole number from 1 to 65535",
+            ),
             (r#"{"address":5,"port":1}"#, "address: is a whole number: want text"),
-            (r#"{"address":"127.0.0.1","port":1,"prot":2}"#, "\"prot\": is not a known field; did you mean `port`?"),
+            (
+                r#"{"address":"127.0.0.1","port":1,"prot":2}"#,
+                "\"prot\": is not a known field; did you mean `port`?",
+            ),
             (r#"{"address":"127.0.0.1","port":1,"ttl":"0s"}"#, "ttl: 0s is out of range: want 1s to 1h"),
-            (r#"{"address":"127.0.0.1","port":1,"ttl":"1y"}"#, "ttl: \"1y\" is not a duration: want a number and a unit, such as 30s, 5m or 500ms"),
-            (r#"{"address":"127.0.0.1","port":1,"locality":{"zoone":"z"}}"#, "locality.\"zoone\": is not a known field; did you mean `zone`?"),
-            (r#"{"address":"127.0.0.1","port":1,"metadata":{"a":1}}"#, "metadata.\"a\": is a whole number: want text"),
-            (r#"{"address":"127.0.0.1","port":1,"port":2}"#, "the body is not JSON: the key \"port\" is there twice at line 1 column 39"),
-            ("[]", "is a list: want a map of fields; address: is missing: want the IP address that the instance listens on; port: is missing: want a whole number from 1 to 65535"),
+            (
+                r#"{"address":"127.0.0.1","port":1,"ttl":"1y"}"#,
+                "ttl: \"1y\" is not a duration: want a number and a unit, such as 30s, 5m or 500ms",
+            ),
+            (
+                r#"{"address":"127.0.0.1","port":1,"locality":{"zoone":"z"}}"#,
+                "locality.\"zoone\": is not a known field; did you mean `zone`?",
+            ),
+            (
+                r#"{"address":"127.0.0.1","port":1,"metadata":{"a":1}}"#,
+                "metadata.\"a\": is a whole number: want text",
+            ),
+            (
+                r#"{"address":"127.0.0.1","port":1,"port":2}"#,
+                "the body is not JSON: the key \"port\" is there twice at line 1 column 39",
+            ),
+            (
+                "[]",
+                "is a list: want a map of fields; address: is missing: want the IP address that the instance listens on; port: is missing: want a whole number from 1 to 65535",
+            ),
         ] {
             assert_eq!(read(body).unwrap_err(), want, "{body}");
         }

@@ -85,9 +85,12 @@ impl RegistryService {
         use session_response::Response as Out;
         let result = match request.request {
             Some(In::Register(request)) => match self.read_registration(request) {
-                Ok(registration) => {
-                    session.register(registration).await.map_err(ApiError::from).map(registered).map(Out::Register)
-                }
+                Ok(registration) => session
+                    .register(registration)
+                    .await
+                    .map_err(ApiError::from)
+                    .map(registered)
+                    .map(Out::Register),
                 Err(error) => Err(error),
             },
             Some(In::Update(request)) => self.do_update(request).await.map(Out::Update),
@@ -145,9 +148,7 @@ fn read_ref(
     Some((InstanceKey { service: service?, id: id? }, (incarnation != 0).then_some(Incarnation(incarnation))))
 }
 
-fn require_ref(
-    reference: Option<v1::InstanceRef>,
-) -> Result<(InstanceKey, Option<Incarnation>), ApiError> {
+fn require_ref(reference: Option<v1::InstanceRef>) -> Result<(InstanceKey, Option<Incarnation>), ApiError> {
     let mut problems = Problems::default();
     read_ref(reference, &mut problems).ok_or_else(|| problems.into())
 }
@@ -221,7 +222,9 @@ impl registry_server::Registry for RegistryService {
             let mut problems = Problems::default();
             problems.add(
                 "after",
-                format!("{after} is not a revision yet: want one that this registry gave, or 0 for a snapshot"),
+                format!(
+                    "{after} is not a revision yet: want one that this registry gave, or 0 for a snapshot"
+                ),
             );
             return Err(ApiError::from(problems).into());
         }
@@ -252,10 +255,7 @@ impl registry_server::Registry for RegistryService {
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
-    async fn session(
-        &self,
-        request: Request<Streaming<v1::SessionRequest>>,
-    ) -> Answer<Self::SessionStream> {
+    async fn session(&self, request: Request<Streaming<v1::SessionRequest>>) -> Answer<Self::SessionStream> {
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(QUEUE);
         let service = self.clone();
@@ -281,7 +281,8 @@ impl registry_server::Registry for RegistryService {
             };
             session.end(how).await;
             if how == Ended::Lost && shutdown.started() {
-                let _ = answers.try_send(Err(Status::unavailable("this server is shutting down; use another")));
+                let _ =
+                    answers.try_send(Err(Status::unavailable("this server is shutting down; use another")));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -294,7 +295,9 @@ fn how_it_ended(status: &Status) -> Ended {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(status);
     while let Some(error) = cause {
         if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)
-            || error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut)
+            || error
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut)
             || error.to_string().contains("keep-alive timed out")
         {
             return Ended::Lost;
@@ -343,4 +346,3 @@ fn watch_response(
     }
     response
 }
-

@@ -40,10 +40,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
-        .route(
-            instance,
-            routing::get(show_instance).put(register).patch(update).delete(deregister),
-        )
+        .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/proxies", routing::get(proxies::list))
@@ -65,13 +62,20 @@ pub(super) fn router(api: Api) -> Router {
         .method_not_allowed_fallback(|request: Request| async move {
             ApiError::new(
                 Kind::MethodNotAllowed,
-                format!("{} is not possible at {}: GET / lists what is", request.method(), excerpt(request.uri().path())),
+                format!(
+                    "{} is not possible at {}: GET / lists what is",
+                    request.method(),
+                    excerpt(request.uri().path())
+                ),
             )
         })
         .layer(DefaultBodyLimit::max(body_limit))
         .layer(CatchPanicLayer::custom(|_| {
-            ApiError::new(Kind::Internal, "this request met a bug in Disco; it is logged, and everything else goes on")
-                .into_response()
+            ApiError::new(
+                Kind::Internal,
+                "this request met a bug in Disco; it is logged, and everything else goes on",
+            )
+            .into_response()
         }))
         .with_state(api)
 }
@@ -89,7 +93,10 @@ impl FromRequest<Api> for Body {
                 if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
             {
                 let limit = api.config.body_limit;
-                Err(ApiError::new(Kind::TooLarge, format!("the body is larger than {limit} bytes; limits.body raises that")))
+                Err(ApiError::new(
+                    Kind::TooLarge,
+                    format!("the body is larger than {limit} bytes; limits.body raises that"),
+                ))
             }
             Err(error) => Err(ApiError::new(Kind::Invalid, format!("the body did not arrive: {error}"))),
         }
@@ -144,7 +151,10 @@ fn percent_decode(text: &str) -> String {
 pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Duration {
     let wait = fields.parse("wait", problems, parse_duration).unwrap_or_default();
     if wait > WAIT_MAX {
-        problems.add("wait", format!("{} is too long: want at most {}", format_duration(wait), format_duration(WAIT_MAX)));
+        problems.add(
+            "wait",
+            format!("{} is too long: want at most {}", format_duration(wait), format_duration(WAIT_MAX)),
+        );
     }
     wait
 }

@@ -60,7 +60,9 @@ impl Api {
     }
 
     /// `disco.v1.Registry`.
-    pub fn registry_service(&self) -> RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>> {
+    pub fn registry_service(
+        &self,
+    ) -> RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>> {
         RegistryServer::new(grpc::RegistryService::new(self.registry.clone(), self.tasks.clone()))
             .max_decoding_message_size(self.config.body_limit)
     }

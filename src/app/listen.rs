@@ -91,8 +91,8 @@ pub(super) fn serve_http(
 ) {
     let shutdown = tasks.shutdown().clone();
     tasks.spawn("http-server", async move {
-        let server = axum::serve(listener, router)
-            .with_graceful_shutdown(async move { shutdown.wait().await });
+        let server =
+            axum::serve(listener, router).with_graceful_shutdown(async move { shutdown.wait().await });
         report("http", server.await, &failed);
     });
 }

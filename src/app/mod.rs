@@ -43,7 +43,9 @@ pub struct Addresses {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An address cannot be listened on.
-    #[error("cannot listen on {address} ({field}): {source}; choose another port there, or 0 for any free one")]
+    #[error(
+        "cannot listen on {address} ({field}): {source}; choose another port there, or 0 for any free one"
+    )]
     Listen {
         /// The setting that names it.
         field: &'static str,
@@ -187,7 +189,11 @@ impl Running {
         self.edges.shutdown().start();
         let left = self.edges.join(drain).await;
         if left > 0 {
-            tracing::warn!(tasks = left, ?drain, "shutdown.drain is over; what is still under way is cut off");
+            tracing::warn!(
+                tasks = left,
+                ?drain,
+                "shutdown.drain is over; what is still under way is cut off"
+            );
         }
         self.core.shutdown().start();
         let left = self.core.join(drain).await;

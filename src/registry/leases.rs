@@ -75,7 +75,12 @@ impl Leases {
     }
 
     /// Moves a TTL lease's deadline. `None` when that incarnation holds no such lease.
-    pub(super) fn renew(&self, key: &InstanceKey, incarnation: Incarnation, now: Instant) -> Option<Duration> {
+    pub(super) fn renew(
+        &self,
+        key: &InstanceKey,
+        incarnation: Incarnation,
+        now: Instant,
+    ) -> Option<Duration> {
         let mut table = self.table();
         let held = table.held.get_mut(key).filter(|held| held.incarnation == incarnation)?;
         let Holder::Ttl(ttl) = held.holder else { return None };

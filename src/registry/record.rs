@@ -42,7 +42,8 @@ pub(super) fn decode(key: &Key, value: Option<&Bytes>, revision: Revision) -> Re
     }
     let Some(path) = key.strip_prefix(INSTANCES) else { return Ok(None) };
     let (service, id) = path.split_once('/').ok_or_else(|| wrong("the key names no instance".to_owned()))?;
-    let instance_key = InstanceKey { service: service.parse().map_err(wrong)?, id: id.parse().map_err(wrong)? };
+    let instance_key =
+        InstanceKey { service: service.parse().map_err(wrong)?, id: id.parse().map_err(wrong)? };
     let Some(value) = value else { return Ok(Some(Change::RemoveInstance(instance_key))) };
     let message = v1::Instance::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
     let instance = instance_from_proto(instance_key, message, revision).map_err(wrong)?;
@@ -98,13 +99,19 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
     }
 }
 
-fn instance_from_proto(key: InstanceKey, message: v1::Instance, revision: Revision) -> Result<Instance, String> {
+fn instance_from_proto(
+    key: InstanceKey,
+    message: v1::Instance,
+    revision: Revision,
+) -> Result<Instance, String> {
     let state = match message.state() {
         v1::InstanceState::Draining => State::Draining,
         v1::InstanceState::Serving | v1::InstanceState::Unspecified => State::Serving,
     };
     let lease = match message.lease.and_then(|lease| lease.kind) {
-        Some(v1::lease::Kind::Ttl(ttl)) => Lease::Ttl(Duration::try_from(ttl).map_err(|e| format!("lease: {e}"))?),
+        Some(v1::lease::Kind::Ttl(ttl)) => {
+            Lease::Ttl(Duration::try_from(ttl).map_err(|e| format!("lease: {e}"))?)
+        }
         Some(v1::lease::Kind::Session(_)) => Lease::Session,
         None => return Err("it has no lease".to_owned()),
     };
@@ -113,7 +120,10 @@ fn instance_from_proto(key: InstanceKey, message: v1::Instance, revision: Revisi
         key,
         incarnation: Incarnation(message.incarnation),
         address: message.address.parse().map_err(|e| format!("address: {e}"))?,
-        port: u16::try_from(message.port).ok().and_then(|port| port.try_into().ok()).ok_or("port: out of range")?,
+        port: u16::try_from(message.port)
+            .ok()
+            .and_then(|port| port.try_into().ok())
+            .ok_or("port: out of range")?,
         locality: Locality {
             region: locality.region.into(),
             zone: locality.zone.into(),
@@ -160,7 +170,9 @@ mod tests {
         for lease in [Lease::Session, Lease::Ttl(Duration::from_millis(1500))] {
             let instance = instance(lease);
             let key = instance_key(&instance.key);
-            let Some(Change::PutInstance(read)) = decode(&key, Some(&encode(&instance)), Revision(9)).unwrap() else {
+            let Some(Change::PutInstance(read)) =
+                decode(&key, Some(&encode(&instance)), Revision(9)).unwrap()
+            else {
                 panic!("not an instance")
             };
             assert_eq!(read, instance);

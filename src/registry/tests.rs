@@ -116,7 +116,9 @@ async fn a_renewal_does_not_end_a_drain_but_a_new_run_does() {
     let drained = registry.drain(key("a"), None).await.unwrap();
     assert_eq!(drained.instance.state, State::Draining);
     assert_eq!(registry.drain(key("a"), None).await.unwrap().revision, drained.revision);
-    for (incarnation, want) in [(None, State::Draining), (Some(1), State::Draining), (Some(2), State::Serving)] {
+    for (incarnation, want) in
+        [(None, State::Draining), (Some(1), State::Draining), (Some(2), State::Serving)]
+    {
         let accepted = registry.register(registration("a", 1, incarnation)).await.unwrap();
         assert_eq!(accepted.instance.state, want, "{incarnation:?}");
     }
@@ -184,7 +186,11 @@ async fn many_writers_of_one_instance_and_of_many_all_get_an_answer() {
         let registry = registry.clone();
         async move {
             registry.register(registration(&format!("i{}", n % 20), 1000 + n, None)).await.unwrap();
-            if n % 3 == 0 { registry.deregister(key(&format!("i{}", n % 20)), None).await.map(drop) } else { Ok(()) }
+            if n % 3 == 0 {
+                registry.deregister(key(&format!("i{}", n % 20)), None).await.map(drop)
+            } else {
+                Ok(())
+            }
         }
     });
     for result in futures_util::future::join_all(writes).await {

@@ -108,7 +108,11 @@ impl Registry {
                     expect_incarnation(present, incarnation)?;
                     let mut next = (**present).clone();
                     edit(&mut next);
-                    Ok(if next == **present { Decision::Keep(Arc::clone(present)) } else { Decision::Put(next) })
+                    Ok(if next == **present {
+                        Decision::Keep(Arc::clone(present))
+                    } else {
+                        Decision::Put(next)
+                    })
                 })
                 .await
         });
@@ -185,7 +189,8 @@ impl Registry {
     /// Forgets services that have had no instance for long.
     pub(super) async fn retire_empty_services(self) {
         let retention = self.inner.config.empty_service_retention;
-        let mut empty_since: std::collections::BTreeMap<ServiceId, Instant> = std::collections::BTreeMap::new();
+        let mut empty_since: std::collections::BTreeMap<ServiceId, Instant> =
+            std::collections::BTreeMap::new();
         let mut turns = tokio::time::interval((retention / 10).max(Duration::from_secs(1)));
         loop {
             let now = turns.tick().await;
@@ -198,7 +203,9 @@ impl Registry {
                     continue;
                 }
                 match self.inner.remove_service(&service.id).await {
-                    Ok(revision) => tracing::info!(service = %service.id, %revision, "forgotten: it has had no instance for long"),
+                    Ok(revision) => {
+                        tracing::info!(service = %service.id, %revision, "forgotten: it has had no instance for long")
+                    }
                     Err(error) => tracing::debug!(service = %service.id, %error, "an empty service stays"),
                 }
             }
@@ -217,7 +224,11 @@ impl Inner {
                 Ok(match present {
                     Some(present) => {
                         comparable.revision = present.revision;
-                        if comparable == **present { Decision::Keep(Arc::clone(present)) } else { Decision::Put(next) }
+                        if comparable == **present {
+                            Decision::Keep(Arc::clone(present))
+                        } else {
+                            Decision::Put(next)
+                        }
                     }
                     None => Decision::Put(next),
                 })
@@ -245,7 +256,10 @@ impl Inner {
                 None if snapshot.services().len() >= limits.services => {
                     return Err(Error::limit(
                         "service",
-                        format!("there are {} services, the most that there may be; limits.services raises it", limits.services),
+                        format!(
+                            "there are {} services, the most that there may be; limits.services raises it",
+                            limits.services
+                        ),
                     ));
                 }
                 _ => return Ok(()),
@@ -253,13 +267,15 @@ impl Inner {
         };
         let moved = (registration.address, registration.port) != (present.address, present.port);
         match registration.incarnation {
-            None if present.lease == Lease::Session && !self.leases.abandoned(&present.key) => Err(Error::conflict(
-                "incarnation",
-                format!(
-                    "instance {} is held by a session (incarnation {}): change it with an update, or use another id",
-                    present.key, present.incarnation
-                ),
-            )),
+            None if present.lease == Lease::Session && !self.leases.abandoned(&present.key) => {
+                Err(Error::conflict(
+                    "incarnation",
+                    format!(
+                        "instance {} is held by a session (incarnation {}): change it with an update, or use another id",
+                        present.key, present.incarnation
+                    ),
+                ))
+            }
             Some(given) if given < present.incarnation => Err(Error::conflict(
                 "incarnation",
                 format!(
@@ -294,7 +310,9 @@ impl Inner {
             Some(ttl) => Ok((ttl, snapshot.revision())),
             None => Err(Error::conflict(
                 "instance",
-                format!("instance {key} is held by a session, which needs no renewals; only a TTL lease is renewed"),
+                format!(
+                    "instance {key} is held by a session, which needs no renewals; only a TTL lease is renewed"
+                ),
             )),
         }
     }
@@ -304,7 +322,8 @@ impl Inner {
             let snapshot = self.catalog.latest();
             let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
             expect_incarnation(present, incarnation)?;
-            let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
+            let op =
+                Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
             match self.commit(vec![op]).await {
                 Ok(revision) => {
                     self.leases.release(key, present.incarnation);
@@ -328,7 +347,8 @@ impl Inner {
             ));
         }
         let key = record::service_key(id);
-        let entry = self.store.get(&key).await.map_err(Error::Store)?.ok_or_else(|| Error::NoService(id.clone()))?;
+        let entry =
+            self.store.get(&key).await.map_err(Error::Store)?.ok_or_else(|| Error::NoService(id.clone()))?;
         let op = Op::Delete { key, when: Condition::Unchanged(entry.revision) };
         self.commit(vec![op]).await.map_err(|error| error.unwrap_or_else(|| Error::NoService(id.clone())))
     }
@@ -399,7 +419,10 @@ fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<
     match given {
         Some(given) if given != present.incarnation => Err(Error::conflict(
             "incarnation",
-            format!("instance {} is registered as incarnation {}, not {given}", present.key, present.incarnation),
+            format!(
+                "instance {} is registered as incarnation {}, not {given}",
+                present.key, present.incarnation
+            ),
         )),
         _ => Ok(()),
     }
@@ -407,7 +430,8 @@ fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<
 
 /// What the instance is after the registration. The same run keeps its state: a renewal does not end a drain.
 fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: Holder) -> Instance {
-    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl } = registration.clone();
+    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl } =
+        registration.clone();
     let now = rt::now();
     let by_clock = || {
         let since_epoch = now.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -417,7 +441,8 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         present.filter(|present| incarnation.is_none() || incarnation == Some(present.incarnation));
     Instance {
         key,
-        incarnation: same_run.map_or_else(|| incarnation.unwrap_or_else(by_clock), |present| present.incarnation),
+        incarnation: same_run
+            .map_or_else(|| incarnation.unwrap_or_else(by_clock), |present| present.incarnation),
         address,
         port,
         locality,

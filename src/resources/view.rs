@@ -94,7 +94,9 @@ impl ClientKind {
 fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
-        Value::Number(number) => number.as_f64().map_or_else(|| number.to_string(), |number| number.to_string()),
+        Value::Number(number) => {
+            number.as_f64().map_or_else(|| number.to_string(), |number| number.to_string())
+        }
         Value::Bool(bool) => bool.to_string(),
         Value::Null => "null".to_owned(),
         Value::Object(_) => "{…}".to_owned(),

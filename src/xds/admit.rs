@@ -62,11 +62,7 @@ impl Node {
             cluster: node.cluster,
             user_agent_name: node.user_agent_name,
             user_agent_version,
-            locality: Locality {
-                region: locality.region,
-                zone: locality.zone,
-                sub_zone: locality.sub_zone,
-            },
+            locality: Locality { region: locality.region, zone: locality.zone, sub_zone: locality.sub_zone },
             metadata: node.metadata.map(object).unwrap_or_default(),
             client_features: node.client_features,
             peer,

@@ -19,7 +19,9 @@ pub enum Code {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
     /// Rule G6: nobody knows whose stream it is.
-    #[error("the first request of a stream must carry `node` with an `id`; set node.id in the client's bootstrap")]
+    #[error(
+        "the first request of a stream must carry `node` with an `id`; set node.id in the client's bootstrap"
+    )]
     NoNode,
     /// Rule G6: a stream belongs to one node.
     #[error("node.id changed from {was:?} to {now:?}; open another stream for another node")]
@@ -61,7 +63,9 @@ pub enum ProtocolError {
         start: String,
     },
     /// The server forgot removals that the stream has not been told of.
-    #[error("this stream is at revision {at} and so far behind that removals are forgotten; reconnect and say what you hold")]
+    #[error(
+        "this stream is at revision {at} and so far behind that removals are forgotten; reconnect and say what you hold"
+    )]
     Behind {
         /// Up to where the stream was.
         at: Revision,

@@ -153,12 +153,7 @@ impl Speak for Delta {
 }
 
 impl Speak for Sotw {
-    fn answer(
-        of: &Sent,
-        names: &[String],
-        accepted: Option<&str>,
-        error: Option<&str>,
-    ) -> DiscoveryRequest {
+    fn answer(of: &Sent, names: &[String], accepted: Option<&str>, error: Option<&str>) -> DiscoveryRequest {
         DiscoveryRequest {
             type_url: of.type_url.clone(),
             resource_names: names.to_vec(),

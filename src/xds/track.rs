@@ -202,7 +202,8 @@ impl Track {
                     Some(entry) => entry.changed > cursor,
                     None => set.gone(self.kind, name).is_some_and(|gone| {
                         let had = removals && gone.first <= cursor;
-                        gone.removed > cursor && (had || self.rejected.iter().any(|group| group.contains(*name)))
+                        gone.removed > cursor
+                            && (had || self.rejected.iter().any(|group| group.contains(*name)))
                     }),
                 }
         };

@@ -1,12 +1,6 @@
 //! What Disco generates, judged by real Envoy (`--mode validate`).
 
-use std::{
-    env, fs,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::Command,
-    time::SystemTime,
-};
+use std::{env, fs, net::SocketAddr, path::Path, process::Command, time::SystemTime};
 
 use disco::{
     catalog::{Change, Snapshot},
@@ -40,18 +34,11 @@ use envoy_types::pb::{
 };
 use prost::Message;
 
-/// The Envoy that `make tools` installs.
-fn envoy() -> PathBuf {
-    let checkout = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let tools = env::var_os("DISCO_TEST_TOOLS").map_or_else(|| checkout.join(".tools"), PathBuf::from);
-    let envoy = tools.join("bin/envoy");
-    assert!(envoy.exists(), "there is no Envoy at {}: run `make tools`", envoy.display());
-    envoy
-}
+use crate::harness::tool;
 
 /// What Envoy has against a configuration file; the ending says in which form it is.
 fn validate(config: &Path) -> Result<(), String> {
-    let mut command = Command::new(envoy());
+    let mut command = Command::new(tool("envoy").unwrap());
     command.args(["--mode", "validate", "--log-level", "warning", "--use-dynamic-base-id", "-c"]).arg(config);
     let output = command.output().unwrap();
     let said =

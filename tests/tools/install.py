@@ -144,7 +144,7 @@ def wheel(project):
             return project, name, digest
     raise Problem(
         f"there is no pinned wheel of {project} for Python {platform.python_version()} on {sys.platform} {machine}.\n"
-        f"{LOCK.name} has: " + ", ".join(names) + "\n"
+        f"{LOCK.name} has:\n  " + "\n  ".join(names) + "\n"
         "Another Python can be chosen with `make tools PYTHON=python3.12`."
     )
 
@@ -293,4 +293,4 @@ if __name__ == "__main__":
     try:
         main()
     except Problem as problem:
-        sys.exit(f"\nTools could not be installed.\n{problem}\nRun `make tools` again then; what is in place stays.")
+        sys.exit(f"\nTools could not be installed.\n{problem}\nWhat is in place stays; run it again to go on.")

@@ -53,9 +53,8 @@ fn g4_g5_node_on_every_request_is_fine() {
 #[test]
 fn g6_another_node_on_the_same_stream_is_an_error() {
     let mut s = Stream::new([]);
-    let error = s
-        .try_request(DeltaDiscoveryRequest { node: Some(node("m")), ..delta(CDS, &[], &[]) })
-        .unwrap_err();
+    let error =
+        s.try_request(DeltaDiscoveryRequest { node: Some(node("m")), ..delta(CDS, &[], &[]) }).unwrap_err();
     assert_eq!(error, ProtocolError::NodeChanged { was: "n".into(), now: "m".into() });
 }
 
@@ -157,8 +156,7 @@ fn d1_d3_an_ack_may_subscribe() {
     let mut s = Stream::new([put(EDS, "a", "1"), put(EDS, "b", "1")]);
     s.request(delta(EDS, &["a"], &[]));
     let sent = s.next().unwrap();
-    let heard =
-        s.request(DeltaDiscoveryRequest { response_nonce: sent.nonce, ..delta(EDS, &["b"], &["a"]) });
+    let heard = s.request(DeltaDiscoveryRequest { response_nonce: sent.nonce, ..delta(EDS, &["b"], &["a"]) });
     assert!(matches!(heard, Heard::Acknowledged(EDS, _)), "{heard:?}");
     assert_eq!(s.settle(), ["Endpoints b=1"]);
     s.apply([put(EDS, "a", "2")]);
@@ -173,8 +171,7 @@ fn d2_a_stale_nonce_still_subscribes_but_answers_nothing() {
     s.ack(EDS);
     s.apply([put(EDS, "a", "2")]);
     s.next().unwrap();
-    let heard =
-        s.request(DeltaDiscoveryRequest { response_nonce: first.nonce, ..delta(EDS, &["b"], &[]) });
+    let heard = s.request(DeltaDiscoveryRequest { response_nonce: first.nonce, ..delta(EDS, &["b"], &[]) });
     assert_eq!(heard, Heard::Request);
     assert_eq!(s.out(), NOTHING);
     s.ack(EDS);
@@ -264,11 +261,7 @@ fn o4_a_changed_cluster_brings_its_endpoints() {
 
 #[test]
 fn o4_not_for_grpc() {
-    let mut s = Stream::with(
-        StreamPolicy::GRPC,
-        Config::default(),
-        [put(CDS, "a", "1"), put(EDS, "a", "1")],
-    );
+    let mut s = Stream::with(StreamPolicy::GRPC, Config::default(), [put(CDS, "a", "1"), put(EDS, "a", "1")]);
     s.request(delta(CDS, &["a"], &[]));
     s.request(delta(EDS, &["a"], &[]));
     s.settle();

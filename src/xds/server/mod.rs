@@ -82,8 +82,8 @@ impl AdsServer {
     {
         let shared = Arc::clone(&self.shared);
         let limit = shared.config.request_bytes;
-        let mut grpc = tonic::server::Grpc::new(RawCodec::<V::Request>::default())
-            .max_decoding_message_size(limit);
+        let mut grpc =
+            tonic::server::Grpc::new(RawCodec::<V::Request>::default()).max_decoding_message_size(limit);
         async move { grpc.streaming(Accept::<V>(shared, std::marker::PhantomData), request).await }.boxed()
     }
 }

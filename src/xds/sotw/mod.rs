@@ -94,11 +94,7 @@ impl Variant for Sotw {
 }
 
 /// All that is subscribed to, if it is not what the client was told last.
-fn whole(
-    track: &mut Track,
-    set: &Arc<ResourceSet>,
-    config: &Config,
-) -> Result<Option<Built>, ProtocolError> {
+fn whole(track: &mut Track, set: &Arc<ResourceSet>, config: &Config) -> Result<Option<Built>, ProtocolError> {
     let mut names = track.take(set, true, track.kind == ResourceType::Cluster)?;
     let version = digest(track, set).to_string();
     let same = track.version.as_ref() == Some(&version);
@@ -179,12 +175,13 @@ fn digest(track: &mut Track, set: &Arc<ResourceSet>) -> Version {
         let known = track.digest.take().and_then(|(base, sum)| {
             let changed: BTreeSet<_> = set.changed_since(kind, base.revision())?.collect();
             let changed = changed.into_iter().filter(|name| names.contains(*name));
-            Some(changed.fold(sum, |sum, name| {
-                sum.wrapping_sub(part(&base, name)).wrapping_add(part(set, name))
-            }))
+            Some(
+                changed
+                    .fold(sum, |sum, name| sum.wrapping_sub(part(&base, name)).wrapping_add(part(set, name))),
+            )
         });
-        let sum = known
-            .unwrap_or_else(|| names.iter().fold(0, |sum: u64, name| sum.wrapping_add(part(set, name))));
+        let sum =
+            known.unwrap_or_else(|| names.iter().fold(0, |sum: u64, name| sum.wrapping_add(part(set, name))));
         track.digest = Some((Arc::clone(set), sum));
         sum
     };

@@ -17,7 +17,8 @@ impl Greeter {
         let port = free_port()?.to_string();
         let mut command = disco.command()?;
         command.args(["run", "--service", "greeter", "--id", id, "--port", &port, "--health", "grpc", "--"]);
-        command.arg(sibling("examples/greeter-server")?).args(["--port", &port, "--instance", id]);
+        // It takes the port and its name from the environment that `disco run` gives it.
+        command.arg(sibling("examples/greeter-server")?);
         Ok(Self { process: Process::start(id, disco.folder(), &mut command)? })
     }
 
