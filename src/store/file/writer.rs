@@ -61,6 +61,8 @@ pub(super) struct Writer {
     pub(super) counters: Arc<Counters>,
     /// Bytes of log after which a snapshot is written, when the state is smaller.
     pub(super) compact_after: u64,
+    /// Whether the last batch could not be written.
+    pub(super) failing: bool,
     /// Bytes of log since the last snapshot was begun.
     pub(super) logged: u64,
     pub(super) compaction: Option<JoinHandle<()>>,
@@ -122,7 +124,9 @@ impl Writer {
         if let Err(error) = self.append(frame) {
             // Conflicts too: they may be with commits of this batch.
             let failed = StoreError::Failed(format!("cannot write the change: {error}"));
-            tracing::error!(%error, commits = accepted.len(), "cannot write to the store");
+            if !std::mem::replace(&mut self.failing, true) {
+                tracing::error!(%error, "cannot write to the store; changes are refused until it works again");
+            }
             add(&self.counters.failed_batches, 1);
             for (answer, _) in answers {
                 let _ = answer.send(Err(failed.clone()));
@@ -144,6 +148,9 @@ impl Writer {
         let bytes = frame.finish_commits();
         self.log.append(bytes)?;
         self.logged += bytes.len() as u64;
+        if std::mem::take(&mut self.failing) {
+            tracing::info!("the store can be written to again");
+        }
         add(&self.counters.commits, commits);
         add(&self.counters.batches, 1);
         add(&self.counters.bytes, bytes.len() as u64);
