@@ -157,9 +157,11 @@ impl Writer {
         Ok(())
     }
 
-    /// Half of all that is read at a start is then log at most, and each byte is written about twice.
+    /// Half of all that is read at a start is then log at most, and each byte is written about twice. A log whose end is
+    /// not known stays the newest: there, and only there, a start cuts it.
     fn compaction_due(&self) -> bool {
-        self.logged > self.compact_after.max(self.readable.state().bytes())
+        !self.failing
+            && self.logged > self.compact_after.max(self.readable.state().bytes())
             && self.compaction.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
