@@ -28,11 +28,14 @@ pub(super) const HEADER: usize = 32;
 /// Bytes of a frame beside its payload.
 pub(super) const FRAME: usize = 20;
 
-/// The longest payload: a full batch of 8 MiB and one commit of at most [`MAX_COMMIT`] more.
-const MAX_PAYLOAD: usize = 80 << 20;
+/// No commit joins a frame that is longer than this.
+pub(super) const FULL: usize = 8 << 20;
 
 /// The longest commit in bytes, far above what a registry writes.
 pub(super) const MAX_COMMIT: usize = 64 << 20;
+
+/// The longest payload: a frame that is not yet full, and the longest commit.
+const MAX_PAYLOAD: usize = FULL + MAX_COMMIT;
 
 /// How much memory a frame keeps for the next one at most.
 const KEPT: usize = 16 << 20;

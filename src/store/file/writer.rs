@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     compact,
-    format::Frame,
+    format::{self, Frame},
     log::{FileError, Log},
 };
 use crate::{
@@ -25,9 +25,6 @@ use crate::{
 
 /// How many commits one sync makes durable at most.
 const BATCH_COMMITS: usize = 1024;
-
-/// No commit joins a batch of more bytes than this.
-const BATCH_BYTES: usize = 8 << 20;
 
 /// What is asked of the writer.
 #[derive(Debug)]
@@ -101,7 +98,7 @@ impl Writer {
             let state = self.readable.state();
             let mut revision = state.revision();
             frame.begin_commits(Revision(revision.0 + 1));
-            while frame.len() < BATCH_BYTES {
+            while frame.len() < format::FULL {
                 let (ops, answer) = match waiting.next() {
                     Some(Request::Commit { ops, answer }) => (ops, answer),
                     Some(Request::Close) => {

@@ -79,6 +79,26 @@ async fn a_log_with_a_flipped_byte_is_refused_or_loses_the_last_record() {
 }
 
 #[tokio::test]
+async fn whole_records_in_a_wrong_place_are_refused() {
+    let dir = Dir::new(1 << 20);
+    let states = filled(&dir, 6).await;
+    let (name, log) = contents(&dir).remove(0);
+    let at = frames(&log);
+    let record = |n: usize| &log[at[n]..at[n + 1]];
+    for (what, order) in [
+        ("one is missing", &[0, 1, 3, 4, 5][..]),
+        ("the first is missing", &[1, 2, 3, 4, 5]),
+        ("one is there twice", &[0, 1, 1, 2, 3, 4, 5]),
+        ("the last is there twice", &[0, 1, 2, 3, 4, 5, 5]),
+        ("two are swapped", &[0, 1, 2, 4, 3, 5]),
+    ] {
+        let mut changed = log[..format::HEADER].to_vec();
+        order.iter().for_each(|n| changed.extend_from_slice(record(*n)));
+        assert_eq!(check(&[(name.clone(), changed)], &states, what), None, "{what}");
+    }
+}
+
+#[tokio::test]
 async fn a_torn_end_of_any_shape_is_cut() {
     let dir = Dir::new(1 << 20);
     let states = filled(&dir, 10).await;
