@@ -12,7 +12,6 @@
 use std::{
     fs::{self, File},
     io::Write as _,
-    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -22,8 +21,10 @@ use disco::store::{Condition, Config, FileStore, Op, Stats, Store as _};
 use tempfile::TempDir;
 use tokio::{runtime::Runtime, task::JoinSet, time::Instant};
 
-const ROUNDS: usize = 5;
-const ROUND: Duration = Duration::from_secs(1);
+/// Short, so that what else the machine does meets the store and its floor alike.
+const ROUND: Duration = Duration::from_millis(100);
+const ROUNDS: usize = 60;
+const RESTARTS: usize = 9;
 const RECORDS: usize = 200_000;
 /// With its key of 40 bytes a record is 220 bytes.
 const VALUE: usize = 180;
@@ -31,15 +32,15 @@ const VALUE: usize = 180;
 fn main() {
     let runtime = Runtime::new().unwrap();
     runtime.block_on(async {
-        println!("{ROUNDS} rounds of {ROUND:?} each, in turns with the floor; medians\n");
+        println!("{ROUNDS} rounds of {ROUND:?} each, in turns with the floor\n");
         println!("committers  commits/s  floor/s  of the floor  commits a sync  ms a sync, store  and floor");
         for committers in [1, 16, 256] {
             rate(committers).await;
         }
         println!();
-        println!("restart with {RECORDS} records   MiB    open ms  reading the bytes ms");
-        restart("  all in the log", Config { compact_after: u64::MAX, ..Config::default() }).await;
-        restart("  snapshot and log", Config::default()).await;
+        println!("restart with {RECORDS} records, median    MiB  open ms  reading the bytes ms");
+        restart("  each written once: a log", RECORDS).await;
+        restart("  and again: a snapshot and a log", RECORDS * 5 / 2).await;
     });
 }
 
@@ -56,43 +57,44 @@ fn record(n: usize) -> Op {
     }
 }
 
+/// What the store did in all rounds, and how long the disk alone took for the same batches.
+#[derive(Default)]
+struct Sum {
+    commits: u64,
+    batches: u64,
+    store: Duration,
+    floor: Duration,
+}
+
 async fn rate(committers: usize) {
     let dir = directory();
     let store = Arc::new(FileStore::open(&dir.path().join("store"), Config::default()).unwrap().0);
+    let mut floor = File::create(dir.path().join("floor")).unwrap();
     // Not counted: the first commits find cold caches and an empty map.
     round(&store, committers).await;
-    let mut rows = vec![];
+    let mut sum = Sum::default();
     for _ in 0..ROUNDS {
         let before = store.stats();
-        let took = round(&store, committers).await;
+        sum.store += round(&store, committers).await;
         let Stats { commits, batches, bytes, .. } = store.stats();
-        let (commits, batches) = (commits - before.commits, batches - before.batches);
-        let floor = appends(dir.path(), batches, (bytes - before.bytes) / batches);
-        rows.push(Row { commits, batches, took, floor });
+        let (commits, batches, bytes) =
+            (commits - before.commits, batches - before.batches, bytes - before.bytes);
+        sum.commits += commits;
+        sum.batches += batches;
+        sum.floor += appends(&mut floor, batches, bytes / batches);
     }
-    let median = |of: fn(&Row) -> f64| {
-        let mut values: Vec<f64> = rows.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied().unwrap()
-    };
+    let (store_s, floor_s) = (sum.store.as_secs_f64(), sum.floor.as_secs_f64());
+    let (commits, batches) = (sum.commits as f64, sum.batches as f64);
     println!(
         "{committers:>10}  {:>9.0}  {:>7.0}  {:>10.0} %  {:>14.1}  {:>16.3}  {:>9.3}",
-        median(|row| row.commits as f64 / row.took.as_secs_f64()),
-        median(|row| row.commits as f64 / row.floor.as_secs_f64()),
-        median(|row| 100.0 * row.floor.as_secs_f64() / row.took.as_secs_f64()),
-        median(|row| row.commits as f64 / row.batches as f64),
-        median(|row| 1000.0 * row.took.as_secs_f64() / row.batches as f64),
-        median(|row| 1000.0 * row.floor.as_secs_f64() / row.batches as f64),
+        commits / store_s,
+        commits / floor_s,
+        100.0 * floor_s / store_s,
+        commits / batches,
+        1000.0 * store_s / batches,
+        1000.0 * floor_s / batches,
     );
     store.close().await.unwrap();
-}
-
-struct Row {
-    commits: u64,
-    batches: u64,
-    took: Duration,
-    /// What the disk alone took for the same batches.
-    floor: Duration,
 }
 
 /// All committers commit, each its next when the last is answered.
@@ -112,38 +114,34 @@ async fn round(store: &Arc<FileStore>, committers: usize) -> Duration {
 }
 
 /// The floor: `count` appends of `bytes` each, synced one by one.
-fn appends(dir: &Path, count: u64, bytes: u64) -> Duration {
-    let path = dir.join("floor");
-    let mut file = File::create(&path).unwrap();
+fn appends(file: &mut File, count: u64, bytes: u64) -> Duration {
     let buffer = vec![b'v'; bytes as usize];
     let start = Instant::now();
     for _ in 0..count {
         file.write_all(&buffer).unwrap();
         file.sync_data().unwrap();
     }
-    let took = start.elapsed();
-    fs::remove_file(path).unwrap();
-    took
+    start.elapsed()
 }
 
-async fn restart(what: &str, config: Config) {
+async fn restart(what: &str, writes: usize) {
     let dir = directory();
-    let (store, _) = FileStore::open(dir.path(), config.clone()).unwrap();
-    for first in (0..RECORDS).step_by(500) {
-        store.commit((first..first + 500).map(record).collect()).await.unwrap();
+    let (store, _) = FileStore::open(dir.path(), Config::default()).unwrap();
+    for first in (0..writes).step_by(500) {
+        store.commit((first..first + 500).map(|n| record(n % RECORDS)).collect()).await.unwrap();
     }
     store.close().await.unwrap();
     let mut opens = vec![];
     let mut reads = vec![];
     let mut bytes = 0;
-    for _ in 0..ROUNDS {
+    for _ in 0..RESTARTS {
         let start = Instant::now();
         for entry in fs::read_dir(dir.path()).unwrap() {
             fs::read(entry.unwrap().path()).unwrap();
         }
         reads.push(start.elapsed());
         let start = Instant::now();
-        let (store, recovery) = FileStore::open(dir.path(), config.clone()).unwrap();
+        let (store, recovery) = FileStore::open(dir.path(), Config::default()).unwrap();
         opens.push(start.elapsed());
         assert_eq!(recovery.keys, RECORDS);
         bytes = recovery.bytes;
@@ -151,6 +149,6 @@ async fn restart(what: &str, config: Config) {
     }
     opens.sort_unstable();
     reads.sort_unstable();
-    let ms = |times: &[Duration]| times.get(ROUNDS / 2).unwrap().as_secs_f64() * 1000.0;
-    println!("{what:<32} {:>5.0}  {:>9.0}  {:>20.0}", bytes as f64 / 1_048_576.0, ms(&opens), ms(&reads));
+    let ms = |times: &[Duration]| times.get(RESTARTS / 2).unwrap().as_secs_f64() * 1000.0;
+    println!("{what:<36} {:>5.0}  {:>7.0}  {:>20.0}", bytes as f64 / 1_048_576.0, ms(&opens), ms(&reads));
 }
