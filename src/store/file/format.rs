@@ -28,11 +28,17 @@ pub(super) const HEADER: usize = 32;
 /// Bytes of a frame beside its payload.
 pub(super) const FRAME: usize = 20;
 
-/// The longest payload: a full batch of 8 MiB and one commit of at most [`MAX_COMMIT`] more.
-const MAX_PAYLOAD: usize = 80 << 20;
+/// No commit joins a frame that is longer than this.
+pub(super) const FULL: usize = 8 << 20;
 
 /// The longest commit in bytes, far above what a registry writes.
 pub(super) const MAX_COMMIT: usize = 64 << 20;
+
+/// The longest payload: a frame that is not yet full, and the longest commit.
+const MAX_PAYLOAD: usize = FULL + MAX_COMMIT;
+
+/// How much memory a frame keeps for the next one at most.
+const KEPT: usize = 16 << 20;
 
 const COMMITS: u8 = 1;
 const RECORDS: u8 = 2;
@@ -135,9 +141,13 @@ impl Frame {
     }
 
     fn begin(&mut self, kind: u8) {
-        self.bytes.clear();
         self.count = 0;
-        self.bytes.extend_from_slice(&[0; FRAME]);
+        self.bytes.clear();
+        // One huge commit does not hold its memory for ever.
+        self.bytes.shrink_to(KEPT);
+        self.bytes.extend_from_slice(&self.marker.to_le_bytes());
+        // For the checksum and the length.
+        self.bytes.extend_from_slice(&[0; 12]);
         self.bytes.push(kind);
     }
 
@@ -201,26 +211,22 @@ impl Frame {
     }
 
     fn finish(&mut self, count_at: usize) -> &[u8] {
-        if let Some(count) = self.bytes.get_mut(count_at..count_at + 4) {
-            count.copy_from_slice(&self.count.to_le_bytes());
-        }
+        self.patch(count_at, &self.count.to_le_bytes());
         self.seal()
     }
 
     fn seal(&mut self) -> &[u8] {
         let length = (self.bytes.len() - FRAME) as u32;
-        let mut head = Vec::with_capacity(FRAME);
-        head.extend_from_slice(&self.marker.to_le_bytes());
-        head.extend_from_slice(&[0; 8]);
-        head.extend_from_slice(&length.to_le_bytes());
-        if let Some((at, _)) = self.bytes.split_at_mut_checked(FRAME) {
-            at.copy_from_slice(&head);
-        }
+        self.patch(16, &length.to_le_bytes());
         let checksum = xxh3_64_with_seed(self.bytes.get(16..).unwrap_or_default(), self.marker);
-        if let Some(at) = self.bytes.get_mut(8..16) {
-            at.copy_from_slice(&checksum.to_le_bytes());
-        }
+        self.patch(8, &checksum.to_le_bytes());
         &self.bytes
+    }
+
+    fn patch(&mut self, at: usize, with: &[u8]) {
+        if let Some(place) = self.bytes.get_mut(at..at + with.len()) {
+            place.copy_from_slice(with);
+        }
     }
 }
 

@@ -189,6 +189,7 @@ impl FileStore {
             readable: Arc::clone(&readable),
             counters: Arc::clone(&counters),
             compact_after: config.compact_after,
+            failing: false,
             logged,
             compaction: None,
             lock: Some(lock),

@@ -102,7 +102,7 @@ impl<'a> Replay<'a> {
             match kind {
                 Kind::Snapshot => self.read_snapshot(&path, base)?,
                 Kind::Log if base == self.state.revision() => end = self.read_log(path, base, newest)?,
-                Kind::Log if base > self.state.revision() => return Err(self.missing(Some(&path))),
+                Kind::Log if base > self.state.revision() => return Err(self.missing(Some((&path, base)))),
                 Kind::Log => {
                     let what = format!(
                         "it begins after revision {base}, but the files before it already hold revision {}",
@@ -121,12 +121,17 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn missing(&self, next: Option<&Path>) -> Stop {
+    /// What should come next is not there, but `next` is.
+    fn missing(&self, next: Option<(&Path, Revision)>) -> Stop {
         let what = match next {
-            Some(next) => format!("the file is missing: {} comes after it", next.display()),
+            Some((next, _)) => format!("the file is missing, and {} comes after it", next.display()),
             None => "the file is missing".to_owned(),
         };
-        let file = log::path(self.dir, Kind::Log, self.state.revision());
+        let file = match next {
+            // A directory begins with a snapshot or with the first log.
+            Some((_, base)) if self.good == 0 => log::path(self.dir, Kind::Snapshot, base),
+            _ => log::path(self.dir, Kind::Log, self.state.revision()),
+        };
         Stop::Damaged(Damage { file, offset: 0, what })
     }
 

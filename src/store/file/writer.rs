@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     compact,
-    format::Frame,
+    format::{self, Frame},
     log::{FileError, Log},
 };
 use crate::{
@@ -25,9 +25,6 @@ use crate::{
 
 /// How many commits one sync makes durable at most.
 const BATCH_COMMITS: usize = 1024;
-
-/// No commit joins a batch of more bytes than this.
-const BATCH_BYTES: usize = 8 << 20;
 
 /// What is asked of the writer.
 #[derive(Debug)]
@@ -61,6 +58,8 @@ pub(super) struct Writer {
     pub(super) counters: Arc<Counters>,
     /// Bytes of log after which a snapshot is written, when the state is smaller.
     pub(super) compact_after: u64,
+    /// Whether the last batch could not be written.
+    pub(super) failing: bool,
     /// Bytes of log since the last snapshot was begun.
     pub(super) logged: u64,
     pub(super) compaction: Option<JoinHandle<()>>,
@@ -99,7 +98,7 @@ impl Writer {
             let state = self.readable.state();
             let mut revision = state.revision();
             frame.begin_commits(Revision(revision.0 + 1));
-            while frame.len() < BATCH_BYTES {
+            while frame.len() < format::FULL {
                 let (ops, answer) = match waiting.next() {
                     Some(Request::Commit { ops, answer }) => (ops, answer),
                     Some(Request::Close) => {
@@ -122,7 +121,9 @@ impl Writer {
         if let Err(error) = self.append(frame) {
             // Conflicts too: they may be with commits of this batch.
             let failed = StoreError::Failed(format!("cannot write the change: {error}"));
-            tracing::error!(%error, commits = accepted.len(), "cannot write to the store");
+            if !std::mem::replace(&mut self.failing, true) {
+                tracing::error!(%error, "cannot write to the store; changes are refused until it works again");
+            }
             add(&self.counters.failed_batches, 1);
             for (answer, _) in answers {
                 let _ = answer.send(Err(failed.clone()));
@@ -144,15 +145,20 @@ impl Writer {
         let bytes = frame.finish_commits();
         self.log.append(bytes)?;
         self.logged += bytes.len() as u64;
+        if std::mem::take(&mut self.failing) {
+            tracing::info!("the store can be written to again");
+        }
         add(&self.counters.commits, commits);
         add(&self.counters.batches, 1);
         add(&self.counters.bytes, bytes.len() as u64);
         Ok(())
     }
 
-    /// Half of all that is read at a start is then log at most, and each byte is written about twice.
+    /// Half of all that is read at a start is then log at most, and each byte is written about twice. A log whose end is
+    /// not known stays the newest: there, and only there, a start cuts it.
     fn compaction_due(&self) -> bool {
-        self.logged > self.compact_after.max(self.readable.state().bytes())
+        !self.failing
+            && self.logged > self.compact_after.max(self.readable.state().bytes())
             && self.compaction.as_ref().is_none_or(JoinHandle::is_finished)
     }
 

@@ -2,9 +2,14 @@
 
 use super::*;
 
+/// A directory in memory where there is one: thousands of starts need no disk.
+fn scratch() -> TempDir {
+    TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap()
+}
+
 /// Opens a copy of `files` with one replaced, and checks that what is found was once the state.
 fn check(files: &[(String, Vec<u8>)], states: &[State], what: &str) -> Option<(State, Recovery)> {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     for (name, bytes) in files {
         fs::write(dir.path().join(name), bytes).unwrap();
     }
@@ -70,6 +75,26 @@ async fn a_log_with_a_flipped_byte_is_refused_or_loses_the_last_record() {
                 check(&[(name.clone(), flipped)], &states, &what).map(|(state, _)| state.revision().0);
             assert_eq!(found, (at >= last).then_some(19), "{what}");
         }
+    }
+}
+
+#[tokio::test]
+async fn whole_records_in_a_wrong_place_are_refused() {
+    let dir = Dir::new(1 << 20);
+    let states = filled(&dir, 6).await;
+    let (name, log) = contents(&dir).remove(0);
+    let at = frames(&log);
+    let record = |n: usize| &log[at[n]..at[n + 1]];
+    for (what, order) in [
+        ("one is missing", &[0, 1, 3, 4, 5][..]),
+        ("the first is missing", &[1, 2, 3, 4, 5]),
+        ("one is there twice", &[0, 1, 1, 2, 3, 4, 5]),
+        ("the last is there twice", &[0, 1, 2, 3, 4, 5, 5]),
+        ("two are swapped", &[0, 1, 2, 4, 3, 5]),
+    ] {
+        let mut changed = log[..format::HEADER].to_vec();
+        order.iter().for_each(|n| changed.extend_from_slice(record(*n)));
+        assert_eq!(check(&[(name.clone(), changed)], &states, what), None, "{what}");
     }
 }
 
@@ -191,7 +216,7 @@ async fn a_missing_file_is_refused_and_named() {
     let files = contents(&dir);
     for (remove, missing) in [
         (vec![log_name(6)], log_name(6)),
-        (vec![format!("snapshot-{:020}", 6)], log_name(0)),
+        (vec![format!("snapshot-{:020}", 6)], format!("snapshot-{:020}", 6)),
         (vec![log_name(6), log_name(12)], log_name(6)),
         (files.iter().map(|(name, _)| name.clone()).collect(), log_name(0)),
     ] {

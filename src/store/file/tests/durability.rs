@@ -141,11 +141,11 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
 
     #[test]
     fn a_store_is_a_map_through_reopening_and_compaction(
-        steps in proptest::collection::vec(step(), 1..80),
+        steps in proptest::collection::vec(step(), 1..60),
         compact_after in prop_oneof![Just(0u64), Just(700), Just(1 << 20)],
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();

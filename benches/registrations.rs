@@ -1,0 +1,170 @@
+//! Durable commits a second beside the disk's own append and `fdatasync`, and how long a restart takes.
+//!
+//! `cargo bench --profile fast --bench registrations`. Each row is measured in turns with its floor, in the same directory:
+//! a plain loop that appends as many bytes at once as the store's batches had. A ratio of 100 % is the disk itself.
+
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a benchmark prints, and stops when anything fails"
+)]
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use disco::store::{Condition, Config, FileStore, Op, Stats, Store as _};
+use tempfile::TempDir;
+use tokio::{runtime::Runtime, task::JoinSet, time::Instant};
+
+/// Short, so that what else the machine does meets the store and its floor alike.
+const ROUND: Duration = Duration::from_millis(100);
+const ROUNDS: usize = 60;
+const RESTARTS: usize = 9;
+const RECORDS: usize = 200_000;
+/// With its key of 40 bytes a record is 220 bytes.
+const VALUE: usize = 180;
+
+fn main() {
+    let runtime = Runtime::new().unwrap();
+    runtime.block_on(async {
+        println!("{ROUNDS} rounds of {ROUND:?} each, in turns with the floor\n");
+        println!("committers  commits/s  floor/s  of the floor  commits a sync  ms a sync, store  and floor");
+        for committers in [1, 16, 256] {
+            rate(committers).await;
+        }
+        println!();
+        println!("restart with {RECORDS} records, median    MiB  open ms  reading the bytes ms");
+        restart("  each written once: a log", RECORDS).await;
+        restart("  and again: a snapshot and a log", RECORDS * 5 / 2).await;
+    });
+}
+
+/// A directory on the disk that the build is on; `/tmp` may be memory.
+fn directory() -> TempDir {
+    TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn record(n: usize) -> Op {
+    Op::Put {
+        key: format!("instances/service-{:06}/instance-{:06}", n / 20, n).into(),
+        value: Bytes::from(vec![b'v'; VALUE]),
+        when: Condition::Always,
+    }
+}
+
+/// Batches of a mean size in some time.
+#[derive(Default)]
+struct Sum {
+    commits: f64,
+    batches: f64,
+    seconds: f64,
+}
+
+impl Sum {
+    fn add(&mut self, commits: f64, batches: f64, took: Duration) {
+        self.commits += commits;
+        self.batches += batches;
+        self.seconds += took.as_secs_f64();
+    }
+
+    fn rate(&self) -> f64 {
+        self.commits / self.seconds
+    }
+
+    fn ms_a_batch(&self) -> f64 {
+        1000.0 * self.seconds / self.batches
+    }
+}
+
+async fn rate(committers: usize) {
+    let dir = directory();
+    let store = Arc::new(FileStore::open(&dir.path().join("store"), Config::default()).unwrap().0);
+    let mut file = File::create(dir.path().join("floor")).unwrap();
+    // Not counted: the first commits find cold caches and an empty map.
+    round(&store, committers).await;
+    let (mut stored, mut floor) = (Sum::default(), Sum::default());
+    for _ in 0..ROUNDS {
+        let before = store.stats();
+        let took = round(&store, committers).await;
+        let Stats { commits, batches, bytes, .. } = store.stats();
+        let (commits, batches, bytes) =
+            (commits - before.commits, batches - before.batches, bytes - before.bytes);
+        stored.add(commits as f64, batches as f64, took);
+        // Both sides are given the same time, not the same work: a slow moment then counts alike for both.
+        let (appends, took) = appends(&mut file, bytes / batches);
+        floor.add((appends * commits) as f64 / batches as f64, appends as f64, took);
+    }
+    println!(
+        "{committers:>10}  {:>9.0}  {:>7.0}  {:>10.0} %  {:>14.1}  {:>16.3}  {:>9.3}",
+        stored.rate(),
+        floor.rate(),
+        100.0 * stored.rate() / floor.rate(),
+        stored.commits / stored.batches,
+        stored.ms_a_batch(),
+        floor.ms_a_batch(),
+    );
+    store.close().await.unwrap();
+}
+
+/// All committers commit, each its next when the last is answered.
+async fn round(store: &Arc<FileStore>, committers: usize) -> Duration {
+    let start = Instant::now();
+    let mut tasks = JoinSet::new();
+    for _ in 0..committers {
+        let store = Arc::clone(store);
+        tasks.spawn(async move {
+            while start.elapsed() < ROUND {
+                store.commit(vec![record(fastrand::usize(..RECORDS))]).await.unwrap();
+            }
+        });
+    }
+    tasks.join_all().await;
+    start.elapsed()
+}
+
+/// The floor: appends of `bytes` each, synced one by one, for one round.
+fn appends(file: &mut File, bytes: u64) -> (u64, Duration) {
+    let buffer = vec![b'v'; bytes as usize];
+    let start = Instant::now();
+    let mut count = 0;
+    while start.elapsed() < ROUND {
+        file.write_all(&buffer).unwrap();
+        file.sync_data().unwrap();
+        count += 1;
+    }
+    (count, start.elapsed())
+}
+
+async fn restart(what: &str, writes: usize) {
+    let dir = directory();
+    let (store, _) = FileStore::open(dir.path(), Config::default()).unwrap();
+    for first in (0..writes).step_by(500) {
+        store.commit((first..first + 500).map(|n| record(n % RECORDS)).collect()).await.unwrap();
+    }
+    store.close().await.unwrap();
+    let mut opens = vec![];
+    let mut reads = vec![];
+    let mut bytes = 0;
+    for _ in 0..RESTARTS {
+        let start = Instant::now();
+        for entry in fs::read_dir(dir.path()).unwrap() {
+            fs::read(entry.unwrap().path()).unwrap();
+        }
+        reads.push(start.elapsed());
+        let start = Instant::now();
+        let (store, recovery) = FileStore::open(dir.path(), Config::default()).unwrap();
+        opens.push(start.elapsed());
+        assert_eq!(recovery.keys, RECORDS);
+        bytes = recovery.bytes;
+        store.close().await.unwrap();
+    }
+    opens.sort_unstable();
+    reads.sort_unstable();
+    let ms = |times: &[Duration]| times.get(RESTARTS / 2).unwrap().as_secs_f64() * 1000.0;
+    println!("{what:<36} {:>5.0}  {:>7.0}  {:>20.0}", bytes as f64 / 1_048_576.0, ms(&opens), ms(&reads));
+}
