@@ -168,6 +168,26 @@ fn a_call_is_routed_by_authority_and_retried_elsewhere() {
     assert_eq!(answer.status, 503);
 }
 
+/// Left at its default, each of these loses calls; see `envoy.rs` for how.
+#[test]
+fn a_cluster_of_a_sidecar_loses_no_call() {
+    let set = render(&greeters(&[]), &View::envoy(1));
+    let cluster: Cluster = decode(&set, ResourceType::Cluster, "greeter");
+    let common = cluster.common_lb_config.unwrap();
+    assert_eq!(common.update_merge_window, wire::seconds(0));
+    assert_eq!(common.healthy_panic_threshold, wire::percent(1.0));
+    let thresholds = &cluster.circuit_breakers.unwrap().thresholds[0];
+    assert_eq!(thresholds.max_requests, wire::number(u32::MAX));
+    assert_eq!(thresholds.retry_budget.unwrap().min_retry_concurrency, wire::number(1_000));
+    let outliers = cluster.outlier_detection.unwrap();
+    assert!(outliers.split_external_local_origin_errors);
+    assert_eq!(
+        (outliers.consecutive_5xx, outliers.consecutive_gateway_failure),
+        (wire::number(0), wire::number(0))
+    );
+    assert_eq!(cluster.typed_extension_protocol_options.len(), 1, "more than one entry encodes in any order");
+}
+
 #[test]
 fn a_grpc_client_finds_all_under_the_services_name() {
     let set = render(&greeters(&[]), &View::grpc());
