@@ -1,6 +1,35 @@
 //! The xDS protocol: subscriptions, versions, ACKs and NACKs, order, for SotW and delta. It knows names and bytes, not
 //! services: [`ResourceSet`]s come in through a `watch`, and who a stream belongs to through [`Admit`].
+//!
+//! [`AdsServer`] runs one task per stream around a state machine ([`engine`], with what differs in [`delta`] and
+//! [`sotw`]), which is plain code without IO or clock. The machine keeps no list of what its client holds: a cursor into
+//! the set's changes says it, and what was held at an earlier connection the client says itself. Streams write
+//! [`Proxies`]; `api` and the registry read it.
 
+mod admit;
+mod codec;
+mod config;
+mod delta;
+mod engine;
+mod error;
+mod observe;
 mod resource;
+mod response;
+mod server;
+mod sotw;
+mod status;
+mod subscription;
+#[cfg(test)]
+mod testing;
+mod track;
 
+pub use admit::{Admit, Admitted, Locality, Node, Refusal, StreamPolicy};
+pub use config::Config;
+pub use engine::{Heard, Protocol};
+pub use error::{Code, ProtocolError};
+pub use observe::{Observer, Unobserved};
 pub use resource::{Change, Entry, Gone, Resource, ResourceSet, ResourceType, Version};
+pub use response::Response;
+pub use server::AdsServer;
+pub use status::{Progress, Proxies, ProxyStatus, Rejection, TypeStatus};
+pub use subscription::Subscription;

@@ -2,6 +2,7 @@ use std::{fmt, sync::Arc};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
+use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::model::Revision;
@@ -144,7 +145,7 @@ impl Resource {
     }
 }
 
-fn field_len(tag: u32, len: usize) -> usize {
+pub(super) fn field_len(tag: u32, len: usize) -> usize {
     key_len(tag) + encoded_len_varint(len as u64) + len
 }
 
@@ -153,7 +154,7 @@ fn put_head(buffer: &mut BytesMut, tag: u32, len: usize) {
     encode_varint(len as u64, buffer);
 }
 
-fn put_field(buffer: &mut BytesMut, tag: u32, value: &[u8]) {
+pub(super) fn put_field(buffer: &mut BytesMut, tag: u32, value: &[u8]) {
     put_head(buffer, tag, value.len());
     buffer.put_slice(value);
 }
@@ -174,6 +175,10 @@ pub struct Entry {
     pub resource: Arc<Resource>,
     /// The revision at which it got this content.
     pub changed: Revision,
+    /// The revision at which the name came into being, the last time.
+    pub since: Revision,
+    /// Likewise, the first time that is remembered: a stream that was before it never had the name.
+    first: Revision,
 }
 
 /// A resource that was removed, with its last content: proxies keep it until nothing refers to it (rule O3).
@@ -183,6 +188,8 @@ pub struct Gone {
     pub last: Arc<Resource>,
     /// The revision at which it was removed.
     pub removed: Revision,
+    /// The revision at which the name had first come into being: a stream that was before it never had the name.
+    pub first: Revision,
 }
 
 /// Everything that proxies of one view are to hold, as of a revision. Immutable; a clone is cheap, and so is a changed
@@ -190,6 +197,7 @@ pub struct Gone {
 #[derive(Debug, Clone, Default)]
 pub struct ResourceSet {
     revision: Revision,
+    published: Option<Instant>,
     types: [TypeSet; 4],
 }
 
@@ -201,6 +209,8 @@ struct TypeSet {
     log: imbl::Vector<(Revision, Arc<str>)>,
     /// The log holds every change after this.
     log_from: Revision,
+    /// Removals, oldest first, to forget them in order. May name some that came back.
+    removals: imbl::Vector<(Revision, Arc<str>)>,
     /// `gone` holds every removal after this.
     gone_from: Revision,
     /// Wrapping sum over name and version of all live resources: a hash of the set, kept up at the cost of the change.
@@ -217,6 +227,18 @@ impl ResourceSet {
     /// The revision that it reflects.
     pub fn revision(&self) -> Revision {
         self.revision
+    }
+
+    /// When it was published, if whoever published it said so; latency to the ACK counts from here.
+    pub fn published(&self) -> Option<Instant> {
+        self.published
+    }
+
+    /// The same set with the time of its publication.
+    #[must_use]
+    pub fn with_published(mut self, at: Instant) -> Self {
+        self.published = Some(at);
+        self
     }
 
     /// A resource by name.
@@ -256,7 +278,7 @@ impl ResourceSet {
             ^ resource.version.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)
     }
 
-    /// Names that were put or removed after `since`, each once; `None` when the set no longer knows: look at everything.
+    /// Names that were put or removed after `since`, newest first, some perhaps more than once; `None` when the set no longer knows: look at everything.
     pub fn changed_since(
         &self,
         kind: ResourceType,
@@ -279,6 +301,7 @@ impl ResourceSet {
     pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
         let mut next = self.clone();
         next.revision = revision;
+        next.published = None;
         for change in changes {
             match change {
                 Change::Put(resource) => next.of_mut(resource.kind).put(revision, resource),
@@ -313,6 +336,11 @@ impl TypeSet {
     fn put(&mut self, revision: Revision, resource: Resource) {
         let name = Arc::clone(&resource.name);
         let before = self.live.get(&name);
+        let (since, first) = match (before, self.gone.get(&name)) {
+            (Some(entry), _) => (entry.since, entry.first),
+            (None, Some(gone)) => (revision, gone.first),
+            (None, None) => (revision, revision),
+        };
         if before.is_some_and(|entry| entry.resource.version == resource.version) {
             return;
         }
@@ -321,23 +349,23 @@ impl TypeSet {
         }
         self.digest = self.digest.wrapping_add(ResourceSet::digest_of(&resource));
         self.gone.remove(&name);
-        self.live.insert(Arc::clone(&name), Entry { resource: Arc::new(resource), changed: revision });
+        let entry = Entry { resource: Arc::new(resource), changed: revision, since, first };
+        self.live.insert(Arc::clone(&name), entry);
         self.note(revision, name);
     }
 
     fn remove(&mut self, revision: Revision, name: &Arc<str>) {
         let Some(before) = self.live.remove(name) else { return };
         self.digest = self.digest.wrapping_sub(ResourceSet::digest_of(&before.resource));
-        self.gone.insert(Arc::clone(name), Gone { last: before.resource, removed: revision });
-        while self.gone.len() > GONE {
-            let oldest = self
-                .gone
-                .iter()
-                .min_by_key(|(_, gone)| gone.removed)
-                .map(|(n, g)| (Arc::clone(n), g.removed));
-            let Some((oldest, removed)) = oldest else { break };
-            self.gone.remove(&oldest);
-            self.gone_from = self.gone_from.max(removed);
+        let gone = Gone { last: before.resource, removed: revision, first: before.first };
+        self.gone.insert(Arc::clone(name), gone);
+        self.removals.push_back((revision, Arc::clone(name)));
+        while self.removals.len() > GONE {
+            let Some((removed, oldest)) = self.removals.pop_front() else { break };
+            self.gone_from = removed;
+            if self.gone.get(&oldest).is_some_and(|gone| gone.removed == removed) {
+                self.gone.remove(&oldest);
+            }
         }
         self.note(revision, Arc::clone(name));
     }

@@ -1,0 +1,173 @@
+//! The incremental form: changes and removals by name, rules D1 to D19.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
+
+use super::{
+    Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
+    engine::{Ask, Built, Variant},
+    response::removed_field,
+    subscription::Terms,
+    track::{Claim, Held, Track},
+};
+
+/// The delta variant.
+#[derive(Debug, Default)]
+pub(super) struct Delta {
+    /// Answers due for types that Disco does not have: the names that do not exist.
+    unknown: BTreeMap<String, BTreeSet<String>>,
+    /// Those that asked for something before.
+    asked: BTreeSet<String>,
+}
+
+/// Types that Disco does not have and that a stream may ask for at the same time; further ones get no answer.
+const UNKNOWN_TYPES: usize = 64;
+
+impl Variant for Delta {
+    const PROTOCOL: Protocol = Protocol::Delta;
+    type Request = DeltaDiscoveryRequest;
+
+    fn ask(request: &Self::Request) -> Ask<'_> {
+        Ask {
+            node_id: request.node.as_ref().map(|node| node.id.as_str()),
+            type_url: &request.type_url,
+            nonce: &request.response_nonce,
+            error: request.error_detail.as_ref().map(|error| error.message.as_str()),
+        }
+    }
+
+    fn tells_removals(_: ResourceType) -> bool {
+        true
+    }
+
+    fn subscribe(
+        track: &mut Track,
+        request: Self::Request,
+        first: bool,
+        terms: Terms<'_>,
+    ) -> Result<(), ProtocolError> {
+        let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
+        let (add, remove) = (&request.resource_names_subscribe, &request.resource_names_unsubscribe);
+        let change = track.subscription.update(add, remove, first, terms)?;
+        let removed = change.removed.clone();
+        track.subscribed(change);
+        if track.subscription.is_wildcard() {
+            // Rule D7: the client needs to be told whether the wildcard still covers them.
+            track.due.extend(removed);
+        }
+        if first && !track.subscription.is_empty() {
+            // Rule D12: a client that holds nothing learns that there is nothing.
+            track.owes = track.subscription.is_wildcard() && request.initial_resource_versions.is_empty();
+            track.claim = Some(Claim { held: Held::Each(request.initial_resource_versions), forced });
+        }
+        Ok(())
+    }
+
+    fn weigh(track: &mut Track, set: &Arc<ResourceSet>, _: StreamPolicy) -> bool {
+        let Some(Claim { held: Held::Each(versions), forced }) = track.claim.take() else { return false };
+        let mut kept_back = false;
+        if !versions.is_empty() {
+            if mem::take(&mut track.everything) {
+                for (name, entry) in set.iter(track.kind) {
+                    let held = versions.get(name.as_ref());
+                    track.adds |= held.is_none();
+                    if !held.is_some_and(|held| is(entry.resource.version, held)) {
+                        track.due.insert(Arc::clone(name));
+                    }
+                }
+            }
+            for (name, version) in versions {
+                // Rule D9: what has not changed need not go again; here D9 outweighs D4 (rule D10).
+                if let Some(entry) = set.get(track.kind, &name) {
+                    if is(entry.resource.version, &version) {
+                        track.due.remove(name.as_str());
+                    }
+                } else if track.subscription.covers(&name) {
+                    let name: Arc<str> = name.into();
+                    if track.kind == ResourceType::Cluster {
+                        // Rule O3, over a reconnect: routes that the client holds may still name it.
+                        track.due.remove(&name);
+                        track.held.insert(name, set.revision());
+                        kept_back = true;
+                    } else {
+                        track.due.insert(name);
+                    }
+                }
+            }
+            track.adds |= track.due.iter().any(|name| set.get(track.kind, name).is_some());
+            track.catch_up(set);
+        }
+        track.due.extend(forced.into_iter().filter(|name| track.subscription.covers(name)));
+        kept_back
+    }
+
+    fn build(
+        track: &mut Track,
+        set: &Arc<ResourceSet>,
+        _: u64,
+        config: &Config,
+    ) -> Result<Option<Built>, ProtocolError> {
+        // What is removed goes last: clusters, and the endpoints that go with them (rule O1).
+        let holds = matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints);
+        let mut names = track.take(set, true, holds)?;
+        let mut built = Built { version: set.revision().to_string(), ..Built::default() };
+        let mut removed: Vec<&Arc<str>> = Vec::new();
+        let mut size = 0;
+        let mut fit = 0;
+        for name in &names {
+            let resource = track.find(set, name);
+            let field = resource.map(|resource| resource.delta_field());
+            size += field.as_ref().map_or(name.len() + 4, Bytes::len);
+            if size > config.response_bytes && fit > 0 {
+                break;
+            }
+            match field {
+                Some(field) => built.body.push(field),
+                None => removed.push(name),
+            }
+            fit += 1;
+        }
+        built.resources = built.body.len();
+        built.removed = removed.len();
+        if !removed.is_empty() {
+            built.body.push(removed_field(removed.iter().map(|name| name.as_ref())));
+        }
+        // Rule D18: the rest follows when this was answered.
+        track.due.extend(names.split_off(fit));
+        built.names = names;
+        Ok((fit > 0 || track.owes).then_some(built))
+    }
+
+    fn on_unknown(&mut self, request: Self::Request) {
+        let (names, url) = (request.resource_names_subscribe, request.type_url);
+        let known = self.asked.contains(&url);
+        if !known && self.asked.len() >= UNKNOWN_TYPES {
+            return;
+        }
+        let first = self.asked.insert(url.clone());
+        if first || !names.is_empty() {
+            self.unknown.entry(url).or_default().extend(names.into_iter().filter(|name| !name.is_empty()));
+        }
+    }
+
+    fn next_unknown(&mut self) -> Option<(String, Vec<Bytes>, usize)> {
+        let (url, mut names) = self.unknown.pop_first()?;
+        names.remove("*");
+        let body = removed_field(names.iter().map(String::as_str));
+        Some((url, if names.is_empty() { Vec::new() } else { vec![body] }, names.len()))
+    }
+}
+
+/// Whether a client's text is this version.
+fn is(version: Version, text: &str) -> bool {
+    text.len() == 16 && u64::from_str_radix(text, 16) == Ok(version.0)
+}

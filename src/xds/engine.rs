@@ -1,0 +1,455 @@
+use std::{fmt, mem, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::{
+    Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, TypeStatus,
+    response::Head,
+    subscription::Terms,
+    track::{Outstanding, Track},
+};
+use crate::{model::Revision, rt};
+
+/// The two forms of the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// Incremental: changes and removals.
+    Delta,
+    /// State of the world: whole lists.
+    Sotw,
+}
+
+impl Protocol {
+    /// As shown to people and used in metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Delta => "delta",
+            Self::Sotw => "sotw",
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What a request turned out to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// A subscription, or an answer that came too late to mean anything.
+    Request,
+    /// An ACK, so long after the change behind the response was published.
+    Acknowledged(ResourceType, Duration),
+    /// A NACK and its reason.
+    Rejected(ResourceType, String),
+}
+
+/// What differs between delta and SotW.
+pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
+    const PROTOCOL: Protocol;
+    type Request: prost::Message + Default + 'static;
+
+    fn ask(request: &Self::Request) -> Ask<'_>;
+
+    /// Whether removals of a type are told at all.
+    fn tells_removals(kind: ResourceType) -> bool;
+
+    /// Takes the names of a request into the track.
+    fn subscribe(
+        track: &mut Track,
+        request: Self::Request,
+        first: bool,
+        terms: Terms<'_>,
+    ) -> Result<(), ProtocolError>;
+
+    /// Weighs what a reconnecting client says it holds. True if some of it is gone and it must be told.
+    fn weigh(track: &mut Track, set: &Arc<ResourceSet>, policy: StreamPolicy) -> bool;
+
+    /// What is to be sent now; `None` if it turns out to be nothing.
+    fn build(
+        track: &mut Track,
+        set: &Arc<ResourceSet>,
+        nonce: u64,
+        config: &Config,
+    ) -> Result<Option<Built>, ProtocolError>;
+
+    /// A request for a type that Disco does not have (rule K3).
+    fn on_unknown(&mut self, request: Self::Request) {
+        let _ = request;
+    }
+
+    /// The answer to it: the type URL, the parts and how many removals there are.
+    fn next_unknown(&mut self) -> Option<(String, Vec<Bytes>, usize)> {
+        None
+    }
+}
+
+/// The common parts of both requests.
+#[derive(Debug)]
+pub(super) struct Ask<'a> {
+    pub node_id: Option<&'a str>,
+    pub type_url: &'a str,
+    pub nonce: &'a str,
+    pub error: Option<&'a str>,
+}
+
+/// The content of a response.
+#[derive(Debug, Default)]
+pub(super) struct Built {
+    pub version: String,
+    pub body: Vec<Bytes>,
+    pub resources: usize,
+    pub removed: usize,
+    /// What the response is about; for a full list what changed in it.
+    pub names: Vec<Arc<str>>,
+}
+
+/// One stream as a state machine: requests and resource sets go in, responses come out. No IO and no clock; whoever
+/// drives it passes the time in.
+///
+/// Types are served in the order of [`ResourceType::ALL`] (rule O1), at most one unanswered response each.
+#[derive(Debug)]
+pub(super) struct Engine<V> {
+    config: Arc<Config>,
+    policy: StreamPolicy,
+    node_id: String,
+    tracks: [Track; 4],
+    nonce: u64,
+    /// The newest revision that was looked at.
+    current: Revision,
+    /// When it was last asked for a response.
+    looked: Option<Instant>,
+    /// Since when something waits to be sent.
+    waiting_since: Option<Instant>,
+    /// The client held things that are gone: until then it may still have listeners or routes that use them.
+    reconnected_until: Option<Instant>,
+    variant: V,
+}
+
+impl<V: Variant> Engine<V> {
+    pub(super) fn new(node_id: String, policy: StreamPolicy, config: Arc<Config>) -> Self {
+        Self {
+            config,
+            policy,
+            node_id,
+            tracks: ResourceType::ALL.map(Track::new),
+            nonce: 0,
+            current: Revision(0),
+            looked: None,
+            waiting_since: None,
+            reconnected_until: None,
+            variant: V::default(),
+        }
+    }
+
+    /// Takes a request in. `set` is what the stream is served, if it is known yet.
+    pub(super) fn on_request(
+        &mut self,
+        request: V::Request,
+        set: Option<&Arc<ResourceSet>>,
+        now: Instant,
+    ) -> Result<Heard, ProtocolError> {
+        let ask = V::ask(&request);
+        if let Some(id) = ask.node_id.filter(|id| !id.is_empty() && *id != self.node_id) {
+            return Err(ProtocolError::NodeChanged { was: self.node_id.clone(), now: id.to_owned() });
+        }
+        let (len, limit) = (ask.type_url.len(), self.config.type_url_bytes);
+        if len == 0 {
+            return Err(ProtocolError::NoType);
+        }
+        if len > limit {
+            return Err(ProtocolError::LongType { len, limit });
+        }
+        self.waiting_since.get_or_insert(now);
+        let Some(kind) = ResourceType::from_url(ask.type_url) else {
+            self.variant.on_unknown(request);
+            return Ok(Heard::Request);
+        };
+
+        let elsewhere: usize = ResourceType::ALL
+            .into_iter()
+            .filter(|other| *other != kind)
+            .map(|other| self.track(other).subscription.names().len())
+            .sum();
+        let config = Arc::clone(&self.config);
+        let terms = Terms {
+            kind,
+            config: &config,
+            legacy_wildcard: self.policy.legacy_wildcard,
+            elsewhere,
+            set: set.map(AsRef::as_ref),
+        };
+        let track = self.track_mut(kind);
+        let first = !mem::replace(&mut track.seen, true);
+        // Rule S1: a nonce of an earlier stream means nothing.
+        let heard = if first { Heard::Request } else { answer(track, &ask, &config, now) };
+        V::subscribe(track, request, first, terms)?;
+        Ok(heard)
+    }
+
+    /// Notes that there is a newer set, for the measured latency.
+    pub(super) fn on_resources(&mut self, set: &ResourceSet, now: Instant) {
+        self.waiting_since.get_or_insert(set.published().unwrap_or(now));
+    }
+
+    /// The next response, if anything is due and may be sent. Call until `None`.
+    pub(super) fn next_response(
+        &mut self,
+        set: &Arc<ResourceSet>,
+        now: Instant,
+    ) -> Result<Option<Response>, ProtocolError> {
+        self.looked = Some(now);
+        self.expire(now);
+        self.current = self.current.max(set.revision());
+        for kind in ResourceType::ALL {
+            let policy = self.policy;
+            if V::weigh(self.track_mut(kind), set, policy) {
+                self.reconnected_until = Some(now + self.config.reconnect_grace);
+            }
+        }
+        loop {
+            for kind in ResourceType::ALL {
+                if self.may_send(kind, set, now)?
+                    && let Some(response) = self.send(kind, set, now)?
+                {
+                    return Ok(Some(response));
+                }
+            }
+            if !self.release(set, now)? {
+                break;
+            }
+        }
+        if let Some((type_url, body, removed)) = self.variant.next_unknown() {
+            let built = Built { body, removed, version: set.revision().to_string(), ..Built::default() };
+            return Ok(Some(self.respond(None, &type_url, built, set)));
+        }
+        if !self.tracks.iter().any(|track| track.outstanding.is_some()) {
+            self.waiting_since = None;
+        }
+        Ok(None)
+    }
+
+    /// When to call [`Engine::next_response`] again even if nothing happens.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let held = self.tracks.iter().any(|track| !track.held.is_empty());
+        let grace = self.reconnected_until.filter(|_| held);
+        let answers = self.tracks.iter().flat_map(|track| {
+            let outstanding = track.outstanding.as_ref().filter(|outstanding| !outstanding.expired);
+            let warming = outstanding.filter(|o| self.policy.warms_clusters && o.adds);
+            let warming = warming.map(|o| o.sent + self.config.warming_timeout);
+            [outstanding.map(|o| o.sent + self.config.ack_timeout), warming]
+        });
+        // A deadline that has passed has had its effect.
+        answers.flatten().chain(grace).filter(|at| self.looked.is_none_or(|last| *at > last)).min()
+    }
+
+    /// Types that the stream asked for.
+    pub(super) fn status(&self) -> Vec<TypeStatus> {
+        self.tracks.iter().filter(|track| track.seen).map(|track| track.status(self.current)).collect()
+    }
+
+    /// Responses that were not answered in time.
+    pub(super) fn unanswered(&self) -> u64 {
+        self.tracks.iter().map(|track| track.report.unanswered).sum()
+    }
+
+    /// Whether order allows a response of this type now.
+    fn may_send(
+        &mut self,
+        kind: ResourceType,
+        set: &Arc<ResourceSet>,
+        now: Instant,
+    ) -> Result<bool, ProtocolError> {
+        if self.track(kind).awaits_answer() {
+            return Ok(false);
+        }
+        // Endpoints never wait for clusters: the client's answer to clusters waits for endpoints (rule O7).
+        if !matches!(kind, ResourceType::Listener | ResourceType::Route) {
+            return Ok(true);
+        }
+        let warming_timeout = self.config.warming_timeout;
+        let warms = self.policy.warms_clusters;
+        let clusters = self.track_mut(ResourceType::Cluster);
+        // Rule O2: a listener or route may name a cluster that is still to be sent,
+        if clusters.pending(set, V::tells_removals(ResourceType::Cluster))? {
+            return Ok(false);
+        }
+        // or that is not warm yet.
+        let warming = |outstanding: &Outstanding| {
+            outstanding.adds && !outstanding.expired && now < outstanding.sent + warming_timeout
+        };
+        Ok(!(warms && clusters.outstanding.as_ref().is_some_and(warming)))
+    }
+
+    fn send(
+        &mut self,
+        kind: ResourceType,
+        set: &Arc<ResourceSet>,
+        now: Instant,
+    ) -> Result<Option<Response>, ProtocolError> {
+        let config = Arc::clone(&self.config);
+        let nonce = self.nonce + 1;
+        let since = self.waiting_since.unwrap_or(now);
+        let track = self.track_mut(kind);
+        if !track.pending(set, V::tells_removals(kind))? {
+            track.rest(set.revision());
+            return Ok(None);
+        }
+        let Some(mut built) = V::build(track, set, nonce, &config)? else {
+            track.rest(set.revision());
+            return Ok(None);
+        };
+        track.owes = false;
+        let more = !track.due.is_empty();
+        track.outstanding = Some(Outstanding {
+            nonce,
+            names: mem::take(&mut built.names),
+            completes: (!more && track.held.is_empty()).then(|| set.revision()),
+            sent: now,
+            since,
+            adds: track.adds,
+            expired: false,
+        });
+        track.adds &= more;
+        track.last_nonce = nonce;
+        track.report.responses += 1;
+        track.report.sent = set.revision();
+        if kind == ResourceType::Cluster && self.policy.repush_endpoints {
+            self.repush_endpoints(set);
+        }
+        Ok(Some(self.respond(Some(kind), kind.url(), built, set)))
+    }
+
+    /// Rules O4, O6: whoever gets a cluster waits for its endpoints, even if it has them. A stream that has not asked for
+    /// endpoints yet may be about to say that it holds them.
+    fn repush_endpoints(&mut self, set: &ResourceSet) {
+        let [clusters, endpoints, ..] = &mut self.tracks;
+        let sent = clusters.outstanding.iter().flat_map(|outstanding| &outstanding.names);
+        for name in sent {
+            let Some(entry) = set.get(ResourceType::Cluster, name) else { continue };
+            for need in entry.resource.needs.iter() {
+                if !endpoints.seen || endpoints.subscription.covers(need) {
+                    endpoints.due.insert(Arc::clone(need));
+                }
+            }
+        }
+    }
+
+    /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
+    fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
+        if self.tracks.iter().all(|track| track.held.is_empty()) {
+            return Ok(false);
+        }
+        let grace = self.reconnected_until.is_some_and(|until| now < until);
+        for kind in [ResourceType::Listener, ResourceType::Route] {
+            let track = self.track_mut(kind);
+            if !track.seen {
+                if grace {
+                    return Ok(false);
+                }
+            } else if !track.subscription.is_empty()
+                && (track.pending(set, V::tells_removals(kind))? || !track.is_settled())
+            {
+                return Ok(false);
+            }
+        }
+        for track in &mut self.tracks {
+            track.due.extend(mem::take(&mut track.held).into_keys());
+        }
+        Ok(true)
+    }
+
+    fn expire(&mut self, now: Instant) {
+        for track in &mut self.tracks {
+            if let Some(outstanding) = &mut track.outstanding
+                && !outstanding.expired
+                && now >= outstanding.sent + self.config.ack_timeout
+            {
+                outstanding.expired = true;
+                track.report.unanswered += 1;
+            }
+        }
+    }
+
+    fn respond(
+        &mut self,
+        kind: Option<ResourceType>,
+        type_url: &str,
+        built: Built,
+        set: &ResourceSet,
+    ) -> Response {
+        self.nonce += 1;
+        let head = Head {
+            protocol: V::PROTOCOL,
+            version: &built.version,
+            type_url,
+            nonce: &format!("{:x}", self.nonce),
+            identifier: &self.config.identifier,
+        };
+        Response {
+            kind,
+            nonce: self.nonce,
+            revision: set.revision(),
+            resources: built.resources,
+            removed: built.removed,
+            head: head.encode(),
+            body: built.body,
+        }
+    }
+
+    pub(super) fn track(&self, kind: ResourceType) -> &Track {
+        let [cluster, endpoints, listener, route] = &self.tracks;
+        match kind {
+            ResourceType::Cluster => cluster,
+            ResourceType::Endpoints => endpoints,
+            ResourceType::Listener => listener,
+            ResourceType::Route => route,
+        }
+    }
+
+    fn track_mut(&mut self, kind: ResourceType) -> &mut Track {
+        let [cluster, endpoints, listener, route] = &mut self.tracks;
+        match kind {
+            ResourceType::Cluster => cluster,
+            ResourceType::Endpoints => endpoints,
+            ResourceType::Listener => listener,
+            ResourceType::Route => route,
+        }
+    }
+}
+
+/// Takes a request as the answer to the newest response of its type, if it is that. A NACK is told by its error, never by
+/// its version (rule S3); any other nonce is stale (rule S5).
+fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> Heard {
+    let nonce = u64::from_str_radix(ask.nonce, 16).ok();
+    let Some(outstanding) = track.outstanding.take_if(|outstanding| nonce == Some(outstanding.nonce)) else {
+        return Heard::Request;
+    };
+    for name in &outstanding.names {
+        track.acquit(name);
+    }
+    track.rejected.retain(|group| !group.is_empty());
+    if let Some(reason) = ask.error {
+        let covered = outstanding.names.into_iter().filter(|name| track.subscription.covers(name));
+        track.rejected.push(covered.collect());
+        track.report.rejected += 1;
+        track.report.rejections.push_back(Arc::new(Rejection {
+            at: rt::now(),
+            revision: track.report.sent,
+            reason: reason.to_owned(),
+        }));
+        while track.report.rejections.len() > config.rejections_kept {
+            track.report.rejections.pop_front();
+        }
+    }
+    if let Some(revision) = outstanding.completes {
+        track.reached(revision);
+    }
+    match ask.error {
+        Some(reason) => Heard::Rejected(track.kind, reason.to_owned()),
+        None => Heard::Acknowledged(track.kind, now.saturating_duration_since(outstanding.since)),
+    }
+}

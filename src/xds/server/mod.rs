@@ -1,0 +1,313 @@
+//! The one async file of the room: a task per stream between a connection and a state machine.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use envoy_types::pb::envoy::{
+    config::core::v3 as core,
+    service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
+};
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Ready, ready},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, body::Body, server::NamedService};
+
+use super::{
+    Admit, Admitted, Code, Config, Heard, Node, Observer, ProtocolError, Proxies, Refusal, ResourceSet,
+    Response, Unobserved,
+    codec::RawCodec,
+    delta::Delta,
+    engine::{Engine, Variant},
+    sotw::Sotw,
+    status::Seat,
+};
+use crate::rt::Tasks;
+
+const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+const SOTW: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
+
+/// How long the last word to a client that does not read is kept.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// The aggregated discovery service in both forms (rule G1), as a tonic service. A clone serves the same.
+#[derive(Debug, Clone)]
+pub struct AdsServer {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    admit: Arc<dyn Admit>,
+    proxies: Proxies,
+    config: Arc<Config>,
+    observer: Arc<dyn Observer>,
+    tasks: Tasks,
+}
+
+impl AdsServer {
+    /// Serves whom `admit` lets in and keeps `proxies`. Streams end when `tasks` are to end.
+    pub fn new(admit: Arc<dyn Admit>, proxies: Proxies, config: Config, tasks: Tasks) -> Self {
+        Self::observed(admit, proxies, config, tasks, Arc::new(Unobserved))
+    }
+
+    /// Likewise, and tells `observer` what happens.
+    pub fn observed(
+        admit: Arc<dyn Admit>,
+        proxies: Proxies,
+        config: Config,
+        tasks: Tasks,
+        observer: Arc<dyn Observer>,
+    ) -> Self {
+        Self { shared: Arc::new(Shared { admit, proxies, config: Arc::new(config), observer, tasks }) }
+    }
+
+    fn serve<V: Serve, B>(&self, request: http::Request<B>) -> BoxFuture<'static, http::Response<Body>>
+    where
+        B: http_body::Body + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+    {
+        let shared = Arc::clone(&self.shared);
+        let limit = shared.config.request_bytes;
+        let mut grpc =
+            tonic::server::Grpc::new(RawCodec::<V::Request>::default()).max_decoding_message_size(limit);
+        async move { grpc.streaming(Accept::<V>(shared, std::marker::PhantomData), request).await }.boxed()
+    }
+}
+
+impl NamedService for AdsServer {
+    const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
+}
+
+impl<B> tower::Service<http::Request<B>> for AdsServer
+where
+    B: http_body::Body + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let response = match request.uri().path() {
+            DELTA => self.serve::<Delta, B>(request),
+            SOTW => self.serve::<Sotw, B>(request),
+            _ => ready(Status::unimplemented("no such method").into_http()).boxed(),
+        };
+        response.map(Ok).boxed()
+    }
+}
+
+/// What the server needs to know of a variant's requests.
+trait Serve: Variant + Sync {
+    fn node(request: &mut Self::Request) -> Option<core::Node>;
+}
+
+impl Serve for Delta {
+    fn node(request: &mut DeltaDiscoveryRequest) -> Option<core::Node> {
+        request.node.take()
+    }
+}
+
+impl Serve for Sotw {
+    fn node(request: &mut DiscoveryRequest) -> Option<core::Node> {
+        request.node.take()
+    }
+}
+
+struct Accept<V>(Arc<Shared>, std::marker::PhantomData<V>);
+
+impl<V: Serve> tonic::server::StreamingService<V::Request> for Accept<V> {
+    type Response = Response;
+    type ResponseStream = ReceiverStream<Result<Response, Status>>;
+    type Future = Ready<Result<tonic::Response<Self::ResponseStream>, Status>>;
+
+    fn call(&mut self, request: tonic::Request<Streaming<V::Request>>) -> Self::Future {
+        let shared = Arc::clone(&self.0);
+        let peer = request.remote_addr();
+        // Room for one: the next response is built when the connection has taken the last.
+        let (out, responses) = mpsc::channel(1);
+        let tasks = shared.tasks.clone();
+        tasks.spawn("xds stream", async move {
+            if let Err(status) = serve_stream::<V>(request.into_inner(), &out, peer, &shared).await {
+                tracing::debug!(code = ?status.code(), message = status.message(), "stream ended");
+                let _ = out.send_timeout(Err(status), LAST_WORD).await;
+            }
+        });
+        ready(Ok(tonic::Response::new(ReceiverStream::new(responses))))
+    }
+}
+
+/// Serves a stream until the client leaves (Ok) or it must end with a status.
+async fn serve_stream<V: Serve>(
+    mut requests: Streaming<V::Request>,
+    out: &mpsc::Sender<Result<Response, Status>>,
+    peer: Option<SocketAddr>,
+    shared: &Shared,
+) -> Result<(), Status> {
+    let shutdown = shared.tasks.shutdown();
+    let patience = shared.config.first_request_timeout;
+    let first = tokio::select! {
+        first = tokio::time::timeout(patience, requests.message()) => first,
+        () = shutdown.wait() => return Err(leaving()),
+    };
+    let Ok(first) = first else {
+        return Err(Status::deadline_exceeded(format!("no request within {} s", patience.as_secs_f32())));
+    };
+    let Some(mut first) = first? else { return Ok(()) };
+    let node = Node::of(V::node(&mut first), peer).map_err(status)?;
+    let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
+
+    let engine = Engine::<V>::new(node.id.clone(), policy, Arc::clone(&shared.config));
+    tracing::debug!(node = node.id, agent = node.user_agent(), protocol = %V::PROTOCOL, ?peer, "connected");
+    shared.observer.connected(V::PROTOCOL);
+    let seat = shared.proxies.join(node, V::PROTOCOL);
+    let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
+    session.run(first, requests, set, out, shared).await
+}
+
+/// A stream that was let in.
+struct Session<'a, V: Serve> {
+    engine: Engine<V>,
+    seat: Seat,
+    observer: &'a dyn Observer,
+    unanswered: u64,
+}
+
+impl<V: Serve> Session<'_, V> {
+    async fn run(
+        &mut self,
+        first: V::Request,
+        mut requests: Streaming<V::Request>,
+        mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
+        out: &mpsc::Sender<Result<Response, Status>>,
+        shared: &Shared,
+    ) -> Result<(), Status> {
+        let shutdown = shared.tasks.shutdown();
+        let mut set = sets.borrow_and_update().clone();
+        let mut served = false;
+        self.hear(first, set.as_ref())?;
+        // Whether there may be something to send.
+        let mut due = true;
+        let timer = tokio::time::sleep(Duration::ZERO);
+        tokio::pin!(timer);
+        let mut armed: Option<Instant> = None;
+        loop {
+            tokio::select! {
+                // A place first, then the response: while the client does not read, newer state replaces older.
+                place = out.reserve(), if due && set.is_some() => {
+                    let Ok(place) = place else { return Ok(()) };
+                    let Some(current) = &set else { continue };
+                    match self.engine.next_response(current, Instant::now()).map_err(status)? {
+                        Some(response) => {
+                            self.observer.sent(V::PROTOCOL, &response);
+                            place.send(Ok(response));
+                            served = true;
+                        }
+                        None => {
+                            due = false;
+                            self.report();
+                        }
+                    }
+                }
+                request = requests.message() => match request? {
+                    Some(request) => {
+                        self.hear(request, set.as_ref())?;
+                        due = true;
+                    }
+                    None => return Ok(()),
+                },
+                changed = sets.changed() => {
+                    changed.map_err(|_| leaving())?;
+                    if let Some(next) = sets.borrow_and_update().clone() {
+                        self.engine.on_resources(&next, Instant::now());
+                        set = Some(next);
+                        due = true;
+                    }
+                }
+                () = &mut timer, if armed.is_some() => {
+                    armed = None;
+                    due = true;
+                }
+                () = shutdown.wait() => return if served { Ok(()) } else { Err(leaving()) },
+            }
+            // The timer is set anew only for something earlier: after each ACK it would be for nothing.
+            if let Some(deadline) = self.engine.deadline()
+                && armed.is_none_or(|armed| deadline < armed)
+            {
+                timer.as_mut().reset(deadline);
+                armed = Some(deadline);
+            }
+        }
+    }
+
+    fn hear(&mut self, request: V::Request, set: Option<&Arc<ResourceSet>>) -> Result<(), Status> {
+        match self.engine.on_request(request, set, Instant::now()).map_err(status)? {
+            Heard::Request => {}
+            Heard::Acknowledged(kind, latency) => self.observer.acknowledged(V::PROTOCOL, kind, latency),
+            Heard::Rejected(kind, reason) => {
+                tracing::warn!(node = self.seat.node_id(), ?kind, reason, "the proxy rejected a response");
+                self.observer.rejected(V::PROTOCOL, kind, &reason);
+            }
+        }
+        if set.is_none() {
+            self.report();
+        }
+        Ok(())
+    }
+
+    fn report(&mut self) {
+        let unanswered = self.engine.unanswered();
+        if unanswered > self.unanswered {
+            self.observer.unanswered(V::PROTOCOL, unanswered - self.unanswered);
+            self.unanswered = unanswered;
+        }
+        self.seat.update(self.engine.status());
+    }
+}
+
+impl<V: Serve> Drop for Session<'_, V> {
+    fn drop(&mut self) {
+        self.observer.disconnected(V::PROTOCOL);
+    }
+}
+
+/// Rule K1: a stream that ends before it was served counts as a failure of the server, one that was served does not.
+fn leaving() -> Status {
+    Status::unavailable("the server is shutting down; connect to another one, or again")
+}
+
+fn status(error: ProtocolError) -> Status {
+    Status::new(code(error.code()), error.to_string())
+}
+
+fn refused(refusal: Refusal) -> Status {
+    Status::new(code(refusal.code), refusal.message)
+}
+
+fn code(code: Code) -> tonic::Code {
+    match code {
+        Code::InvalidArgument => tonic::Code::InvalidArgument,
+        Code::Unauthenticated => tonic::Code::Unauthenticated,
+        Code::PermissionDenied => tonic::Code::PermissionDenied,
+        Code::ResourceExhausted => tonic::Code::ResourceExhausted,
+        Code::Unavailable => tonic::Code::Unavailable,
+    }
+}

@@ -1,0 +1,196 @@
+//! State of the world: whole lists of listeners and clusters, changed routes and endpoints, rules S1 to S12 and S-E1 to
+//! S-E9.
+
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeSet, mem, sync::Arc};
+
+use envoy_types::pb::envoy::service::discovery::v3::DiscoveryRequest;
+use xxhash_rust::xxh3::Xxh3;
+
+use super::{
+    Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
+    engine::{Ask, Built, Variant},
+    subscription::Terms,
+    track::{Claim, Held, Track},
+};
+
+/// The state-of-the-world variant. It says nothing about types that Disco does not have (rule K3).
+#[derive(Debug, Default)]
+pub(super) struct Sotw;
+
+/// Rule S-E1: every response of these types is the whole list, and what is not in it is removed.
+fn is_full(kind: ResourceType) -> bool {
+    matches!(kind, ResourceType::Cluster | ResourceType::Listener)
+}
+
+impl Variant for Sotw {
+    const PROTOCOL: Protocol = Protocol::Sotw;
+    type Request = DiscoveryRequest;
+
+    fn ask(request: &Self::Request) -> Ask<'_> {
+        Ask {
+            node_id: request.node.as_ref().map(|node| node.id.as_str()),
+            type_url: &request.type_url,
+            nonce: &request.response_nonce,
+            error: request.error_detail.as_ref().map(|error| error.message.as_str()),
+        }
+    }
+
+    fn tells_removals(kind: ResourceType) -> bool {
+        is_full(kind)
+    }
+
+    fn subscribe(
+        track: &mut Track,
+        request: Self::Request,
+        first: bool,
+        terms: Terms<'_>,
+    ) -> Result<(), ProtocolError> {
+        // Every ACK repeats the names; mostly they are the same.
+        let hash = hash(&request.resource_names);
+        if track.names_hash.replace(hash) == Some(hash) {
+            return Ok(());
+        }
+        let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
+        let change = track.subscription.replace(&request.resource_names, terms)?;
+        track.subscribed(change);
+        if first && !track.subscription.is_empty() {
+            // Rule S8: the client learns what there is, even if that is nothing.
+            track.owes = is_full(track.kind);
+            track.claim = Some(Claim { held: Held::All(request.version_info), forced });
+        }
+        Ok(())
+    }
+
+    fn weigh(track: &mut Track, set: &Arc<ResourceSet>, policy: StreamPolicy) -> bool {
+        let Some(Claim { held: Held::All(version), forced }) = track.claim.take() else { return false };
+        // Rule S9: a wildcard cannot have grown; names may have, unless the client is known to keep its version for
+        // exactly the names that it asks for.
+        let trusted = track.subscription.is_wildcard() || policy.keeps_named;
+        if trusted && !version.is_empty() && version == digest(track, set).to_string() {
+            track.due.clear();
+            track.everything = false;
+            track.owes = false;
+            track.version = Some(version);
+            track.catch_up(set);
+        }
+        track.due.extend(forced.into_iter().filter(|name| track.subscription.covers(name)));
+        false
+    }
+
+    fn build(
+        track: &mut Track,
+        set: &Arc<ResourceSet>,
+        nonce: u64,
+        config: &Config,
+    ) -> Result<Option<Built>, ProtocolError> {
+        if is_full(track.kind) { whole(track, set, config) } else { changed(track, set, nonce, config) }
+    }
+}
+
+/// All that is subscribed to, if it is not what the client was told last.
+fn whole(track: &mut Track, set: &Arc<ResourceSet>, config: &Config) -> Result<Option<Built>, ProtocolError> {
+    let mut names = track.take(set, true, track.kind == ResourceType::Cluster)?;
+    let version = digest(track, set).to_string();
+    let same = track.version.as_ref() == Some(&version);
+    if !track.owes && same && names.iter().all(|name| set.get(track.kind, name).is_none()) {
+        return Ok(None);
+    }
+    for group in mem::take(&mut track.rejected) {
+        names.extend(group);
+    }
+    let subscription = &track.subscription;
+    let mut body = Vec::new();
+    if subscription.is_wildcard() {
+        body.extend(set.iter(track.kind).map(|(_, entry)| entry.resource.sotw_field()));
+        let held = track.held.keys().filter_map(|name| set.gone(track.kind, name));
+        body.extend(held.map(|gone| gone.last.sotw_field()));
+    } else {
+        let there = subscription.names().iter().filter_map(|name| track.find(set, name));
+        body.extend(there.map(|resource| resource.sotw_field()));
+    }
+    let size: usize = body.iter().map(bytes::Bytes::len).sum();
+    if size > config.response_bytes {
+        // Rules S-E8, K5: it cannot be split.
+        tracing::warn!(
+            kind = ?track.kind, bytes = size, advised = config.response_bytes,
+            "a full list is so large that clients may refuse it; use delta, or have clients subscribe to less"
+        );
+    }
+    track.version = Some(version.clone());
+    Ok(Some(Built { version, resources: body.len(), body, removed: 0, names }))
+}
+
+/// What is due and exists (rule S-E2); removal is implied by whatever no longer refers to it.
+fn changed(
+    track: &mut Track,
+    set: &Arc<ResourceSet>,
+    nonce: u64,
+    config: &Config,
+) -> Result<Option<Built>, ProtocolError> {
+    let names = track.take(set, false, false)?;
+    let mut there = names.into_iter().filter(|name| set.get(track.kind, name).is_some());
+    let mut built = Built::default();
+    let mut size = 0;
+    for name in there.by_ref() {
+        let Some(entry) = set.get(track.kind, &name) else { continue };
+        let field = entry.resource.sotw_field();
+        size += field.len();
+        if size > config.response_bytes && !built.body.is_empty() {
+            track.due.insert(name);
+            break;
+        }
+        built.body.push(field);
+        built.names.push(name);
+    }
+    track.due.extend(there);
+    if built.body.is_empty() {
+        return Ok(None);
+    }
+    built.resources = built.body.len();
+    let version = digest(track, set);
+    // A client that accepted this much does not hold what the version of the whole would promise (rules S2, S9).
+    let partial = !track.due.is_empty() || !track.rejected.is_empty();
+    built.version = if partial { format!("{version}~{nonce:x}") } else { version.to_string() };
+    track.version = Some(built.version.clone());
+    Ok(Some(built))
+}
+
+/// One version for everything that the client subscribes to and that exists, what it keeps for a while included
+/// (rule S10: from content only).
+fn digest(track: &mut Track, set: &Arc<ResourceSet>) -> Version {
+    let kind = track.kind;
+    let live = if track.subscription.is_wildcard() {
+        set.digest(kind)
+    } else {
+        let part = |set: &ResourceSet, name: &Arc<str>| {
+            set.get(kind, name).map_or(0, |entry| ResourceSet::digest_of(&entry.resource))
+        };
+        let names = track.subscription.names();
+        let known = track.digest.take().and_then(|(base, sum)| {
+            let changed: BTreeSet<_> = set.changed_since(kind, base.revision())?.collect();
+            let changed = changed.into_iter().filter(|name| names.contains(*name));
+            Some(
+                changed
+                    .fold(sum, |sum, name| sum.wrapping_sub(part(&base, name)).wrapping_add(part(set, name))),
+            )
+        });
+        let sum =
+            known.unwrap_or_else(|| names.iter().fold(0, |sum: u64, name| sum.wrapping_add(part(set, name))));
+        track.digest = Some((Arc::clone(set), sum));
+        sum
+    };
+    let held = track.held.keys().filter_map(|name| set.gone(kind, name));
+    Version(held.fold(live, |sum, gone| sum.wrapping_add(ResourceSet::digest_of(&gone.last))))
+}
+
+fn hash(names: &[String]) -> u64 {
+    let mut hasher = Xxh3::new();
+    for name in names {
+        hasher.update(&(name.len() as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
+    }
+    hasher.digest()
+}

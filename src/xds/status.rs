@@ -1,0 +1,267 @@
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use dashmap::DashMap;
+use imbl::OrdSet;
+use tokio::{sync::Notify, time::Instant};
+
+use super::{Node, Protocol, ResourceType, Subscription};
+use crate::{model::Revision, rt};
+
+/// Everybody who is connected, one entry per stream. Written by the streams; a clone is the same table.
+#[derive(Debug, Clone, Default)]
+pub struct Proxies {
+    table: Arc<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    streams: DashMap<u64, Arc<Stream>>,
+    next: AtomicU64,
+    /// Told whenever a stream acknowledged, asked or left.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Stream {
+    id: u64,
+    node: Node,
+    protocol: Protocol,
+    connected_at: SystemTime,
+    types: Mutex<Vec<TypeStatus>>,
+}
+
+/// A connected xDS client, as of when it was asked for.
+#[derive(Debug, Clone)]
+pub struct ProxyStatus {
+    /// Who it says it is.
+    pub node: Node,
+    /// Which form of the protocol it speaks.
+    pub protocol: Protocol,
+    /// Since when.
+    pub connected_at: SystemTime,
+    /// The types that it asked for, in push order.
+    pub types: Vec<TypeStatus>,
+}
+
+impl ProxyStatus {
+    /// Whether it has acknowledged everything that it is to hold. One that has asked for nothing yet is not.
+    pub fn synced(&self) -> bool {
+        !self.types.is_empty() && self.types.iter().all(|kind| kind.synced)
+    }
+
+    /// The other end of the connection.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.node.peer
+    }
+
+    /// Why it rejected something that it still lacks; empty if there is no such thing.
+    pub fn last_error(&self) -> &str {
+        self.types.iter().map(TypeStatus::last_error).find(|error| !error.is_empty()).unwrap_or("")
+    }
+}
+
+/// Where a stream stands with a type.
+#[derive(Debug, Clone)]
+pub struct TypeStatus {
+    /// The type.
+    pub kind: ResourceType,
+    /// What it asked for.
+    pub subscription: Subscription,
+    /// The state that the last response was made from.
+    pub sent: Revision,
+    /// Everything up to here was acknowledged or did not concern the stream. Does not go on while something that was
+    /// rejected is still wanting.
+    pub acknowledged: Revision,
+    /// Likewise, but for the names in `unaccepted`.
+    pub settled: Revision,
+    /// Nothing is wanting at the newest state that the stream has seen.
+    pub synced: bool,
+    /// Responses sent.
+    pub responses: u64,
+    /// Responses rejected.
+    pub rejected: u64,
+    /// Responses that were not answered in time.
+    pub unanswered: u64,
+    /// Names in rejected responses that were not accepted since.
+    pub unaccepted: Vec<OrdSet<Arc<str>>>,
+    /// The last rejections, oldest first.
+    pub rejections: Vec<Arc<Rejection>>,
+}
+
+impl TypeStatus {
+    /// Why the client rejected what it still lacks; empty if there is no such thing.
+    pub fn last_error(&self) -> &str {
+        match self.rejections.last() {
+            Some(last) if !self.unaccepted.is_empty() => &last.reason,
+            _ => "",
+        }
+    }
+
+    fn has(&self, revision: Revision, name: Option<&str>) -> bool {
+        match name {
+            None => self.acknowledged >= revision && self.unaccepted.is_empty(),
+            Some(name) => {
+                self.settled >= revision && !self.unaccepted.iter().any(|group| group.contains(name))
+            }
+        }
+    }
+}
+
+/// A NACK.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    /// When it came.
+    pub at: SystemTime,
+    /// The state that the response was made from.
+    pub revision: Revision,
+    /// What the client said.
+    pub reason: String,
+}
+
+/// How far a revision has got.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// Everybody has it.
+    pub complete: bool,
+    /// Streams that have acknowledged it.
+    pub acknowledged: usize,
+    /// Node ids of those that have not, in order.
+    pub pending: Vec<String>,
+}
+
+/// The least time between two looks at all streams by one waiter.
+const PACE: Duration = Duration::from_millis(2);
+
+impl Proxies {
+    /// Everybody who is connected, by node id.
+    pub fn list(&self) -> Vec<ProxyStatus> {
+        let mut streams = self.streams();
+        streams.sort_by(|a, b| (&a.node.id, a.id).cmp(&(&b.node.id, b.id)));
+        streams
+            .into_iter()
+            .map(|stream| ProxyStatus {
+                node: stream.node.clone(),
+                protocol: stream.protocol,
+                connected_at: stream.connected_at,
+                types: stream.types().clone(),
+            })
+            .collect()
+    }
+
+    /// How many streams there are.
+    pub fn len(&self) -> usize {
+        self.table.streams.len()
+    }
+
+    /// Whether nobody is connected.
+    pub fn is_empty(&self) -> bool {
+        self.table.streams.is_empty()
+    }
+
+    /// Waits until everybody has acknowledged `revision`, at most `timeout` (zero: look once). With `endpoints`, only
+    /// streams that are sent the endpoints of that name count, and only this type of theirs.
+    pub async fn wait_acknowledged(
+        &self,
+        revision: Revision,
+        endpoints: Option<&str>,
+        timeout: Duration,
+    ) -> Progress {
+        let end = Instant::now() + timeout;
+        loop {
+            let changed = self.table.changed.notified();
+            tokio::pin!(changed);
+            // Counts from here, so that nothing that happens during the look is missed.
+            changed.as_mut().enable();
+            let progress = self.progress(revision, endpoints);
+            if progress.complete || Instant::now() >= end {
+                return progress;
+            }
+            if tokio::time::timeout_at(end, changed).await.is_ok() {
+                tokio::time::sleep_until(end.min(Instant::now() + PACE)).await;
+            }
+        }
+    }
+
+    /// How far `revision` has got now; see [`Proxies::wait_acknowledged`].
+    pub fn progress(&self, revision: Revision, endpoints: Option<&str>) -> Progress {
+        let mut acknowledged = 0;
+        let mut pending = Vec::new();
+        for stream in self.streams() {
+            match stream.has(revision, endpoints) {
+                None => {}
+                Some(true) => acknowledged += 1,
+                Some(false) => pending.push(stream.node.id.clone()),
+            }
+        }
+        pending.sort();
+        Progress { complete: pending.is_empty(), acknowledged, pending }
+    }
+
+    /// Adds a stream; it leaves when the seat is dropped.
+    pub(super) fn join(&self, node: Node, protocol: Protocol) -> Seat {
+        let id = self.table.next.fetch_add(1, Ordering::Relaxed);
+        let stream =
+            Arc::new(Stream { id, node, protocol, connected_at: rt::now(), types: Mutex::default() });
+        self.table.streams.insert(id, Arc::clone(&stream));
+        Seat { table: Arc::clone(&self.table), stream }
+    }
+
+    /// A copy, so that no shard of the table stays locked.
+    fn streams(&self) -> Vec<Arc<Stream>> {
+        self.table.streams.iter().map(|entry| Arc::clone(entry.value())).collect()
+    }
+}
+
+impl Stream {
+    fn types(&self) -> std::sync::MutexGuard<'_, Vec<TypeStatus>> {
+        self.types.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it has acknowledged `revision`; `None` if that does not concern it.
+    fn has(&self, revision: Revision, endpoints: Option<&str>) -> Option<bool> {
+        let types = self.types();
+        let Some(name) = endpoints else {
+            return Some(types.iter().all(|kind| kind.has(revision, None)));
+        };
+        let kind = types.iter().find(|kind| kind.kind == ResourceType::Endpoints)?;
+        kind.subscription.covers(name).then(|| kind.has(revision, Some(name)))
+    }
+}
+
+/// A stream's place in the table.
+pub(super) struct Seat {
+    table: Arc<Table>,
+    stream: Arc<Stream>,
+}
+
+impl Seat {
+    pub(super) fn node_id(&self) -> &str {
+        &self.stream.node.id
+    }
+
+    pub(super) fn update(&self, types: Vec<TypeStatus>) {
+        *self.stream.types() = types;
+        self.table.changed.notify_waiters();
+    }
+}
+
+impl fmt::Debug for Seat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Seat({})", self.stream.id)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.table.streams.remove(&self.stream.id);
+        self.table.changed.notify_waiters();
+    }
+}

@@ -1,0 +1,322 @@
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    mem,
+    sync::Arc,
+};
+
+use imbl::OrdSet;
+use tokio::time::Instant;
+
+use super::{
+    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus,
+    subscription::Delta,
+};
+use crate::model::Revision;
+
+/// Where a stream stands with one resource type: what it asked for, up to where changes have been considered, and what
+/// must be sent out of turn. There is no list of what the client holds: up to the cursor it holds what the set says.
+#[derive(Debug)]
+pub(super) struct Track {
+    pub kind: ResourceType,
+    /// Whether it ever asked for the type.
+    pub seen: bool,
+    pub subscription: Subscription,
+    /// What the client said it held when it connected; weighed as soon as there is a set.
+    pub claim: Option<Claim>,
+    /// Changes up to here have been considered. `None` before there was a set.
+    cursor: Option<Revision>,
+    /// All there is must be sent: the wildcard was turned on.
+    pub everything: bool,
+    /// A response is due even if it is empty (rules D12, S8).
+    pub owes: bool,
+    /// Names that must be sent, changed or not: newly asked for, left over from a split response, waiting in the client
+    /// for their cluster (rules D4, D18, O4).
+    pub due: BTreeSet<Arc<str>>,
+    /// Removed resources that the client keeps until nothing refers to them (rule O3).
+    pub held: BTreeMap<Arc<str>, Revision>,
+    /// Names of rejected responses, one group each: a group goes again with the next change of any of it (rules S4, D15).
+    pub rejected: Vec<OrdSet<Arc<str>>>,
+    pub outstanding: Option<Outstanding>,
+    pub last_nonce: u64,
+    /// What is due has clusters that are new to the client.
+    pub adds: bool,
+    /// SotW: hash of the last list of names, and the version the client was last told.
+    pub names_hash: Option<u64>,
+    pub version: Option<String>,
+    pub digest: Option<(Arc<ResourceSet>, u64)>,
+    pub report: Report,
+}
+
+/// What a client says it holds, in its first request of a type.
+#[derive(Debug)]
+pub(super) struct Claim {
+    pub held: Held,
+    /// Names that are due whatever it holds.
+    pub forced: BTreeSet<Arc<str>>,
+}
+
+#[derive(Debug)]
+pub(super) enum Held {
+    /// Versions by name (rule D9).
+    Each(HashMap<String, String>),
+    /// One version for all (rule S9).
+    All(String),
+}
+
+/// A response without an answer.
+#[derive(Debug)]
+pub(super) struct Outstanding {
+    pub nonce: u64,
+    /// What was in it, removals too.
+    pub names: Vec<Arc<str>>,
+    /// Its ACK means that everything up to here is acknowledged; `None` when more is to follow.
+    pub completes: Option<Revision>,
+    pub sent: Instant,
+    /// When the change behind it was published.
+    pub since: Instant,
+    /// It has clusters that are new to the client.
+    pub adds: bool,
+    /// It was waited for long enough.
+    pub expired: bool,
+}
+
+/// What is told of a type.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    pub sent: Revision,
+    /// Up to here everything was acknowledged or did not concern the stream.
+    pub acknowledged: Revision,
+    /// Likewise, but for the names of rejected responses.
+    pub settled: Revision,
+    pub responses: u64,
+    pub rejected: u64,
+    pub unanswered: u64,
+    pub rejections: VecDeque<Arc<Rejection>>,
+}
+
+impl Track {
+    pub(super) fn new(kind: ResourceType) -> Self {
+        Self {
+            kind,
+            seen: false,
+            subscription: Subscription::default(),
+            claim: None,
+            cursor: None,
+            everything: false,
+            owes: false,
+            due: BTreeSet::new(),
+            held: BTreeMap::new(),
+            rejected: Vec::new(),
+            outstanding: None,
+            last_nonce: 0,
+            adds: false,
+            names_hash: None,
+            version: None,
+            digest: None,
+            report: Report::default(),
+        }
+    }
+
+    /// Takes in what a request changed about the subscription.
+    pub(super) fn subscribed(&mut self, delta: Delta) {
+        self.digest = None;
+        self.everything |= delta.everything;
+        if self.subscription.is_empty() {
+            // Rule S-E3: nothing more for a type that nobody watches, and no answer to wait for either.
+            self.due.clear();
+            self.held.clear();
+            self.rejected.clear();
+            self.outstanding = None;
+            self.everything = false;
+            self.owes = false;
+            return;
+        }
+        for name in &delta.removed {
+            if !self.subscription.is_wildcard() {
+                self.due.remove(name);
+                self.forget(name);
+            }
+        }
+        if delta.wildcard_off {
+            let covered = |name: &Arc<str>| self.subscription.covers(name);
+            self.everything = false;
+            self.due.retain(covered);
+            self.held.retain(|name, _| covered(name));
+            for group in &mut self.rejected {
+                *group = group.iter().filter(|name| covered(name)).cloned().collect();
+            }
+            self.rejected.retain(|group| !group.is_empty());
+        }
+        self.due.extend(delta.added);
+    }
+
+    fn forget(&mut self, name: &Arc<str>) {
+        self.held.remove(name);
+        self.acquit(name);
+        self.rejected.retain(|group| !group.is_empty());
+    }
+
+    /// The name is in no rejected response any more.
+    pub(super) fn acquit(&mut self, name: &Arc<str>) {
+        for group in &mut self.rejected {
+            group.remove(name);
+        }
+    }
+
+    /// Considers nothing up to the set's revision any more.
+    pub(super) fn catch_up(&mut self, set: &ResourceSet) {
+        self.cursor = Some(set.revision());
+    }
+
+    /// Whether there is something to send, or it takes a closer look to know.
+    pub(super) fn pending(&mut self, set: &ResourceSet, removals: bool) -> Result<bool, ProtocolError> {
+        if !self.seen {
+            return Ok(false);
+        }
+        if !self.due.is_empty() || self.owes || self.everything || self.claim.is_some() {
+            return Ok(true);
+        }
+        let at = set.revision();
+        if self.cursor.is_some_and(|cursor| cursor < at) {
+            if self.news(set, removals)?.next().is_some() {
+                return Ok(true);
+            }
+        }
+        self.cursor = Some(at);
+        Ok(false)
+    }
+
+    /// Names that changed after the cursor and concern the stream; with removals of what it holds, if it is told of them.
+    fn news<'a>(
+        &'a self,
+        set: &'a ResourceSet,
+        removals: bool,
+    ) -> Result<Box<dyn Iterator<Item = &'a Arc<str>> + 'a>, ProtocolError> {
+        let Some(cursor) = self.cursor else { return Ok(Box::new([].into_iter())) };
+        if removals && !set.knows_removals_since(self.kind, cursor) {
+            return Err(ProtocolError::Behind { at: cursor });
+        }
+        let matters = move |name: &&Arc<str>| {
+            self.subscription.covers(name)
+                && match set.get(self.kind, name) {
+                    Some(entry) => entry.changed > cursor,
+                    None => set.gone(self.kind, name).is_some_and(|gone| {
+                        let had = removals && gone.first <= cursor;
+                        gone.removed > cursor
+                            && (had || self.rejected.iter().any(|group| group.contains(*name)))
+                    }),
+                }
+        };
+        if let Some(names) = set.changed_since(self.kind, cursor) {
+            return Ok(Box::new(names.filter(matters)));
+        }
+        if self.subscription.is_wildcard() {
+            let live = set.iter(self.kind).map(|(name, _)| name);
+            let gone = set.iter_gone(self.kind).map(|(name, _)| name);
+            return Ok(Box::new(live.chain(gone).filter(matters)));
+        }
+        Ok(Box::new(self.subscription.names().iter().filter(matters)))
+    }
+
+    /// Takes all names that are to be sent now, and brings the cursor to the set. Removals that must wait are held.
+    pub(super) fn take(
+        &mut self,
+        set: &ResourceSet,
+        removals: bool,
+        holds: bool,
+    ) -> Result<Vec<Arc<str>>, ProtocolError> {
+        let before = self.cursor;
+        let news: BTreeSet<Arc<str>> = self.news(set, removals)?.cloned().collect();
+        for name in news {
+            self.reopen(&name);
+            if set.get(self.kind, &name).is_some() {
+                self.held.remove(&name);
+                self.due.insert(name);
+            } else if removals && holds {
+                let removed = set.gone(self.kind, &name).map_or(set.revision(), |gone| gone.removed);
+                self.due.remove(&name);
+                self.held.insert(name, removed);
+            } else {
+                self.due.insert(name);
+            }
+        }
+        self.cursor = Some(set.revision());
+        let due = mem::take(&mut self.due);
+        if !mem::take(&mut self.everything) {
+            let new = |name: &Arc<str>| {
+                let since = set.get(self.kind, name).map(|entry| entry.since);
+                since.is_some_and(|since| before.is_none_or(|before| since > before))
+            };
+            self.adds |= due.iter().any(new);
+            return Ok(due.into_iter().filter(|name| self.subscription.covers(name)).collect());
+        }
+        self.adds |= set.len(self.kind) > 0;
+        self.rejected.clear();
+        let live = set.iter(self.kind).map(|(name, _)| Arc::clone(name));
+        let gone = due.into_iter().filter(|name| set.get(self.kind, name).is_none());
+        Ok(live.chain(gone).collect())
+    }
+
+    /// Makes all groups due that `name` is in.
+    fn reopen(&mut self, name: &Arc<str>) {
+        if self.rejected.iter().any(|group| group.contains(name)) {
+            for group in mem::take(&mut self.rejected) {
+                if group.contains(name) {
+                    self.due.extend(group);
+                } else {
+                    self.rejected.push(group);
+                }
+            }
+        }
+    }
+
+    /// The resource as the stream is to see it: a held one is still there.
+    pub(super) fn find<'a>(&self, set: &'a ResourceSet, name: &Arc<str>) -> Option<&'a Arc<Resource>> {
+        if let Some(entry) = set.get(self.kind, name) {
+            return Some(&entry.resource);
+        }
+        self.held.contains_key(name).then(|| set.gone(self.kind, name)).flatten().map(|gone| &gone.last)
+    }
+
+    /// Whether nothing unacknowledged is on its way, for at most the time that is allowed.
+    pub(super) fn awaits_answer(&self) -> bool {
+        self.outstanding.as_ref().is_some_and(|outstanding| !outstanding.expired)
+    }
+
+    /// Everything was sent and accepted; the cursor is at the set (call [`Track::pending`] before).
+    pub(super) fn is_settled(&self) -> bool {
+        self.outstanding.is_none() && self.rejected.is_empty()
+    }
+
+    /// There is nothing to send at `revision`.
+    pub(super) fn rest(&mut self, revision: Revision) {
+        if self.outstanding.is_none() && self.held.is_empty() {
+            self.reached(revision);
+        }
+    }
+
+    /// The client has everything up to `revision`, but for what it rejected.
+    pub(super) fn reached(&mut self, revision: Revision) {
+        self.report.settled = self.report.settled.max(revision);
+        if self.rejected.is_empty() {
+            self.report.acknowledged = self.report.acknowledged.max(revision);
+        }
+    }
+
+    pub(super) fn status(&self, current: Revision) -> TypeStatus {
+        let report = &self.report;
+        TypeStatus {
+            kind: self.kind,
+            subscription: self.subscription.clone(),
+            sent: report.sent,
+            acknowledged: report.acknowledged,
+            settled: report.settled,
+            synced: report.acknowledged >= current && self.rejected.is_empty(),
+            responses: report.responses,
+            rejected: report.rejected,
+            unanswered: report.unanswered,
+            unaccepted: self.rejected.clone(),
+            rejections: report.rejections.iter().cloned().collect(),
+        }
+    }
+}
