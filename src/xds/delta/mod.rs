@@ -74,8 +74,8 @@ impl Variant for Delta {
 
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, _: StreamPolicy) -> bool {
         let Some(Claim { held: Held::Each(versions), forced }) = track.claim.take() else { return false };
-        let mut kept_back = false;
-        if !versions.is_empty() {
+        let reconnected = !versions.is_empty();
+        if reconnected {
             if mem::take(&mut track.everything) {
                 for (name, entry) in set.iter(track.kind) {
                     let held = versions.get(name.as_ref());
@@ -97,7 +97,6 @@ impl Variant for Delta {
                         // Rule O3, over a reconnect: routes that the client holds may still name it.
                         track.due.remove(&name);
                         track.held.insert(name, set.revision());
-                        kept_back = true;
                     } else {
                         track.due.insert(name);
                     }
@@ -107,7 +106,7 @@ impl Variant for Delta {
             track.catch_up(set);
         }
         track.due.extend(forced.into_iter().filter(|name| track.subscription.covers(name)));
-        kept_back
+        reconnected
     }
 
     fn build(
