@@ -65,7 +65,7 @@ pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
         terms: Terms<'_>,
     ) -> Result<(), ProtocolError>;
 
-    /// Weighs what a reconnecting client says it holds. True if some of it is gone and it must be told.
+    /// Weighs what a client says it holds. True if it holds anything.
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, policy: StreamPolicy) -> bool;
 
     /// What is to be sent now; `None` if it turns out to be nothing.
@@ -124,7 +124,7 @@ pub(super) struct Engine<V> {
     looked: Option<Instant>,
     /// Since when something waits to be sent.
     waiting_since: Option<Instant>,
-    /// The client held things that are gone: until then it may still have listeners or routes that use them.
+    /// The client came with clusters: until then it may have listeners or routes that it has not asked for yet.
     reconnected_until: Option<Instant>,
     variant: V,
 }
@@ -206,7 +206,7 @@ impl<V: Variant> Engine<V> {
         self.current = self.current.max(set.revision());
         for kind in ResourceType::ALL {
             let policy = self.policy;
-            if V::weigh(self.track_mut(kind), set, policy) {
+            if V::weigh(self.track_mut(kind), set, policy) && kind == ResourceType::Cluster {
                 self.reconnected_until = Some(now + self.config.reconnect_grace);
             }
         }
@@ -428,13 +428,8 @@ fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> He
     let Some(outstanding) = track.outstanding.take_if(|outstanding| nonce == Some(outstanding.nonce)) else {
         return Heard::Request;
     };
-    for name in &outstanding.names {
-        track.acquit(name);
-    }
-    track.rejected.retain(|group| !group.is_empty());
     if let Some(reason) = ask.error {
-        let covered = outstanding.names.into_iter().filter(|name| track.subscription.covers(name));
-        track.rejected.push(covered.collect());
+        track.reject(outstanding.names);
         track.report.rejected += 1;
         track.report.rejections.push_back(Arc::new(Rejection {
             at: rt::now(),
@@ -444,6 +439,8 @@ fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> He
         while track.report.rejections.len() > config.rejections_kept {
             track.report.rejections.pop_front();
         }
+    } else {
+        track.accept(&outstanding.names);
     }
     if let Some(revision) = outstanding.completes {
         track.reached(revision);

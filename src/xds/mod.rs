@@ -1,14 +1,16 @@
 //! The xDS protocol: subscriptions, versions, ACKs and NACKs, order, for SotW and delta. It knows names and bytes, not
 //! services: [`ResourceSet`]s come in through a `watch`, and who a stream belongs to through [`Admit`].
 //!
-//! [`AdsServer`] runs one task per stream around a state machine ([`engine`], with what differs in [`delta`] and
-//! [`sotw`]), which is plain code without IO or clock. The machine keeps no list of what its client holds: a cursor into
+//! [`AdsServer`] runs one task per stream around a state machine (`engine`, with what differs in `delta` and
+//! `sotw`), which is plain code without IO or clock. The machine keeps no list of what its client holds: a cursor into
 //! the set's changes says it, and what was held at an earlier connection the client says itself. Streams write
 //! [`Proxies`]; `api` and the registry read it.
 
 mod admit;
 mod codec;
 mod config;
+#[cfg(test)]
+mod convergence;
 mod delta;
 mod engine;
 mod error;

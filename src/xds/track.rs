@@ -133,34 +133,50 @@ impl Track {
         }
         for name in &delta.removed {
             if !self.subscription.is_wildcard() {
+                self.held.remove(name);
+                // It may have been the bad one: without it the others may be accepted (rule D15).
+                self.reopen(name);
                 self.due.remove(name);
-                self.forget(name);
             }
         }
         if delta.wildcard_off {
-            let covered = |name: &Arc<str>| self.subscription.covers(name);
             self.everything = false;
-            self.due.retain(covered);
-            self.held.retain(|name, _| covered(name));
-            for group in &mut self.rejected {
-                *group = group.iter().filter(|name| covered(name)).cloned().collect();
+            self.due.retain(|name| self.subscription.covers(name));
+            self.held.retain(|name, _| self.subscription.covers(name));
+            for group in mem::take(&mut self.rejected) {
+                if group.iter().all(|name| self.subscription.covers(name)) {
+                    self.rejected.push(group);
+                } else {
+                    let left = group.into_iter().filter(|name| self.subscription.covers(name));
+                    self.due.extend(left);
+                }
             }
-            self.rejected.retain(|group| !group.is_empty());
         }
         self.due.extend(delta.added);
     }
 
-    fn forget(&mut self, name: &Arc<str>) {
-        self.held.remove(name);
-        self.acquit(name);
+    /// A response was accepted.
+    pub(super) fn accept(&mut self, names: &[Arc<str>]) {
+        for group in &mut self.rejected {
+            for name in names {
+                group.remove(name);
+            }
+        }
         self.rejected.retain(|group| !group.is_empty());
     }
 
-    /// The name is in no rejected response any more.
-    pub(super) fn acquit(&mut self, name: &Arc<str>) {
-        for group in &mut self.rejected {
-            group.remove(name);
+    /// A response was rejected, maybe with names of others that were: any of all those may be the bad one.
+    pub(super) fn reject(&mut self, names: Vec<Arc<str>>) {
+        let mut joined: OrdSet<Arc<str>> =
+            names.into_iter().filter(|name| self.subscription.covers(name)).collect();
+        for group in mem::take(&mut self.rejected) {
+            if group.iter().any(|name| joined.contains(name)) {
+                joined = joined.union(group);
+            } else {
+                self.rejected.push(group);
+            }
         }
+        self.rejected.push(joined);
     }
 
     /// Considers nothing up to the set's revision any more.
@@ -177,10 +193,8 @@ impl Track {
             return Ok(true);
         }
         let at = set.revision();
-        if self.cursor.is_some_and(|cursor| cursor < at) {
-            if self.news(set, removals)?.next().is_some() {
-                return Ok(true);
-            }
+        if self.cursor.is_some_and(|cursor| cursor < at) && self.news(set, removals)?.next().is_some() {
+            return Ok(true);
         }
         self.cursor = Some(at);
         Ok(false)

@@ -14,14 +14,11 @@ use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 
 use super::{
     Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
-    engine::{Ask, Built, Engine, Variant},
+    engine::{Ask, Built, Variant},
     response::removed_field,
     subscription::Terms,
     track::{Claim, Held, Track},
 };
-
-/// A delta stream.
-pub(super) type DeltaStream = Engine<Delta>;
 
 /// The delta variant.
 #[derive(Debug, Default)]
@@ -77,8 +74,8 @@ impl Variant for Delta {
 
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, _: StreamPolicy) -> bool {
         let Some(Claim { held: Held::Each(versions), forced }) = track.claim.take() else { return false };
-        let mut kept_back = false;
-        if !versions.is_empty() {
+        let reconnected = !versions.is_empty();
+        if reconnected {
             if mem::take(&mut track.everything) {
                 for (name, entry) in set.iter(track.kind) {
                     let held = versions.get(name.as_ref());
@@ -100,7 +97,6 @@ impl Variant for Delta {
                         // Rule O3, over a reconnect: routes that the client holds may still name it.
                         track.due.remove(&name);
                         track.held.insert(name, set.revision());
-                        kept_back = true;
                     } else {
                         track.due.insert(name);
                     }
@@ -110,7 +106,7 @@ impl Variant for Delta {
             track.catch_up(set);
         }
         track.due.extend(forced.into_iter().filter(|name| track.subscription.covers(name)));
-        kept_back
+        reconnected
     }
 
     fn build(

@@ -11,13 +11,10 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::{
     Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
-    engine::{Ask, Built, Engine, Variant},
+    engine::{Ask, Built, Variant},
     subscription::Terms,
     track::{Claim, Held, Track},
 };
-
-/// A state-of-the-world stream.
-pub(super) type SotwStream = Engine<Sotw>;
 
 /// The state-of-the-world variant. It says nothing about types that Disco does not have (rule K3).
 #[derive(Debug, Default)]
@@ -71,8 +68,9 @@ impl Variant for Sotw {
         let Some(Claim { held: Held::All(version), forced }) = track.claim.take() else { return false };
         // Rule S9: a wildcard cannot have grown; names may have, unless the client is known to keep its version for
         // exactly the names that it asks for.
+        let reconnected = !version.is_empty();
         let trusted = track.subscription.is_wildcard() || policy.keeps_named;
-        if trusted && !version.is_empty() && version == digest(track, set).to_string() {
+        if trusted && reconnected && version == digest(track, set).to_string() {
             track.due.clear();
             track.everything = false;
             track.owes = false;
@@ -80,7 +78,7 @@ impl Variant for Sotw {
             track.catch_up(set);
         }
         track.due.extend(forced.into_iter().filter(|name| track.subscription.covers(name)));
-        false
+        reconnected
     }
 
     fn build(
