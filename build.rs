@@ -11,7 +11,7 @@ const GREETER: &[&str] = &["greeter.proto"];
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-changed=examples/greeter/greeter.proto");
-    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
 
     let api = protox::compile(API, ["proto"])?;
     fs::write(out.join("disco.bin"), api.encode_to_vec())?;

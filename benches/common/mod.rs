@@ -8,14 +8,13 @@ use std::{
 };
 
 /// A `disco dev` on free ports, ended on drop.
-pub struct Disco {
+pub(crate) struct Disco {
     child: Child,
-    pub grpc: String,
-    pub http: String,
+    pub(crate) grpc: String,
 }
 
 impl Disco {
-    pub fn start(data: &Path) -> Self {
+    pub(crate) fn start(data: &Path) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_disco"))
             .args(["dev", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--data"])
             .arg(data)
@@ -31,23 +30,23 @@ impl Disco {
             .expect("disco says where it listens");
         let address = |name: &str| {
             let value = line.split_whitespace().find_map(|word| word.strip_prefix(name));
-            value.expect("the line names both addresses").to_owned()
+            value.expect("the line names the address").to_owned()
         };
-        let (grpc, http) = (address("grpc="), address("http="));
+        let grpc = address("grpc=");
         // Read on, so that the process never blocks on its own log.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        Self { child, grpc, http }
+        Self { child, grpc }
     }
 
     /// Resident memory in KiB.
-    pub fn memory(&self) -> u64 {
+    pub(crate) fn memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
         line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
     }
 
     /// CPU seconds used so far.
-    pub fn cpu(&self) -> f64 {
+    pub(crate) fn cpu(&self) -> f64 {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
         let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
         let ticks: f64 = [11, 12].iter().map(|at| fields[*at].parse::<f64>().expect("ticks")).sum();

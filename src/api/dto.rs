@@ -313,7 +313,7 @@ mod tests {
             ),
             (
                 r#"{"address":"127.0.0.1","port":1,"port":2}"#,
-                "the body is not JSON: the key \"port\" is there twice at line 1 column 39",
+                "the body is not JSON: the key \"port\" is there twice at line 1 column 41",
             ),
             (
                 "[]",

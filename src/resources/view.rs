@@ -106,14 +106,13 @@ fn text(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use envoy_types::pb::google::protobuf::Struct;
+    use serde_json::json;
 
     use super::*;
 
-    fn node(user_agent: &str, metadata: &[(&str, Kind)]) -> Node {
-        let value = |kind: &Kind| Value { kind: Some(kind.clone()) };
-        let fields = metadata.iter().map(|(key, kind)| ((*key).to_owned(), value(kind))).collect();
-        Node { user_agent_name: user_agent.into(), metadata: Some(Struct { fields }), ..Node::default() }
+    fn node(user_agent: &str, metadata: &[(&str, Value)]) -> Node {
+        let metadata = metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+        Node { user_agent_name: user_agent.into(), metadata, ..Node::default() }
     }
 
     #[test]
