@@ -296,7 +296,7 @@ mod tests {
             (r#"{"address":5,"port":1}"#, "address: is a whole number: want text"),
             (
                 r#"{"address":"127.0.0.1","port":1,"prot":2}"#,
-                "\"prot\": is not a known field; did you mean `port`?",
+                "prot: is not a known field; did you mean `port`?",
             ),
             (r#"{"address":"127.0.0.1","port":1,"ttl":"0s"}"#, "ttl: 0s is out of range: want 1s to 1h"),
             (
@@ -305,11 +305,11 @@ mod tests {
             ),
             (
                 r#"{"address":"127.0.0.1","port":1,"locality":{"zoone":"z"}}"#,
-                "locality.\"zoone\": is not a known field; did you mean `zone`?",
+                "locality.zoone: is not a known field; did you mean `zone`?",
             ),
             (
                 r#"{"address":"127.0.0.1","port":1,"metadata":{"a":1}}"#,
-                "metadata.\"a\": is a whole number: want text",
+                "metadata.a: is a whole number: want text",
             ),
             (
                 r#"{"address":"127.0.0.1","port":1,"port":2}"#,

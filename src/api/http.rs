@@ -87,16 +87,22 @@ impl FromRequest<Api> for Body {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, api: &Api) -> Result<Self, ApiError> {
+        let limit = api.config.body_limit;
+        let too_large = || {
+            let message = format!("the body is larger than {limit} bytes; limits.body raises that");
+            ApiError::new(Kind::TooLarge, message)
+        };
+        // What is announced need not be waited for.
+        let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok());
+        if announced.and_then(|length| length.parse::<usize>().ok()).is_some_and(|length| length > limit) {
+            return Err(too_large());
+        }
         match Bytes::from_request(request, api).await {
             Ok(body) => Ok(Self(body)),
             Err(BytesRejection::FailedToBufferBody(error))
                 if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
             {
-                let limit = api.config.body_limit;
-                Err(ApiError::new(
-                    Kind::TooLarge,
-                    format!("the body is larger than {limit} bytes; limits.body raises that"),
-                ))
+                Err(too_large())
             }
             Err(error) => Err(ApiError::new(Kind::Invalid, format!("the body did not arrive: {error}"))),
         }

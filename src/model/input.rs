@@ -243,7 +243,7 @@ impl<'a> Fields<'a> {
             match &value.value {
                 Value::Text(text) => texts.push((key.as_str(), text.as_str())),
                 other => problems.add_at(
-                    format!("{}.{}", self.path(name), excerpt(key)),
+                    format!("{}.{}", self.path(name), key_text(key)),
                     format!("is {}: want text", other.kind()),
                     value.at,
                 ),
@@ -262,9 +262,15 @@ impl<'a> Fields<'a> {
                 Some(near) => format!("did you mean `{near}`?"),
                 None => format!("known here: {}", self.known.join(", ")),
             };
-            problems.add_at(self.path(&excerpt(key)), format!("is not a known field; {hint}"), node.at);
+            problems.add_at(self.path(&key_text(key)), format!("is not a known field; {hint}"), node.at);
         }
     }
+}
+
+/// A key as it stands in a path: plain words as they are, anything else as an [`excerpt`].
+fn key_text(key: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
+    if (1..=64).contains(&key.len()) && key.bytes().all(plain) { key.to_owned() } else { excerpt(key) }
 }
 
 /// A piece of untrusted text that is safe to show: quoted, without control characters, at most 64 characters.
@@ -328,7 +334,7 @@ mod tests {
             problems.to_string(),
             "port: 70000 is out of range: want a whole number from 1 to 65535; \
              weight: is text: want a whole number from 1 to 100; \
-             \"adress\": is not a known field; did you mean `address`?"
+             adress: is not a known field; did you mean `address`?"
         );
     }
 
