@@ -58,16 +58,30 @@ fn prove(folder: &Path, caller: Caller) -> anyhow::Result<()> {
     };
     let load = Load::start(&disco, client)?;
     let answers = |id: &str| load.wait_until(&format!("20 answers of {id}"), |stats| stats.of(id) >= 20);
+    // Nothing has failed so far, also not among the calls that went on after the change.
+    let none_failed = |after: &str| {
+        load.wait_more(100)?;
+        let stats = load.stats();
+        ensure!(
+            stats.failed == 0,
+            "{} of {} calls failed {after}: {:#?}",
+            stats.failed,
+            stats.ok,
+            stats.errors
+        );
+        anyhow::Ok(())
+    };
     for id in ["g1", "g2", "g3"] {
         answers(id)?;
     }
+    none_failed("at the start")?;
 
     // Drained: `disco run` ends once nobody calls it any more.
     g1.terminate()?;
     let status = g1.ended()?;
     ensure!(status.success(), "disco run ended with {status} after a drain\n{}", g1.output());
     disco.wait_serving(&["g2", "g3"])?;
-    load.wait_more(100)?;
+    none_failed("by the drain")?;
     ensure!(load.stats().resumed == 0, "the drain broke a stream");
 
     // Crashed: `disco run` reports it at once and ends as its command did.
@@ -75,16 +89,17 @@ fn prove(folder: &Path, caller: Caller) -> anyhow::Result<()> {
     let status = g2.ended()?;
     ensure!(!status.success(), "disco run ended with {status} after a crash\n{}", g2.output());
     disco.wait_serving(&["g3"])?;
-    load.wait_more(100)?;
+    none_failed("by the crash")?;
 
     // Added.
     let _g4 = Greeter::start(&disco, "g4")?;
     answers("g4")?;
+    none_failed("by the new instance")?;
 
     // Without Disco, and with another one that has the same data.
     let before = envoy.as_ref().map(Envoy::updates).transpose()?;
     disco.kill();
-    load.wait_more(100)?;
+    none_failed("by Disco's end")?;
     disco.start_again()?;
     let types = eventually("client connected again", PATIENCE, || synced_types(&disco))?;
     if let (Some(envoy), Some(before)) = (&envoy, before) {
@@ -94,7 +109,7 @@ fn prove(folder: &Path, caller: Caller) -> anyhow::Result<()> {
         ensure!(after == before, "Envoy took updates after the restart: {before:?} became {after:?}");
     }
     disco.wait_serving(&["g3", "g4"])?;
-    load.wait_more(100)?;
+    none_failed("by Disco's restart")?;
     let _g5 = Greeter::start(&disco, "g5")?;
     answers("g5")?;
 

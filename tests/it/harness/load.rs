@@ -140,7 +140,8 @@ impl Client {
                 "channel_creds": [{"type": "insecure"}],
                 "server_features": ["xds_v3"],
             }],
-            "node": {"id": "caller"},
+            // Node insists on a locality, be it empty.
+            "node": {"id": "caller", "locality": {}},
         });
         let path = disco.folder().join("bootstrap.json");
         fs::write(&path, bootstrap.to_string())?;

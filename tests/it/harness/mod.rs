@@ -56,7 +56,7 @@ pub(crate) fn scene(play: impl FnOnce(&Path) -> anyhow::Result<()>) {
     let _turn = STAGE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = tempfile::tempdir().expect("a temporary folder");
     if let Err(error) = play(folder.path()) {
-        panic!("{error:?}\n{}", log_ends(folder.path()).unwrap_or_default());
+        panic!("{error:#}\n{}", log_ends(folder.path()).unwrap_or_default());
     }
 }
 
