@@ -3,6 +3,14 @@
 //! a connected proxy costs in memory.
 //!
 //! `cargo bench --profile fast --bench propagation`
+#![allow(
+    clippy::disallowed_methods,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::large_futures,
+    clippy::print_stdout,
+    reason = "a benchmark: it runs in real time, prints, and ends where something is wrong"
+)]
 
 #[path = "common/mod.rs"]
 mod common;

@@ -28,8 +28,7 @@ pub(super) fn parse(file: &str, text: &str, overrides: &Overrides) -> Result<Con
 
     let mut problems = reader.problems;
     for problem in &mut problems.0 {
-        // Only the name of an unknown field is quoted; what is wrong there is the key, not its value.
-        if problem.field.ends_with('"') {
+        if problem.about_name {
             problem.at = problem.at.and_then(|value| tree.key_of(value)).or(problem.at);
         }
     }
@@ -340,7 +339,7 @@ impl Reader<'_> {
     ) {
         match result {
             Ok(value) => *target = value,
-            Err(message) => self.problems.0.push(Problem { field: fields.path(name), message, at: node.at }),
+            Err(message) => self.problems.0.push(Problem::new(fields.path(name), message, node.at)),
         }
     }
 }

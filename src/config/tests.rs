@@ -117,10 +117,7 @@ fn every_problem_names_its_place() {
         ("roles: [registry, 3]", "1:19 roles: is not the name of a role"),
         ("roles: [registry, registry]", "1:19 roles: `registry` stands here twice"),
         ("roles: [xds, admin]", "1:1 roles: want `registry` too"),
-        (
-            "roles: [registry]\nlisen:\n  grpc: 1\n",
-            "2:1 lisen: is not a known field; did you mean `listen`?",
-        ),
+        ("roles: [registry]\nlisen:\n  grpc: 1\n", "2:1 lisen: is not a known field; did you mean `listen`?"),
         (
             "roles: [registry]\nlisten:\n  grcp: 1\n",
             "3:3 listen.grcp: is not a known field; did you mean `grpc`?",

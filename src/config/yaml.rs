@@ -46,7 +46,7 @@ pub(super) fn read(text: &str) -> Result<Tree, Problem> {
             .filter_map(|mark| message.find(mark))
             .min();
         let message = cut.and_then(|cut| message.get(..cut)).unwrap_or(&message);
-        Problem { field: String::new(), message: message.to_owned(), at }
+        Problem::new("", message, at)
     })?;
     let mut keys = BTreeMap::new();
     let root = raw.into_node(None, &mut keys);

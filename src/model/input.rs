@@ -23,6 +23,15 @@ pub struct Problem {
     pub message: String,
     /// Where it stands, if the input was a text.
     pub at: Option<Position>,
+    /// What is wrong is the name of the field, not its value.
+    pub about_name: bool,
+}
+
+impl Problem {
+    /// A problem of a field's value.
+    pub fn new(field: impl Into<String>, message: impl Into<String>, at: Option<Position>) -> Self {
+        Self { field: field.into(), message: message.into(), at, about_name: false }
+    }
 }
 
 impl fmt::Display for Problem {
@@ -46,7 +55,7 @@ impl Problems {
 
     /// Notes a problem of `field` that stands at a place in a text.
     pub fn add_at(&mut self, field: impl Into<String>, message: impl Into<String>, at: Option<Position>) {
-        self.0.push(Problem { field: field.into(), message: message.into(), at });
+        self.0.push(Problem::new(field, message, at));
     }
 
     /// Keeps the value, or notes why there is none.
@@ -262,7 +271,12 @@ impl<'a> Fields<'a> {
                 Some(near) => format!("did you mean `{near}`?"),
                 None => format!("known here: {}", self.known.join(", ")),
             };
-            problems.add_at(self.path(&key_text(key)), format!("is not a known field; {hint}"), node.at);
+            problems.0.push(Problem {
+                field: self.path(&key_text(key)),
+                message: format!("is not a known field; {hint}"),
+                at: node.at,
+                about_name: true,
+            });
         }
     }
 }

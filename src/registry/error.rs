@@ -39,10 +39,10 @@ pub enum Error {
 
 impl Error {
     pub(super) fn conflict(field: &str, message: String) -> Self {
-        Self::Conflict(Problem { field: field.to_owned(), message, at: None })
+        Self::Conflict(Problem::new(field, message, None))
     }
 
     pub(super) fn limit(field: &str, message: String) -> Self {
-        Self::Limit(Problem { field: field.to_owned(), message, at: None })
+        Self::Limit(Problem::new(field, message, None))
     }
 }
