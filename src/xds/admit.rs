@@ -120,7 +120,7 @@ impl StreamPolicy {
         let name = node.user_agent_name.to_ascii_lowercase();
         if name.starts_with("envoy") {
             Self::ENVOY
-        } else if name.starts_with("grpc") || name.contains("tonic") || name.contains("xds-client") {
+        } else if name.starts_with("grpc") {
             Self::GRPC
         } else {
             Self::OTHER
