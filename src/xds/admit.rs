@@ -4,10 +4,14 @@ use envoy_types::pb::{
     envoy::config::core::v3 as core,
     google::protobuf::{self, value::Kind},
 };
+use prost::Message as _;
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
-use super::{Code, ProtocolError, ResourceSet};
+use super::{Code, Config, ProtocolError, ResourceSet};
+
+/// The longest `node.id` and `node.cluster`, in bytes: they are shown in tables and logs.
+const MAX_ID: usize = 1024;
 
 /// Who opened a stream, from its first request. Nothing of it is proven.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -45,9 +49,23 @@ impl Node {
     /// From the first request.
     ///
     /// # Errors
-    /// [`ProtocolError::NoNode`] without a node or without its id (rule G6).
-    pub fn of(node: Option<core::Node>, peer: Option<SocketAddr>) -> Result<Self, ProtocolError> {
+    /// Without a node or without its id (rule G6), or with one that is too large or cannot be shown.
+    pub fn of(
+        node: Option<core::Node>,
+        peer: Option<SocketAddr>,
+        config: &Config,
+    ) -> Result<Self, ProtocolError> {
         let node = node.filter(|node| !node.id.is_empty()).ok_or(ProtocolError::NoNode)?;
+        let (len, limit) = (node.encoded_len(), config.node_bytes);
+        if len > limit {
+            return Err(ProtocolError::LargeNode { len, limit });
+        }
+        let shown = |text: &str| text.len() <= MAX_ID && !text.chars().any(char::is_control);
+        for (field, text) in [("id", &node.id), ("cluster", &node.cluster)] {
+            if !shown(text) {
+                return Err(ProtocolError::OddNode { field, limit: MAX_ID });
+            }
+        }
         let user_agent_version = match node.user_agent_version_type {
             Some(core::node::UserAgentVersionType::UserAgentVersion(version)) => version,
             Some(core::node::UserAgentVersionType::UserAgentBuildVersion(build)) => build
@@ -120,7 +138,7 @@ impl StreamPolicy {
         let name = node.user_agent_name.to_ascii_lowercase();
         if name.starts_with("envoy") {
             Self::ENVOY
-        } else if name.starts_with("grpc") || name.contains("tonic") || name.contains("xds-client") {
+        } else if name.starts_with("grpc") {
             Self::GRPC
         } else {
             Self::OTHER
@@ -153,4 +171,67 @@ pub trait Admit: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// A refusal ends the stream.
     fn admit(&self, node: &Node) -> Result<Admitted, Refusal>;
+}
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::google::protobuf::{ListValue, Struct, value::Kind};
+
+    use super::*;
+
+    fn value(kind: Kind) -> protobuf::Value {
+        protobuf::Value { kind: Some(kind) }
+    }
+
+    #[test]
+    fn g10_a_node_is_taken_over_with_its_metadata_as_json() {
+        let list = ListValue { values: vec![value(Kind::BoolValue(true)), value(Kind::NullValue(0))] };
+        let fields = [
+            ("disco.service".to_owned(), value(Kind::StringValue("greeter".into()))),
+            ("disco.outbound_port".to_owned(), value(Kind::NumberValue(10_000.0))),
+            ("list".to_owned(), value(Kind::ListValue(list))),
+        ];
+        let message = core::Node {
+            id: "n".into(),
+            user_agent_name: "envoy".into(),
+            user_agent_version_type: Some(core::node::UserAgentVersionType::UserAgentVersion("1.2".into())),
+            metadata: Some(Struct { fields: fields.into() }),
+            locality: Some(core::Locality { zone: "z".into(), ..Default::default() }),
+            ..Default::default()
+        };
+        let node = Node::of(Some(message), None, &Config::default()).unwrap();
+        assert_eq!((node.user_agent().as_str(), node.locality.zone.as_str()), ("envoy 1.2", "z"));
+        let want = serde_json::json!({
+            "disco.service": "greeter", "disco.outbound_port": 10_000.0, "list": [true, null]
+        });
+        assert_eq!(Value::Object(node.metadata), want);
+    }
+
+    #[test]
+    fn g6_a_node_without_id_or_with_an_odd_one_is_refused() {
+        let of = |id: &str| {
+            let node = core::Node { id: id.into(), ..Default::default() };
+            Node::of(Some(node), None, &Config::default()).map(|node| node.id)
+        };
+        assert_eq!(Node::of(None, None, &Config::default()), Err(ProtocolError::NoNode));
+        assert_eq!(of(""), Err(ProtocolError::NoNode));
+        assert_eq!(of("a\u{7}"), Err(ProtocolError::OddNode { field: "id", limit: MAX_ID }));
+        assert_eq!(of(&"x".repeat(2000)), Err(ProtocolError::OddNode { field: "id", limit: MAX_ID }));
+        assert!(matches!(of(&"x".repeat(2 << 20)), Err(ProtocolError::LargeNode { .. })));
+        assert_eq!(of("sidecar~10.0.0.1~a.b"), Ok("sidecar~10.0.0.1~a.b".into()));
+    }
+
+    #[test]
+    fn w10_policies_by_user_agent() {
+        for (name, policy) in [
+            ("envoy", StreamPolicy::ENVOY),
+            ("gRPC Go", StreamPolicy::GRPC),
+            ("grpc-c++", StreamPolicy::GRPC),
+            ("gRPC Rust tonic-xds", StreamPolicy::GRPC),
+            ("", StreamPolicy::OTHER),
+        ] {
+            let node = Node { user_agent_name: name.into(), ..Node::default() };
+            assert_eq!(StreamPolicy::of(&node), policy, "{name}");
+        }
+    }
 }

@@ -18,6 +18,8 @@ pub struct Config {
     pub response_bytes: usize,
     /// The largest request that is decoded, in bytes.
     pub request_bytes: usize,
+    /// The largest `node` in a first request, in bytes. Envoy lists all its extensions in it, tens of kilobytes.
+    pub node_bytes: usize,
     /// Names that a stream may subscribe to, over all types (rule W12).
     pub names_per_stream: usize,
     /// The longest resource name, in bytes (rule W12).
@@ -40,6 +42,7 @@ impl Default for Config {
             response_bytes: 3 << 20,
             // A reconnect with a hundred thousand names and versions fits.
             request_bytes: 64 << 20,
+            node_bytes: 1 << 20,
             names_per_stream: 200_000,
             name_bytes: 2048,
             type_url_bytes: 512,

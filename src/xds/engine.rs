@@ -421,6 +421,9 @@ impl<V: Variant> Engine<V> {
     }
 }
 
+/// So much of a client's reason is kept, in bytes.
+const REASON: usize = 2048;
+
 /// Takes a request as the answer to the newest response of its type, if it is that. A NACK is told by its error, never by
 /// its version (rule S3); any other nonce is stale (rule S5).
 fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> Heard {
@@ -428,7 +431,8 @@ fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> He
     let Some(outstanding) = track.outstanding.take_if(|outstanding| nonce == Some(outstanding.nonce)) else {
         return Heard::Request;
     };
-    if let Some(reason) = ask.error {
+    let reason = ask.error.map(|error| error.get(..error.floor_char_boundary(REASON)).unwrap_or(error));
+    if let Some(reason) = reason {
         track.reject(outstanding.names);
         track.report.rejected += 1;
         track.report.rejections.push_back(Arc::new(Rejection {
@@ -445,7 +449,7 @@ fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> He
     if let Some(revision) = outstanding.completes {
         track.reached(revision);
     }
-    match ask.error {
+    match reason {
         Some(reason) => Heard::Rejected(track.kind, reason.to_owned()),
         None => Heard::Acknowledged(track.kind, now.saturating_duration_since(outstanding.since)),
     }

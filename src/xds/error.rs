@@ -23,6 +23,24 @@ pub enum ProtocolError {
         "the first request of a stream must carry `node` with an `id`; set node.id in the client's bootstrap"
     )]
     NoNode,
+    /// It would be kept as long as the stream.
+    #[error("`node` has {len} bytes; at most {limit} are allowed (node_bytes)")]
+    LargeNode {
+        /// Its length in bytes.
+        len: usize,
+        /// The largest that is accepted.
+        limit: usize,
+    },
+    /// It would be shown in tables and logs.
+    #[error(
+        "node.{field} must be at most {limit} bytes without control characters; correct the client's bootstrap"
+    )]
+    OddNode {
+        /// Which field.
+        field: &'static str,
+        /// The longest that is accepted, in bytes.
+        limit: usize,
+    },
     /// Rule G6: a stream belongs to one node.
     #[error("node.id changed from {was:?} to {now:?}; open another stream for another node")]
     NodeChanged {
@@ -76,10 +94,14 @@ impl ProtocolError {
     /// The status to end the stream with.
     pub fn code(&self) -> Code {
         match self {
-            Self::NoNode | Self::NodeChanged { .. } | Self::NoType | Self::LongType { .. } => {
-                Code::InvalidArgument
+            Self::NoNode
+            | Self::OddNode { .. }
+            | Self::NodeChanged { .. }
+            | Self::NoType
+            | Self::LongType { .. } => Code::InvalidArgument,
+            Self::LargeNode { .. } | Self::ManyNames { .. } | Self::LongName { .. } => {
+                Code::ResourceExhausted
             }
-            Self::ManyNames { .. } | Self::LongName { .. } => Code::ResourceExhausted,
             Self::Behind { .. } => Code::Unavailable,
         }
     }

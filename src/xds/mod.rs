@@ -14,6 +14,7 @@ mod convergence;
 mod delta;
 mod engine;
 mod error;
+mod names;
 mod observe;
 mod resource;
 mod response;

@@ -5,6 +5,7 @@ use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, k
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::names::NameSet;
 use crate::model::Revision;
 
 /// The resource types that Disco generates, in the order in which changes are pushed: what is referred to before what
@@ -205,6 +206,8 @@ pub struct ResourceSet {
 struct TypeSet {
     live: imbl::OrdMap<Arc<str>, Entry>,
     gone: imbl::OrdMap<Arc<str>, Gone>,
+    /// The names in `live`, which streams that subscribe to all of them share.
+    names: NameSet,
     /// What changed, oldest first, so that a stream finds what is new to it without looking at everything.
     log: imbl::Vector<(Revision, Arc<str>)>,
     /// The log holds every change after this.
@@ -259,6 +262,11 @@ impl ResourceSet {
     /// How many there are of a type.
     pub fn len(&self, kind: ResourceType) -> usize {
         self.of(kind).live.len()
+    }
+
+    /// The names of all resources of a type.
+    pub(super) fn names(&self, kind: ResourceType) -> &NameSet {
+        &self.of(kind).names
     }
 
     /// Everything removed of a type and not yet forgotten.
@@ -350,12 +358,15 @@ impl TypeSet {
         self.digest = self.digest.wrapping_add(ResourceSet::digest_of(&resource));
         self.gone.remove(&name);
         let entry = Entry { resource: Arc::new(resource), changed: revision, since, first };
-        self.live.insert(Arc::clone(&name), entry);
+        if self.live.insert(Arc::clone(&name), entry).is_none() {
+            self.names.insert(Arc::clone(&name));
+        }
         self.note(revision, name);
     }
 
     fn remove(&mut self, revision: Revision, name: &Arc<str>) {
         let Some(before) = self.live.remove(name) else { return };
+        self.names.remove(name);
         self.digest = self.digest.wrapping_sub(ResourceSet::digest_of(&before.resource));
         let gone = Gone { last: before.resource, removed: revision, first: before.first };
         self.gone.insert(Arc::clone(name), gone);

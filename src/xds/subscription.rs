@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use imbl::OrdSet;
 
-use super::{Config, ProtocolError, ResourceSet, ResourceType};
+use super::{Config, ProtocolError, ResourceSet, ResourceType, names::NameSet};
 
 /// The name that stands for all resources of a type (rule W2).
 const WILDCARD: &str = "*";
@@ -13,7 +13,7 @@ pub struct Subscription {
     wildcard: bool,
     /// Whether any name was ever sent: from then on an empty list is no wildcard (rule W3).
     named: bool,
-    names: OrdSet<Arc<str>>,
+    names: NameSet,
 }
 
 /// What a request changed.
@@ -69,6 +69,13 @@ impl Terms<'_> {
         let known = self.set.and_then(|set| set.get(self.kind, name));
         known.map_or_else(|| name.into(), |entry| Arc::clone(&entry.resource.name))
     }
+
+    /// All names of the set are one and the same set for all streams, however many streams there are.
+    fn share_all(&self, names: &mut NameSet) {
+        if let Some(set) = self.set {
+            names.share(set.names(self.kind));
+        }
+    }
 }
 
 impl Subscription {
@@ -79,7 +86,7 @@ impl Subscription {
 
     /// The names that were asked for by name.
     pub fn names(&self) -> &OrdSet<Arc<str>> {
-        &self.names
+        self.names.as_set()
     }
 
     /// Whether nothing is subscribed to.
@@ -102,20 +109,20 @@ impl Subscription {
             self.named = true;
             self.wildcard = names.iter().any(|name| name == WILDCARD);
         }
-        let mut next = OrdSet::new();
+        let mut next = NameSet::default();
         let mut added = Vec::new();
         for name in real(names) {
             terms.check(name)?;
-            let before = self.names.get(name.as_str());
+            let before = self.names.get(name);
             let shared = before.map_or_else(|| terms.share(name), Arc::clone);
-            if before.is_none() && !next.contains(&shared) {
-                added.push(Arc::clone(&shared));
+            if next.insert(Arc::clone(&shared)) && before.is_none() {
+                added.push(shared);
             }
-            next.insert(shared);
         }
         terms.check_count(next.len())?;
-        let removed = self.names.iter().filter(|name| !next.contains(*name)).cloned().collect();
+        let removed = self.names().iter().filter(|name| !next.contains(name)).cloned().collect();
         self.names = next;
+        terms.share_all(&mut self.names);
         Ok(Delta {
             everything: self.wildcard && !had_wildcard,
             added,
@@ -145,7 +152,7 @@ impl Subscription {
         }
         for name in real(subscribe) {
             terms.check(name)?;
-            let shared = match self.names.get(name.as_str()) {
+            let shared = match self.names.get(name) {
                 Some(known) => Arc::clone(known),
                 None => {
                     let shared = terms.share(name);
@@ -157,8 +164,9 @@ impl Subscription {
         }
         terms.check_count(self.names.len())?;
         for name in real(unsubscribe) {
-            delta.removed.extend(self.names.remove(name.as_str()));
+            delta.removed.extend(self.names.remove(name));
         }
+        terms.share_all(&mut self.names);
         if self.wildcard && unsubscribe.iter().any(|name| name == WILDCARD) {
             self.wildcard = false;
             delta.everything = false;

@@ -32,6 +32,11 @@ pub(super) struct Delta {
 /// Types that Disco does not have and that a stream may ask for at the same time; further ones get no answer.
 const UNKNOWN_TYPES: usize = 64;
 
+/// Names of one such type that wait for an answer, and their length; further and longer ones get none. Only a client that
+/// asks without reading gets here.
+const UNKNOWN_NAMES: usize = 10_000;
+const UNKNOWN_NAME_BYTES: usize = 2048;
+
 impl Variant for Delta {
     const PROTOCOL: Protocol = Protocol::Delta;
     type Request = DeltaDiscoveryRequest;
@@ -154,7 +159,10 @@ impl Variant for Delta {
         }
         let first = self.asked.insert(url.clone());
         if first || !names.is_empty() {
-            self.unknown.entry(url).or_default().extend(names.into_iter().filter(|name| !name.is_empty()));
+            let due = self.unknown.entry(url).or_default();
+            let room = UNKNOWN_NAMES.saturating_sub(due.len());
+            let names = names.into_iter().filter(|name| (1..=UNKNOWN_NAME_BYTES).contains(&name.len()));
+            due.extend(names.take(room));
         }
     }
 

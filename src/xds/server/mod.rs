@@ -172,7 +172,7 @@ async fn serve_stream<V: Serve>(
         return Err(Status::deadline_exceeded(format!("no request within {} s", patience.as_secs_f32())));
     };
     let Some(mut first) = first? else { return Ok(()) };
-    let node = Node::of(V::node(&mut first), peer).map_err(status)?;
+    let node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
     let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, Arc::clone(&shared.config));
@@ -204,6 +204,8 @@ impl<V: Serve> Session<'_, V> {
         let mut set = sets.borrow_and_update().clone();
         let mut served = false;
         self.hear(first, set.as_ref())?;
+        // From now on the stream counts among those that have not acknowledged.
+        self.report();
         // Whether there may be something to send.
         let mut due = true;
         let timer = tokio::time::sleep(Duration::ZERO);

@@ -223,6 +223,10 @@ async fn g6_k2_errors_reach_the_client_and_hurt_nobody_else() {
     assert_eq!(error.code(), tonic::Code::InvalidArgument);
     assert!(error.message().contains("node"), "{error}");
 
+    let mut odd = server.delta("a\nb").await;
+    odd.ask(delta(CDS, &[], &[])).await;
+    assert!(odd.next().await.unwrap_err().message().contains("node.id"));
+
     let mut refused = server.delta("nobody").await;
     refused.ask(delta(CDS, &[], &[])).await;
     let error = refused.next().await.unwrap_err();

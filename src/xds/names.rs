@@ -1,0 +1,86 @@
+use std::sync::Arc;
+
+use imbl::OrdSet;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// A set of names that knows a hash of itself, so that equal large sets can be told from each other at no cost and share
+/// their memory. A clone costs nothing.
+#[derive(Debug, Clone, Default)]
+pub(super) struct NameSet {
+    names: OrdSet<Arc<str>>,
+    /// Wrapping sum of the names' hashes.
+    digest: u64,
+}
+
+impl NameSet {
+    pub(super) fn as_set(&self) -> &OrdSet<Arc<str>> {
+        &self.names
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&Arc<str>> {
+        self.names.get(name)
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.names.contains(name)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
+    /// False if it was there.
+    pub(super) fn insert(&mut self, name: Arc<str>) -> bool {
+        let digest = xxh3_64(name.as_bytes());
+        let new = self.names.insert(name).is_none();
+        if new {
+            self.digest = self.digest.wrapping_add(digest);
+        }
+        new
+    }
+
+    pub(super) fn remove(&mut self, name: &str) -> Option<Arc<str>> {
+        let removed = self.names.remove(name)?;
+        self.digest = self.digest.wrapping_sub(xxh3_64(removed.as_bytes()));
+        Some(removed)
+    }
+
+    /// Takes the memory of `other` if it has the same names.
+    pub(super) fn share(&mut self, other: &Self) {
+        if self.names.len() == other.names.len()
+            && self.digest == other.digest
+            && !self.names.ptr_eq(&other.names)
+        {
+            self.clone_from(other);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(names: &[&str]) -> NameSet {
+        let mut set = NameSet::default();
+        for name in names {
+            set.insert((*name).into());
+        }
+        set
+    }
+
+    #[test]
+    fn equal_sets_share_memory_and_others_do_not() {
+        let mut other = set(&["a", "b", "x"]);
+        other.remove("x");
+        let mut same = set(&["b", "a", "a"]);
+        same.share(&other);
+        assert!(same.as_set().ptr_eq(other.as_set()));
+        let mut different = set(&["a", "c"]);
+        different.share(&other);
+        assert!(different.contains("c") && !different.contains("b"));
+    }
+}
