@@ -1,7 +1,8 @@
 //! Durable commits a second beside the disk's own append and `fdatasync`, and how long a restart takes.
 //!
 //! `cargo bench --profile fast --bench registrations`. Each row is measured in turns with its floor, in the same directory:
-//! a plain loop that appends as many bytes at once as the store's batches had. A ratio of 100 % is the disk itself.
+//! a plain loop that appends as many bytes at once as the store's batches had. A ratio of 100 % is the disk itself. It needs
+//! an idle machine: a busy one measures its scheduler.
 
 #![allow(
     clippy::print_stdout,
@@ -32,7 +33,7 @@ const VALUE: usize = 180;
 fn main() {
     let runtime = Runtime::new().unwrap();
     runtime.block_on(async {
-        println!("{ROUNDS} rounds of {ROUND:?} each, in turns with the floor\n");
+        println!("{ROUNDS} rounds of {ROUND:?} each, in turns with the floor; medians\n");
         println!("committers  commits/s  floor/s  of the floor  commits a sync  ms a sync, store  and floor");
         for committers in [1, 16, 256] {
             rate(committers).await;
@@ -57,28 +58,13 @@ fn record(n: usize) -> Op {
     }
 }
 
-/// Batches of a mean size in some time.
-#[derive(Default)]
-struct Sum {
+/// What was measured in one round: the store, then the disk alone with batches of the same size.
+struct Round {
     commits: f64,
     batches: f64,
     seconds: f64,
-}
-
-impl Sum {
-    fn add(&mut self, commits: f64, batches: f64, took: Duration) {
-        self.commits += commits;
-        self.batches += batches;
-        self.seconds += took.as_secs_f64();
-    }
-
-    fn rate(&self) -> f64 {
-        self.commits / self.seconds
-    }
-
-    fn ms_a_batch(&self) -> f64 {
-        1000.0 * self.seconds / self.batches
-    }
+    floor_batches: f64,
+    floor_seconds: f64,
 }
 
 async fn rate(committers: usize) {
@@ -87,26 +73,36 @@ async fn rate(committers: usize) {
     let mut file = File::create(dir.path().join("floor")).unwrap();
     // Not counted: the first commits find cold caches and an empty map.
     round(&store, committers).await;
-    let (mut stored, mut floor) = (Sum::default(), Sum::default());
+    let mut rounds = vec![];
     for _ in 0..ROUNDS {
         let before = store.stats();
         let took = round(&store, committers).await;
         let Stats { commits, batches, bytes, .. } = store.stats();
         let (commits, batches, bytes) =
             (commits - before.commits, batches - before.batches, bytes - before.bytes);
-        stored.add(commits as f64, batches as f64, took);
-        // Both sides are given the same time, not the same work: a slow moment then counts alike for both.
-        let (appends, took) = appends(&mut file, bytes / batches);
-        floor.add((appends * commits) as f64 / batches as f64, appends as f64, took);
+        let (appends, floor_took) = appends(&mut file, bytes / batches);
+        rounds.push(Round {
+            commits: commits as f64,
+            batches: batches as f64,
+            seconds: took.as_secs_f64(),
+            floor_batches: appends as f64,
+            floor_seconds: floor_took.as_secs_f64(),
+        });
     }
+    // Medians: one long stall of a disk that others use too would outweigh all the rest of a sum.
+    let median = |of: fn(&Round) -> f64| {
+        let mut values: Vec<f64> = rounds.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(ROUNDS / 2).copied().unwrap()
+    };
+    let commits = median(|r| r.commits / r.seconds);
+    let floor = median(|r| r.floor_batches / r.floor_seconds * r.commits / r.batches);
     println!(
-        "{committers:>10}  {:>9.0}  {:>7.0}  {:>10.0} %  {:>14.1}  {:>16.3}  {:>9.3}",
-        stored.rate(),
-        floor.rate(),
-        100.0 * stored.rate() / floor.rate(),
-        stored.commits / stored.batches,
-        stored.ms_a_batch(),
-        floor.ms_a_batch(),
+        "{committers:>10}  {commits:>9.0}  {floor:>7.0}  {:>10.0} %  {:>14.1}  {:>16.3}  {:>9.3}",
+        100.0 * commits / floor,
+        median(|r| r.commits / r.batches),
+        median(|r| 1000.0 * r.seconds / r.batches),
+        median(|r| 1000.0 * r.floor_seconds / r.floor_batches),
     );
     store.close().await.unwrap();
 }

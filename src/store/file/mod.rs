@@ -160,7 +160,7 @@ pub struct FileStore {
 }
 
 impl FileStore {
-    /// Opens the store in `dir`, which is created when absent. Blocks while it reads: about a second for a few million
+    /// Opens the store in `dir`, which is created when absent. Blocks while it reads: about a second for two million
     /// keys.
     ///
     /// # Errors
