@@ -53,7 +53,7 @@ async fn main() {
 async fn measure(proxies: usize) {
     let data = tempfile::tempdir().expect("a directory");
     let disco = common::Disco::start(data.path());
-    let channel = connect(&disco.grpc).await;
+    let channel = common::connect(&disco.grpc).await;
     let mut registry = RegistryClient::new(channel.clone());
     let mut ledger = ProxiesClient::new(channel);
     for n in 0..INSTANCES {
@@ -115,11 +115,6 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-async fn connect(address: &str) -> Channel {
-    let endpoint = Channel::from_shared(format!("http://{address}")).expect("an address");
-    endpoint.tcp_nodelay(true).connect().await.expect("disco answers")
-}
-
 async fn register(registry: &mut RegistryClient<Channel>, n: u16, weight: u32) -> u64 {
     let request = RegisterRequest {
         service: "greeter".into(),
@@ -158,7 +153,7 @@ async fn proxy(address: String, n: usize, received: mpsc::Sender<Instant>) {
     requests.send(first(ENDPOINTS, &["greeter"], None)).await.expect("room");
     requests.send(first(LISTENER, &[], None)).await.expect("room");
     requests.send(first(ROUTE, &["outbound"], None)).await.expect("room");
-    let mut client = AggregatedDiscoveryServiceClient::new(connect(&address).await);
+    let mut client = AggregatedDiscoveryServiceClient::new(common::connect(&address).await);
     let mut responses =
         client.delta_aggregated_resources(ReceiverStream::new(stream)).await.expect("a stream").into_inner();
     while let Ok(Some(response)) = responses.message().await {

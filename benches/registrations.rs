@@ -1,10 +1,12 @@
-//! Durable commits a second beside the disk's own append and `fdatasync`, and how long a restart takes.
+//! Durable commits and registrations a second beside the disk's own append and `fdatasync`, and how long a restart takes.
 //!
 //! `cargo bench --profile fast --bench registrations`. Each row is measured in turns with its floor, in the same directory:
 //! a plain loop that appends as many bytes at once as the store's batches had. A ratio of 100 % is the disk itself. It needs
 //! an idle machine: a busy one measures its scheduler.
 
 #![allow(
+    clippy::expect_used,
+    clippy::indexing_slicing,
     clippy::print_stdout,
     clippy::unwrap_used,
     reason = "a benchmark prints, and stops when anything fails"
@@ -17,8 +19,14 @@ use std::{
     time::Duration,
 };
 
+#[path = "common/mod.rs"]
+mod common;
+
 use bytes::Bytes;
-use disco::store::{Condition, Config, FileStore, Op, Stats, Store as _};
+use disco::{
+    proto::v1::{RegisterRequest, registry_client::RegistryClient},
+    store::{Condition, Config, FileStore, Op, Stats, Store as _},
+};
 use tempfile::TempDir;
 use tokio::{runtime::Runtime, task::JoinSet, time::Instant};
 
@@ -37,6 +45,11 @@ fn main() {
         println!("committers  commits/s  floor/s  of the floor  commits a sync  ms a sync, store  and floor");
         for committers in [1, 16, 256] {
             rate(committers).await;
+        }
+        println!();
+        println!("  clients  registrations/s over gRPC  floor/s  of the floor  commits a sync");
+        for clients in [1, 16, 256] {
+            registrations(clients).await;
         }
         println!();
         println!("restart with {RECORDS} records, median    MiB  open ms  reading the bytes ms");
@@ -121,6 +134,54 @@ async fn round(store: &Arc<FileStore>, committers: usize) -> Duration {
     }
     tasks.join_all().await;
     start.elapsed()
+}
+
+/// Clients of a real `disco dev` register, each its next when the last is answered; every one is an accepted change.
+async fn registrations(clients: usize) {
+    let dir = directory();
+    let disco = common::Disco::start(&dir.path().join("store"));
+    let before = disco.metrics().await;
+    let start = Instant::now();
+    let mut tasks = JoinSet::new();
+    for _ in 0..clients {
+        let mut registry = RegistryClient::new(common::connect(&disco.grpc).await);
+        tasks.spawn(async move {
+            let mut count = 0_u32;
+            while start.elapsed() < ROUND * 30 {
+                let n = fastrand::usize(..RECORDS / 10);
+                let request = RegisterRequest {
+                    service: format!("service-{:06}", n / 20),
+                    id: format!("instance-{n:06}"),
+                    address: "127.0.0.1".into(),
+                    port: 50_051,
+                    weight: fastrand::u32(1..60_000),
+                    ..RegisterRequest::default()
+                };
+                registry.register(request).await.unwrap();
+                count += 1;
+            }
+            count
+        });
+    }
+    let count: u32 = tasks.join_all().await.iter().sum();
+    let rate = f64::from(count) / start.elapsed().as_secs_f64();
+    let after = disco.metrics().await;
+    let grown = |name: &str| after.get(name).unwrap() - before.get(name).copied().unwrap_or_default();
+    let (commits, syncs, bytes) = (
+        grown("disco_store_commits_total"),
+        grown("disco_store_syncs_total"),
+        grown("disco_store_written_bytes_total"),
+    );
+    let mut file = File::create(dir.path().join("floor")).unwrap();
+    let (appends, took) = (0..10)
+        .map(|_| appends(&mut file, (bytes / syncs) as u64))
+        .fold((0, Duration::ZERO), |(count, time), (more, took)| (count + more, time + took));
+    let floor = appends as f64 / took.as_secs_f64() * commits / syncs;
+    println!(
+        "{clients:>9}  {rate:>25.0}  {floor:>7.0}  {:>10.0} %  {:>14.1}",
+        100.0 * rate / floor,
+        commits / syncs
+    );
 }
 
 /// The floor: appends of `bytes` each, synced one by one, for one round.

@@ -2,10 +2,12 @@
 
 use std::{
     fmt,
+    io::IsTerminal as _,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use prometheus_client::{
+    collector::Collector,
     encoding::text,
     metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
     registry::{Metric, Registry},
@@ -47,7 +49,9 @@ impl LogFilter {
         let lines = log_fmt::layer().with_writer(std::io::stderr);
         // Only a subscriber that was set before can be in the way, and then that one goes on.
         let _ = match format {
-            LogFormat::Text => subscriber.with(lines.with_target(false).compact()).try_init(),
+            LogFormat::Text => subscriber
+                .with(lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).compact())
+                .try_init(),
             LogFormat::Json => subscriber.with(lines.json().flatten_event(true)).try_init(),
         };
         Ok(Self(handle))
@@ -112,6 +116,11 @@ impl Metrics {
     pub fn register<M: Metric + Clone>(&self, name: &str, help: &str, metric: M) -> M {
         self.registry().register(name, help, metric.clone());
         metric
+    }
+
+    /// Figures that are read when the metrics are asked for.
+    pub fn collect(&self, collector: impl Collector) {
+        self.registry().register_collector(Box::new(collector));
     }
 
     /// The OpenMetrics text of all metrics.

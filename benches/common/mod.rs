@@ -1,16 +1,20 @@
-//! What the benchmarks share: a Disco process of their own, and its memory.
+//! What the benchmarks share: a Disco process of their own, and what it costs.
+#![allow(dead_code, reason = "each benchmark uses a part")]
 
 use std::{
+    collections::HashMap,
     fs,
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 /// A `disco dev` on free ports, ended on drop.
 pub(crate) struct Disco {
     child: Child,
     pub(crate) grpc: String,
+    http: String,
 }
 
 impl Disco {
@@ -32,10 +36,10 @@ impl Disco {
             let value = line.split_whitespace().find_map(|word| word.strip_prefix(name));
             value.expect("the line names the address").to_owned()
         };
-        let grpc = address("grpc=");
+        let (grpc, http) = (address("grpc="), address("http="));
         // Read on, so that the process never blocks on its own log.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        Self { child, grpc }
+        Self { child, grpc, http }
     }
 
     /// Resident memory in KiB.
@@ -43,6 +47,20 @@ impl Disco {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
         line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
+    }
+
+    /// What `/metrics` says, by name; those with labels are left out.
+    pub(crate) async fn metrics(&self) -> HashMap<String, f64> {
+        let client = disco::client::Http::new(&self.http, None).expect("an address");
+        let path = "/metrics";
+        let (_, text) =
+            client.raw(http::Method::GET, path, None, Duration::from_secs(5)).await.expect("an answer");
+        let text = String::from_utf8_lossy(&text);
+        let lines = text.lines().filter(|line| !line.starts_with('#') && !line.contains('{'));
+        lines
+            .filter_map(|line| line.split_once(' '))
+            .filter_map(|(n, v)| Some((n.to_owned(), v.parse().ok()?)))
+            .collect()
     }
 
     /// CPU seconds used so far.
@@ -59,4 +77,9 @@ impl Drop for Disco {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+pub(crate) async fn connect(address: &str) -> tonic::transport::Channel {
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}")).expect("an address");
+    endpoint.tcp_nodelay(true).connect().await.expect("disco answers")
 }

@@ -123,7 +123,7 @@ impl Running {
         let address = |listener: &Option<TcpListener>| listener.as_ref().and_then(|l| l.local_addr().ok());
         let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 
-        let store = open_store(&config.store)?;
+        let store = open_store(&config.store, &metrics)?;
         let (writer, reader) = catalog::catalog();
         let registry = Registry::start(
             settings::registry(config),
@@ -171,7 +171,8 @@ impl Running {
             listen::serve_http(listener, api.http(), &edges, failed);
         }
         listening.open();
-        tracing::info!(?addresses, "serving");
+        let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());
+        tracing::info!(grpc = shown(addresses.grpc), http = shown(addresses.http), "serving");
         Ok(Self { addresses, readiness, edges, core, store, failures: Mutex::new(failures) })
     }
 
@@ -207,14 +208,16 @@ impl Running {
     }
 }
 
-fn open_store(config: &StoreConfig) -> Result<Arc<dyn Store>, Error> {
+fn open_store(config: &StoreConfig, metrics: &Metrics) -> Result<Arc<dyn Store>, Error> {
     match config {
         StoreConfig::Memory => Ok(Arc::new(MemoryStore::default())),
         StoreConfig::File { dir, accept_loss } => {
             let settings = store::Config { accept_loss: *accept_loss, ..store::Config::default() };
             // What it found and cut it has logged itself.
             let (store, _) = FileStore::open(dir, settings)?;
-            Ok(Arc::new(store))
+            let store = Arc::new(store);
+            metrics.collect(observe::StoreMetrics(Arc::clone(&store)));
+            Ok(store)
         }
     }
 }

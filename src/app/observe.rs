@@ -1,8 +1,17 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _},
+    metrics::{
+        counter::{ConstCounter, Counter},
+        gauge::Gauge,
+        histogram::Histogram,
+    },
+};
 
 use crate::{
+    store::FileStore,
     telemetry::Metrics,
     xds::{Observer, Protocol, ResourceType, Response},
 };
@@ -53,5 +62,26 @@ impl Observer for StreamMetrics {
 
     fn unanswered(&self, _: Protocol, responses: u64) {
         self.unanswered.inc_by(responses);
+    }
+}
+
+/// What the embedded store did, as metrics.
+#[derive(Debug)]
+pub(super) struct StoreMetrics(pub(super) Arc<FileStore>);
+
+impl Collector for StoreMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let stats = self.0.stats();
+        for (name, help, value) in [
+            ("store_commits", "Commits made durable", stats.commits),
+            ("store_syncs", "Writes with one sync each that made them so", stats.batches),
+            ("store_failed_syncs", "Writes or syncs that failed", stats.failed_batches),
+            ("store_written_bytes", "Bytes appended to logs", stats.bytes),
+            ("store_snapshots", "Snapshots written", stats.snapshots),
+        ] {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        Ok(())
     }
 }

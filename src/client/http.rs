@@ -218,9 +218,9 @@ impl Http {
             request.body(Full::new(body)).map_err(|error| HttpError::Settings(error.to_string()))?;
         let answer = self.client.request(request).await.map_err(|error| {
             if error.is_connect() {
-                HttpError::Unreachable { address: self.address.clone(), reason: root_cause(&error) }
+                HttpError::Unreachable { address: self.address.clone(), reason: plain_cause(&error) }
             } else {
-                self.not_disco(root_cause(&error))
+                self.not_disco(plain_cause(&error))
             }
         })?;
         let status = answer.status();
@@ -235,12 +235,8 @@ impl Http {
 }
 
 /// The innermost error, without the system's number for it.
-fn root_cause(error: &hyper_util::client::legacy::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    let text = cause.to_string();
+fn plain_cause(error: &hyper_util::client::legacy::Error) -> String {
+    let text = crate::rt::root_cause(error);
     text.split(" (os error").next().unwrap_or(&text).to_lowercase()
 }
 

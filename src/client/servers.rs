@@ -7,7 +7,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use crate::model::excerpt;
+use crate::{model::excerpt, rt::root_cause};
 
 /// How long opening a connection may take before the next server is tried.
 const CONNECT: Duration = Duration::from_secs(2);
@@ -83,15 +83,6 @@ impl Interceptor for Token {
         }
         Ok(request)
     }
-}
-
-/// The innermost error, which is the one that tells something: the outer ones read "transport error".
-pub(super) fn root_cause(error: &dyn Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }
 
 /// What a status says, with what lies under it when it comes from the connection and not from the server.

@@ -11,7 +11,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use crate::model::excerpt;
+use crate::{model::excerpt, rt::root_cause};
 
 /// One way to ask a process whether it works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,15 +137,6 @@ async fn check_grpc(address: SocketAddr, service: &str) -> Result<(), String> {
             },
         }),
     }
-}
-
-/// The innermost error, which is the one that tells something.
-fn root_cause(error: &dyn Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }
 
 #[cfg(test)]

@@ -8,10 +8,19 @@ pub use backoff::Backoff;
 pub use ready::{Gate, Readiness};
 pub use task::{Shutdown, Tasks};
 
-use std::time::SystemTime;
+use std::{error::Error, time::SystemTime};
 
 /// The wall clock, for what people read. Durations are measured with [`tokio::time::Instant`].
 #[allow(clippy::disallowed_methods, reason = "the one place that reads the wall clock")]
 pub fn now() -> SystemTime {
     SystemTime::now()
+}
+
+/// The innermost error, which is the one that tells something: the outer ones read "transport error".
+pub fn root_cause(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
 }

@@ -2,7 +2,7 @@
 //!
 //! Written by `registry`; read by it at start-up and through [`Store::watch`]. A commit that was answered survives
 //! `kill -9` right after. Backends differ in where they keep things, not in what they do: one conformance suite holds
-//! them all. [`Memory`] keeps nothing; [`FileStore`] keeps a log in a directory of this machine.
+//! them all. [`MemoryStore`] keeps nothing; [`FileStore`] keeps a log in a directory of this machine.
 
 #[cfg(test)]
 mod conformance;

@@ -129,7 +129,7 @@ pub enum OpenError {
     /// Accepted changes are damaged, so starting would lose them.
     #[error(
         "the store is damaged: {} at byte {}: {}. Accepted changes would be lost, so nothing was changed. Restore the \
-         directory from a backup, or start once with `disco serve --accept-loss` (in the file: `store.accept_loss: true`): \
+         directory from a backup, or start once with `disco serve --accept-loss` (in the file: `store.file.accept_loss: true`): \
          it keeps all changes before the damage and puts the damaged files aside under another name",
         .0.file.display(), .0.offset, .0.what
     )]

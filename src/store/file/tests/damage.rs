@@ -138,7 +138,9 @@ async fn a_damaged_middle_is_named_and_refused_until_the_loss_is_accepted() {
     let refused = dir.try_open().unwrap_err();
     let OpenError::Damaged(damage) = &refused else { panic!("{refused}") };
     assert_eq!((&damage.file, damage.offset), (&dir.path().join(&name), at as u64));
-    for part in [name.as_str(), &format!("byte {at}"), "--accept-loss", "store.accept_loss: true", "backup"] {
+    for part in
+        [name.as_str(), &format!("byte {at}"), "--accept-loss", "store.file.accept_loss: true", "backup"]
+    {
         assert!(refused.to_string().contains(part), "{part:?} is not in: {refused}");
     }
     assert_eq!(fs::read(dir.path().join(&name)).unwrap(), log, "nothing was changed");
