@@ -7,7 +7,6 @@
 //! [`Proxies`]; `api` and the registry read it.
 
 mod admit;
-mod codec;
 mod config;
 #[cfg(test)]
 mod convergence;
@@ -25,6 +24,7 @@ mod subscription;
 #[cfg(test)]
 mod testing;
 mod track;
+mod wire;
 
 pub use admit::{Admit, Admitted, Locality, Node, Refusal, StreamPolicy};
 pub use config::Config;

@@ -15,25 +15,21 @@ use envoy_types::pb::envoy::{
     config::core::v3 as core,
     service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
 };
-use futures_util::{
-    FutureExt as _,
-    future::{BoxFuture, Ready, ready},
-};
+use futures_util::future::{Ready, ready};
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming, body::Body, server::NamedService};
+use tonic::{Status, body::Body, server::NamedService};
 
 use super::{
     Admit, Admitted, Code, Config, Heard, Node, Observer, ProtocolError, Proxies, Refusal, ResourceSet,
     Response, Unobserved,
-    codec::RawCodec,
     delta::Delta,
     engine::{Engine, Variant},
     sotw::Sotw,
     status::Seat,
+    wire::{Incoming, Requests, Responses},
 };
 use crate::rt::Tasks;
 
@@ -75,16 +71,24 @@ impl AdsServer {
         Self { shared: Arc::new(Shared { admit, proxies, config: Arc::new(config), observer, tasks }) }
     }
 
-    fn serve<V: Serve, B>(&self, request: http::Request<B>) -> BoxFuture<'static, http::Response<Body>>
-    where
-        B: http_body::Body + Send + 'static,
-        B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
-    {
+    fn serve<V: Serve, B: Incoming>(&self, request: http::Request<B>) -> http::Response<Body> {
         let shared = Arc::clone(&self.shared);
-        let limit = shared.config.request_bytes;
-        let mut grpc =
-            tonic::server::Grpc::new(RawCodec::<V::Request>::default()).max_decoding_message_size(limit);
-        async move { grpc.streaming(Accept::<V>(shared, std::marker::PhantomData), request).await }.boxed()
+        let request = tonic::Request::from_http(request);
+        let peer = request.remote_addr();
+        let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
+        // Room for one: the next response is built when the connection has taken the last.
+        let (out, responses) = mpsc::channel(1);
+        let tasks = shared.tasks.clone();
+        tasks.spawn("xds stream", async move {
+            if let Err(status) = serve_stream::<V, B>(requests, &out, peer, &shared).await {
+                tracing::debug!(code = ?status.code(), message = status.message(), "stream ended");
+                let _ = out.send_timeout(Err(status), LAST_WORD).await;
+            }
+        });
+        let mut response = http::Response::new(Body::new(Responses::new(responses)));
+        let grpc = http::HeaderValue::from_static("application/grpc");
+        response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
+        response
     }
 }
 
@@ -92,26 +96,21 @@ impl NamedService for AdsServer {
     const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
 }
 
-impl<B> tower::Service<http::Request<B>> for AdsServer
-where
-    B: http_body::Body + Send + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
-{
+impl<B: Incoming> tower::Service<http::Request<B>> for AdsServer {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
+    type Future = Ready<Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        let response = match request.uri().path() {
+        ready(Ok(match request.uri().path() {
             DELTA => self.serve::<Delta, B>(request),
             SOTW => self.serve::<Sotw, B>(request),
-            _ => ready(Status::unimplemented("no such method").into_http()).boxed(),
-        };
-        response.map(Ok).boxed()
+            _ => Status::unimplemented("no such method").into_http(),
+        }))
     }
 }
 
@@ -132,32 +131,9 @@ impl Serve for Sotw {
     }
 }
 
-struct Accept<V>(Arc<Shared>, std::marker::PhantomData<V>);
-
-impl<V: Serve> tonic::server::StreamingService<V::Request> for Accept<V> {
-    type Response = Response;
-    type ResponseStream = ReceiverStream<Result<Response, Status>>;
-    type Future = Ready<Result<tonic::Response<Self::ResponseStream>, Status>>;
-
-    fn call(&mut self, request: tonic::Request<Streaming<V::Request>>) -> Self::Future {
-        let shared = Arc::clone(&self.0);
-        let peer = request.remote_addr();
-        // Room for one: the next response is built when the connection has taken the last.
-        let (out, responses) = mpsc::channel(1);
-        let tasks = shared.tasks.clone();
-        tasks.spawn("xds stream", async move {
-            if let Err(status) = serve_stream::<V>(request.into_inner(), &out, peer, &shared).await {
-                tracing::debug!(code = ?status.code(), message = status.message(), "stream ended");
-                let _ = out.send_timeout(Err(status), LAST_WORD).await;
-            }
-        });
-        ready(Ok(tonic::Response::new(ReceiverStream::new(responses))))
-    }
-}
-
 /// Serves a stream until the client leaves (Ok) or it must end with a status.
-async fn serve_stream<V: Serve>(
-    mut requests: Streaming<V::Request>,
+async fn serve_stream<V: Serve, B: Incoming>(
+    mut requests: Requests<V::Request, B>,
     out: &mpsc::Sender<Result<Response, Status>>,
     peer: Option<SocketAddr>,
     shared: &Shared,
@@ -165,7 +141,7 @@ async fn serve_stream<V: Serve>(
     let shutdown = shared.tasks.shutdown();
     let patience = shared.config.first_request_timeout;
     let first = tokio::select! {
-        first = tokio::time::timeout(patience, requests.message()) => first,
+        first = tokio::time::timeout(patience, requests.next()) => first,
         () = shutdown.wait() => return Err(leaving()),
     };
     let Ok(first) = first else {
@@ -192,10 +168,10 @@ struct Session<'a, V: Serve> {
 }
 
 impl<V: Serve> Session<'_, V> {
-    async fn run(
+    async fn run<B: Incoming>(
         &mut self,
         first: V::Request,
-        mut requests: Streaming<V::Request>,
+        mut requests: Requests<V::Request, B>,
         mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
         out: &mpsc::Sender<Result<Response, Status>>,
         shared: &Shared,
@@ -229,7 +205,7 @@ impl<V: Serve> Session<'_, V> {
                         }
                     }
                 }
-                request = requests.message() => match request? {
+                request = requests.next() => match request? {
                     Some(request) => {
                         self.hear(request, set.as_ref())?;
                         due = true;

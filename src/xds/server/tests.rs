@@ -8,8 +8,8 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
 };
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Channel;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Streaming, transport::Channel};
 
 use super::*;
 use crate::{

@@ -1,0 +1,295 @@
+use std::{
+    marker::PhantomData,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    vec,
+};
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use http_body::{Body, Frame};
+use http_body_util::BodyExt as _;
+use prost::Message;
+use tokio::sync::mpsc;
+use tonic::{Code, Status};
+
+use super::Response;
+
+/// Flag and length before each message.
+const FRAME: usize = 5;
+
+/// Small parts are copied together up to this size, an HTTP/2 frame's by default.
+const CHUNK: usize = 16 << 10;
+
+/// Parts from this size on are sent as they are, from the memory that all streams share.
+const LARGE: usize = 4 << 10;
+
+/// The responses of a stream as an HTTP body: tonic's own encoder would copy each response whole, and keep the memory of
+/// the largest one for as long as the stream lives.
+#[derive(Debug)]
+pub(super) struct Responses {
+    queue: mpsc::Receiver<Result<Response, Status>>,
+    /// What is left of the response that is being sent.
+    parts: Parts,
+    ended: bool,
+}
+
+#[derive(Debug, Default)]
+struct Parts {
+    next: Option<Bytes>,
+    rest: vec::IntoIter<Bytes>,
+}
+
+impl Responses {
+    pub(super) fn new(queue: mpsc::Receiver<Result<Response, Status>>) -> Self {
+        Self { queue, parts: Parts::default(), ended: false }
+    }
+}
+
+impl Parts {
+    fn of(response: Response) -> Result<Self, Status> {
+        let len = u32::try_from(response.len())
+            .map_err(|_| Status::resource_exhausted("a response is larger than 4 GiB"))?;
+        let mut head = BytesMut::with_capacity(FRAME + response.head.len());
+        head.put_u8(0);
+        head.put_u32(len);
+        head.put_slice(&response.head);
+        Ok(Self { next: Some(head.freeze()), rest: response.body.into_iter() })
+    }
+
+    /// The next piece to send.
+    fn chunk(&mut self) -> Option<Bytes> {
+        let first = self.next.take().or_else(|| self.rest.next())?;
+        if first.len() >= LARGE {
+            return Some(first);
+        }
+        self.next = self.rest.next();
+        let mut chunk = BytesMut::new();
+        while let Some(part) = self.next.take_if(|part| part.len() < LARGE) {
+            if chunk.is_empty() {
+                let mut size = first.len() + part.len();
+                let mut rest = self.rest.as_slice().iter();
+                while size < CHUNK
+                    && let Some(part) = rest.next()
+                {
+                    size += part.len();
+                }
+                chunk.reserve(size.min(CHUNK));
+                chunk.put_slice(&first);
+            }
+            if chunk.len() + part.len() > CHUNK {
+                self.next = Some(part);
+                break;
+            }
+            chunk.put_slice(&part);
+            self.next = self.rest.next();
+        }
+        Some(if chunk.is_empty() { first } else { chunk.freeze() })
+    }
+}
+
+impl Body for Responses {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        loop {
+            if let Some(chunk) = self.parts.chunk() {
+                return Poll::Ready(Some(Ok(Frame::data(chunk))));
+            }
+            if self.ended {
+                return Poll::Ready(None);
+            }
+            let status = match ready!(self.queue.poll_recv(context)) {
+                Some(Ok(response)) => match Parts::of(response) {
+                    Ok(parts) => {
+                        self.parts = parts;
+                        continue;
+                    }
+                    Err(status) => status,
+                },
+                Some(Err(status)) => status,
+                None => Status::new(Code::Ok, ""),
+            };
+            self.ended = true;
+            let mut trailers = http::HeaderMap::new();
+            status.add_header(&mut trailers)?;
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        }
+    }
+}
+
+/// The requests of a stream, off an HTTP body. The memory of a large one is given back once it is decoded; tonic's own
+/// decoder would keep it for as long as the stream lives.
+#[derive(Debug)]
+pub(super) struct Requests<T, B> {
+    body: Pin<Box<B>>,
+    buffer: BytesMut,
+    limit: usize,
+    message: PhantomData<fn() -> T>,
+}
+
+/// A body that requests come in.
+pub trait Incoming: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static {}
+
+impl<B> Incoming for B where B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static {}
+
+impl<T: Message + Default, B: Incoming> Requests<T, B> {
+    /// Accepts messages of up to `limit` bytes.
+    pub(super) fn new(body: B, limit: usize) -> Self {
+        Self { body: Box::pin(body), buffer: BytesMut::new(), limit, message: PhantomData }
+    }
+
+    /// The next request, `None` when the client is done. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Result<Option<T>, Status> {
+        loop {
+            if let Some(message) = self.decode()? {
+                return Ok(Some(message));
+            }
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.buffer.put(data);
+                    }
+                }
+                Some(Err(error)) => return Err(Status::from_error(error.into())),
+                None if self.buffer.is_empty() => return Ok(None),
+                None => return Err(Status::invalid_argument("the stream ended within a message")),
+            }
+        }
+    }
+
+    fn decode(&mut self) -> Result<Option<T>, Status> {
+        let Some([compressed, len @ ..]) = self.buffer.first_chunk::<FRAME>().copied() else {
+            return Ok(None);
+        };
+        if compressed != 0 {
+            return Err(Status::unimplemented("requests must not be compressed"));
+        }
+        let len = usize::try_from(u32::from_be_bytes(len)).unwrap_or(usize::MAX);
+        if len > self.limit {
+            let limit = self.limit;
+            return Err(Status::resource_exhausted(format!(
+                "a request has {len} bytes; at most {limit} are allowed (request_bytes)"
+            )));
+        }
+        if self.buffer.len() - FRAME < len {
+            return Ok(None);
+        }
+        self.buffer.advance(FRAME);
+        let message = T::decode(self.buffer.split_to(len));
+        if self.buffer.is_empty() {
+            self.buffer = BytesMut::new();
+        }
+        message
+            .map(Some)
+            .map_err(|error| Status::invalid_argument(format!("not a discovery request: {error}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryResponse};
+    use http_body_util::{Full, StreamBody};
+
+    use super::*;
+    use crate::{
+        model::Revision,
+        xds::testing::{CDS, delta, resource},
+    };
+
+    fn framed(message: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0];
+        bytes.put_u32(u32::try_from(message.len()).unwrap());
+        bytes.put_slice(message);
+        bytes
+    }
+
+    async fn chunks(sizes: &[usize]) -> (Vec<usize>, DiscoveryResponse) {
+        let body: Vec<Bytes> =
+            sizes.iter().map(|&size| resource(CDS, "a", &"x".repeat(size)).sotw_field()).collect();
+        let head = Bytes::from_static(b"\x0a\x01v");
+        let response = Response {
+            kind: Some(CDS),
+            nonce: 1,
+            revision: Revision(1),
+            resources: sizes.len(),
+            removed: 0,
+            head,
+            body,
+        };
+        let (queue, responses) = mpsc::channel(1);
+        queue.send(Ok(response)).await.unwrap();
+        drop(queue);
+        let mut responses = Responses::new(responses);
+        let mut lens = Vec::new();
+        let mut bytes = Vec::new();
+        while let Some(frame) = responses.frame().await {
+            match frame.unwrap().into_data() {
+                Ok(data) => {
+                    lens.push(data.len());
+                    bytes.extend_from_slice(&data);
+                }
+                Err(frame) => {
+                    let trailers = frame.into_trailers().unwrap();
+                    assert_eq!(trailers["grpc-status"], "0");
+                }
+            }
+        }
+        let len = u32::from_be_bytes([bytes[1], bytes[2], bytes[3], bytes[4]]);
+        assert_eq!((bytes[0], len as usize), (0, bytes.len() - FRAME));
+        (lens, DiscoveryResponse::decode(&bytes[FRAME..]).unwrap())
+    }
+
+    #[tokio::test]
+    async fn small_parts_go_together_and_large_ones_by_themselves() {
+        for (sizes, frames) in [
+            (vec![], 1),
+            (vec![100], 1),
+            (vec![100; 50], 1),
+            (vec![1000; 50], 4),
+            (vec![100, 100_000, 100, 100], 3),
+            (vec![100_000], 2),
+        ] {
+            let (lens, response) = chunks(&sizes).await;
+            assert_eq!(lens.len(), frames, "{sizes:?}: {lens:?}");
+            assert_eq!((response.version_info.as_str(), response.resources.len()), ("v", sizes.len()));
+        }
+    }
+
+    #[tokio::test]
+    async fn requests_come_in_pieces_of_any_size() {
+        let request = delta(CDS, &["a", "b"], &[]);
+        let two = [framed(&request.encode_to_vec()), framed(&request.encode_to_vec())].concat();
+        for size in [1, 3, 7, two.len()] {
+            let pieces: Vec<_> = two
+                .chunks(size)
+                .map(|piece| Ok::<_, Status>(Frame::data(Bytes::copy_from_slice(piece))))
+                .collect();
+            let body = StreamBody::new(tokio_stream::iter(pieces));
+            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 1000);
+            assert_eq!(requests.next().await.unwrap(), Some(request.clone()));
+            assert_eq!(requests.next().await.unwrap(), Some(request.clone()));
+            assert_eq!(requests.next().await.unwrap(), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn bad_requests_are_errors_that_say_what_is_wrong() {
+        let long = framed(&[0; 2000]);
+        for (bytes, code, word) in [
+            (vec![1, 0, 0, 0, 0], Code::Unimplemented, "compressed"),
+            (long, Code::ResourceExhausted, "request_bytes"),
+            (vec![0, 255, 255, 255, 255], Code::ResourceExhausted, "request_bytes"),
+            (framed(&[255; 10]), Code::InvalidArgument, "discovery request"),
+            (vec![0, 0], Code::InvalidArgument, "ended"),
+        ] {
+            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(Full::new(Bytes::from(bytes)), 1000);
+            let error = requests.next().await.unwrap_err();
+            assert_eq!(error.code(), code, "{error}");
+            assert!(error.message().contains(word), "{error}");
+        }
+    }
+}
