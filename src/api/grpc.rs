@@ -16,7 +16,7 @@ use crate::{
     },
     proto::v1::{self, registry_server, session_request, session_response},
     registry::{Accepted, Ended, Registry, Session, instance_to_proto},
-    rt::Tasks,
+    rt::{Hangup, Tasks},
 };
 
 /// Answers of a stream that wait for a slow reader.
@@ -256,6 +256,8 @@ impl registry_server::Registry for RegistryService {
     }
 
     async fn session(&self, request: Request<Streaming<v1::SessionRequest>>) -> Answer<Self::SessionStream> {
+        // Without a connection that can tell, a broken one counts as silent: the owner has the grace.
+        let hangup = request.extensions().get::<Hangup>().cloned().unwrap_or_default();
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(QUEUE);
         let service = self.clone();
@@ -275,8 +277,10 @@ impl registry_server::Registry for RegistryService {
                             break Ended::Closed;
                         }
                     }
-                    Some(Err(status)) => break how_it_ended(&status),
-                    None => break Ended::Closed,
+                    // A connection that broke because its other end hung up is evidence of the owner's end; one that only fell
+                    // silent, so that keep-alive gave it up, is not.
+                    Some(Err(_)) if !hangup.happened() => break Ended::Lost,
+                    Some(Err(_)) | None => break Ended::Closed,
                 }
             };
             session.end(how).await;
@@ -287,24 +291,6 @@ impl registry_server::Registry for RegistryService {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
-}
-
-/// A connection that was closed or reset is evidence of the owner's end: its kernel says so. One that only fell silent (a
-/// keep-alive that was not answered) is not.
-fn how_it_ended(status: &Status) -> Ended {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(status);
-    while let Some(error) = cause {
-        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)
-            || error
-                .downcast_ref::<std::io::Error>()
-                .is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut)
-            || error.to_string().contains("keep-alive timed out")
-        {
-            return Ended::Lost;
-        }
-        cause = error.source();
-    }
-    Ended::Closed
 }
 
 fn read_service(text: &str) -> Result<ServiceId, ApiError> {
