@@ -16,7 +16,7 @@ use crate::{
     },
     proto::v1::{self, registry_server, session_request, session_response},
     registry::{Accepted, Ended, Registry, Session, instance_to_proto},
-    rt::{Hangup, Tasks},
+    rt::{Fate, Hangup, Tasks},
 };
 
 /// Answers of a stream that wait for a slow reader.
@@ -256,8 +256,7 @@ impl registry_server::Registry for RegistryService {
     }
 
     async fn session(&self, request: Request<Streaming<v1::SessionRequest>>) -> Answer<Self::SessionStream> {
-        // Without a connection that can tell, a broken one counts as silent: the owner has the grace.
-        let hangup = request.extensions().get::<Hangup>().cloned().unwrap_or_default();
+        let mut hangup = request.extensions().get::<Hangup>().cloned();
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(QUEUE);
         let service = self.clone();
@@ -277,10 +276,7 @@ impl registry_server::Registry for RegistryService {
                             break Ended::Closed;
                         }
                     }
-                    // A connection that broke because its other end hung up is evidence of the owner's end; one that only fell
-                    // silent, so that keep-alive gave it up, is not.
-                    Some(Err(_)) if !hangup.happened() => break Ended::Lost,
-                    Some(Err(_)) | None => break Ended::Closed,
+                    Some(Err(_)) | None => break how_it_ended(hangup.as_mut()).await,
                 }
             };
             session.end(how).await;
@@ -290,6 +286,19 @@ impl registry_server::Registry for RegistryService {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+/// How long a connection may take to be dropped after its streams were told of it.
+const DROP: Duration = Duration::from_millis(20);
+
+/// A stream that ends on a living connection was ended by its owner, and a connection whose other end hung up is evidence of
+/// the owner's end. One that was given up, because keep-alive got no answer, is not.
+async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
+    let Some(hangup) = hangup else { return Ended::Lost };
+    match hangup.fate(DROP).await {
+        Fate::Open | Fate::HungUp => Ended::Closed,
+        Fate::GivenUp => Ended::Lost,
     }
 }
 

@@ -1,41 +1,41 @@
 use std::{
     io,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    sync::watch,
 };
 
-/// Whether the other end of a connection closed or reset it, as its kernel does for a process that ended. A connection that
-/// only fell silent was not hung up: who is behind it may be alive. Above the socket the two look the same.
-#[derive(Debug, Clone, Default)]
-pub struct Hangup(Arc<AtomicBool>);
+/// What became of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// It is there.
+    Open,
+    /// The other end closed or reset it, as its kernel does for a process that ended.
+    HungUp,
+    /// This end gave it up, because the other fell silent, say: who is behind it may be alive. Above the socket this looks the
+    /// same as a hang-up.
+    GivenUp,
+}
+
+/// Tells what became of a connection. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Hangup(watch::Receiver<Fate>);
 
 impl Hangup {
-    /// True once the other end is gone.
-    pub fn happened(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-
-    fn note(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    fn note_error<T>(&self, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
-        if let Poll::Ready(Err(error)) = &result
-            && matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
-        {
-            self.note();
+    /// What became of it, if that is known within `limit`.
+    pub async fn fate(&mut self, limit: Duration) -> Fate {
+        let known = tokio::time::timeout(limit, self.0.wait_for(|fate| *fate != Fate::Open)).await;
+        match known {
+            Ok(Ok(fate)) => *fate,
+            Ok(Err(_)) => Fate::GivenUp,
+            Err(_) => Fate::Open,
         }
-        result
     }
 }
 
@@ -43,13 +43,13 @@ impl Hangup {
 #[derive(Debug)]
 pub struct Watched {
     stream: TcpStream,
-    hangup: Hangup,
+    fate: watch::Sender<Fate>,
 }
 
 impl Watched {
     /// Watches an accepted connection.
     pub fn new(stream: TcpStream) -> Self {
-        Self { stream, hangup: Hangup::default() }
+        Self { stream, fate: watch::channel(Fate::Open).0 }
     }
 
     /// The connection itself.
@@ -57,9 +57,35 @@ impl Watched {
         &self.stream
     }
 
-    /// What is noted of it.
+    /// Tells what becomes of it.
     pub fn hangup(&self) -> Hangup {
-        self.hangup.clone()
+        Hangup(self.fate.subscribe())
+    }
+
+    fn note(&self, new: Fate) {
+        self.fate.send_if_modified(|fate| {
+            let first = *fate == Fate::Open;
+            if first {
+                *fate = new;
+            }
+            first
+        });
+    }
+
+    fn note_error<T>(&self, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+        if let Poll::Ready(Err(error)) = &result
+            && matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
+        {
+            self.note(Fate::HungUp);
+        }
+        result
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.note(Fate::GivenUp);
     }
 }
 
@@ -72,16 +98,16 @@ impl AsyncRead for Watched {
         let (before, room) = (buffer.filled().len(), buffer.remaining() > 0);
         let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
         if room && matches!(result, Poll::Ready(Ok(()))) && buffer.filled().len() == before {
-            self.hangup.note();
+            self.note(Fate::HungUp);
         }
-        self.hangup.note_error(result)
+        self.note_error(result)
     }
 }
 
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.hangup.note_error(result)
+        self.note_error(result)
     }
 
     fn poll_write_vectored(
@@ -90,7 +116,7 @@ impl AsyncWrite for Watched {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.hangup.note_error(result)
+        self.note_error(result)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -115,17 +141,28 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn a_closed_connection_is_noted_and_a_silent_one_is_not() {
+    async fn pair() -> (TcpStream, Watched) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut watched = Watched::new(listener.accept().await.unwrap().0);
-        client.write_all(b"hello").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (client, Watched::new(listener.accept().await.unwrap().0))
+    }
+
+    #[tokio::test]
+    async fn who_closes_a_connection_is_told_apart() {
+        let (mut client, mut watched) = pair().await;
+        let mut hangup = watched.hangup();
         let mut buffer = [0; 5];
+        client.write_all(b"hello").await.unwrap();
         watched.read_exact(&mut buffer).await.unwrap();
-        assert!(!watched.hangup().happened());
+        assert_eq!(hangup.fate(Duration::ZERO).await, Fate::Open);
         drop(client);
         assert_eq!(watched.read(&mut buffer).await.unwrap(), 0);
-        assert!(watched.hangup().happened());
+        drop(watched);
+        assert_eq!(hangup.fate(Duration::ZERO).await, Fate::HungUp);
+
+        let (_client, watched) = pair().await;
+        let mut hangup = watched.hangup();
+        drop(watched);
+        assert_eq!(hangup.fate(Duration::ZERO).await, Fate::GivenUp);
     }
 }

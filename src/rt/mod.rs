@@ -6,7 +6,7 @@ mod ready;
 mod task;
 
 pub use backoff::Backoff;
-pub use hangup::{Hangup, Watched};
+pub use hangup::{Fate, Hangup, Watched};
 pub use ready::{Gate, Readiness};
 pub use task::{Shutdown, Tasks};
 
