@@ -552,3 +552,85 @@ fn d6_a_stream_that_is_behind_all_memory_of_removals_must_reconnect() {
     let error = s.engine.next_response(&set, s.now).unwrap_err();
     assert_eq!(error.code(), crate::xds::Code::Unavailable);
 }
+
+#[test]
+fn g9_unknown_fields_are_ignored() {
+    use prost::Message as _;
+    let mut bytes = delta(CDS, &[], &[]).encode_to_vec();
+    // Field 99, a string.
+    bytes.extend([0x9a, 0x06, 0x01, b'x']);
+    let mut s = Stream::new([put(CDS, "a", "1")]);
+    s.request(DeltaDiscoveryRequest::decode(bytes.as_slice()).unwrap());
+    assert_eq!(s.settle(), ["Cluster a=1"]);
+}
+
+#[test]
+fn d11_w2_the_wildcard_may_be_spelled_out_and_mixed_with_names() {
+    for (names, want) in [(&["*"][..], "Cluster a=1 b=1"), (&["*", "a", "x"], "Cluster a=1 b=1 -x")] {
+        let mut s = Stream::new([put(CDS, "a", "1"), put(CDS, "b", "1")]);
+        s.request(delta(CDS, names, &[]));
+        assert_eq!(s.settle(), [want]);
+    }
+}
+
+#[test]
+fn d17_w8_only_what_was_asked_for_is_sent() {
+    let mut s = Stream::new([put(CDS, "a", "1"), put(CDS, "b", "1"), put(LDS, "l", "1")]);
+    s.request(delta(CDS, &["a"], &[]));
+    assert_eq!(s.settle(), ["Cluster a=1"]);
+    s.apply([put(CDS, "b", "2"), put(LDS, "l", "2"), put(EDS, "a", "1")]);
+    assert_eq!(s.settle(), NOTHING);
+    assert_eq!(s.acknowledged(CDS), 2);
+}
+
+#[test]
+fn o11_endpoints_that_vanish_are_told_and_come_back() {
+    let mut s = Stream::new([put(EDS, "a", "1")]);
+    s.request(delta(EDS, &["a"], &[]));
+    s.settle();
+    s.apply([remove(EDS, "a")]);
+    assert_eq!(s.settle(), ["Endpoints -a"]);
+    s.apply([put(EDS, "a", "1")]);
+    assert_eq!(s.settle(), ["Endpoints a=1"]);
+}
+
+#[test]
+fn s10_versions_come_from_content_only() {
+    let history = || [put(CDS, "a", "1"), put(CDS, "b", "1"), put(CDS, "a", "2")];
+    let (mut one, mut other) = (Stream::new([]), Stream::new(history().into_iter().rev()));
+    for change in history() {
+        one.apply([change]);
+    }
+    other.apply([put(CDS, "a", "2")]);
+    let [one, other] = [one, other].map(|mut s| {
+        s.request(delta(CDS, &[], &[]));
+        s.next().unwrap().resources
+    });
+    assert_eq!(one, other);
+}
+
+#[test]
+fn d15_giving_up_the_bad_one_brings_its_neighbours() {
+    let mut s = Stream::new([put(EDS, "a", "bad"), put(EDS, "b", "1")]);
+    s.request(delta(EDS, &["a", "b"], &[]));
+    s.out();
+    s.nack(EDS);
+    s.request(delta(EDS, &[], &["a"]));
+    assert_eq!(s.settle(), ["Endpoints b=1"]);
+    assert_eq!(s.acknowledged(EDS), 1);
+}
+
+#[test]
+fn d15_rejected_responses_that_share_a_name_are_one() {
+    let mut s = settled();
+    s.request(delta(EDS, &["b"], &[]));
+    s.settle();
+    s.apply([put(EDS, "a", "bad"), put(EDS, "b", "1")]);
+    assert_eq!(s.out(), ["Endpoints a=bad b=1"]);
+    s.nack(EDS);
+    s.apply([put(CDS, "a", "2")]);
+    assert_eq!(s.out(), ["Cluster a=2", "Endpoints a=bad"]);
+    s.nack(EDS);
+    s.apply([put(EDS, "a", "good")]);
+    assert_eq!(s.out(), ["Endpoints a=good b=1"]);
+}
