@@ -634,3 +634,36 @@ fn d15_rejected_responses_that_share_a_name_are_one() {
     s.apply([put(EDS, "a", "good")]);
     assert_eq!(s.out(), ["Endpoints a=good b=1"]);
 }
+
+#[test]
+fn latency_counts_from_publication_to_ack_also_while_an_answer_is_awaited() {
+    let second = Duration::from_secs(1);
+    let mut s = settled();
+    s.apply([put(EDS, "a", "2")]);
+    s.wait(second);
+    s.out();
+    s.wait(second);
+    s.apply([put(EDS, "a", "3"), put(CDS, "b", "1")]);
+    assert_eq!(s.out(), ["Cluster b=1"]);
+    s.wait(second);
+    s.apply([put(LDS, "l", "1")]);
+    s.out();
+    assert_eq!(s.ack(EDS), Heard::Acknowledged(EDS, 3 * second));
+    assert_eq!(s.ack(CDS), Heard::Acknowledged(CDS, second));
+    s.out();
+    s.wait(second);
+    assert_eq!(s.ack(EDS), Heard::Acknowledged(EDS, 2 * second));
+}
+
+#[test]
+fn s4_a_rejected_response_with_removals_is_not_sent_again() {
+    let mut s = Stream::new([put(RDS, "a", "1"), put(RDS, "b", "1")]);
+    s.request(delta(RDS, &["a", "b", "x"], &[]));
+    s.settle();
+    s.apply([put(RDS, "a", "bad"), remove(RDS, "b")]);
+    assert_eq!(s.out(), ["Route a=bad -b"]);
+    s.nack(RDS);
+    assert_eq!(s.out(), NOTHING);
+    s.apply([put(RDS, "a", "good")]);
+    assert_eq!(s.settle(), ["Route a=good -b"]);
+}
