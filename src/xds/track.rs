@@ -203,7 +203,7 @@ impl Track {
         }
     }
 
-    /// Considers nothing up to the set's revision any more.
+    /// Takes everything up to the set's revision as considered.
     pub(super) fn catch_up(&mut self, set: &ResourceSet) {
         self.cursor = Some(set.revision());
     }
