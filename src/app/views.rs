@@ -3,7 +3,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     catalog::Reader,
@@ -49,13 +49,14 @@ impl Views {
 
     /// Follows the catalog until no stream holds the view any more.
     async fn project(self, view: View, sender: Arc<watch::Sender<Set>>) {
-        let mut set = Arc::new(resources::render(&self.catalog.latest(), &view));
+        let published = |set: ResourceSet| Arc::new(set.with_published(Instant::now()));
+        let mut set = published(resources::render(&self.catalog.latest(), &view));
         loop {
             sender.send_replace(Some(Arc::clone(&set)));
             tokio::select! {
                 newer = self.catalog.newer_than(set.revision()) => {
                     let Some((snapshot, changes)) = newer else { return };
-                    set = Arc::new(resources::update(&set, &snapshot, &changes, &view));
+                    set = published(resources::update(&set, &snapshot, &changes, &view));
                 }
                 () = sender.closed() => {
                     let mut sets = self.sets();
