@@ -36,6 +36,16 @@ impl ResourceType {
         }
     }
 
+    /// As people write it, e.g. in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cluster => "cluster",
+            Self::Endpoints => "endpoints",
+            Self::Listener => "listener",
+            Self::Route => "route",
+        }
+    }
+
     /// The type of a URL, `None` for one that Disco does not generate.
     pub fn from_url(url: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.url() == url)

@@ -243,7 +243,7 @@ impl<V: Speak> Bench<V> {
 
     pub(super) fn on(policy: StreamPolicy, config: Config, set: Option<Arc<ResourceSet>>) -> Self {
         Self {
-            engine: Engine::new("n".into(), policy, Arc::new(config)),
+            engine: Engine::new("n".into(), policy, None, Arc::new(config)),
             set,
             now: Instant::now(),
             last: BTreeMap::new(),
@@ -251,6 +251,12 @@ impl<V: Speak> Bench<V> {
             names: BTreeMap::new(),
             nonces: Default::default(),
         }
+    }
+
+    /// Likewise, on a service of one type.
+    pub(super) fn only(kind: ResourceType, changes: impl IntoIterator<Item = Change>) -> Self {
+        let engine = Engine::new("n".into(), StreamPolicy::ENVOY, Some(kind), Arc::new(Config::default()));
+        Self { engine, ..Self::new(changes) }
     }
 
     pub(super) fn request(&mut self, request: V::Request) -> Heard {

@@ -18,6 +18,8 @@ use crate::model::Revision;
 #[derive(Debug)]
 pub(super) struct Track {
     pub kind: ResourceType,
+    /// What the client says that it holds is not believed (rule D10).
+    pub resend: bool,
     /// Whether it ever asked for the type.
     pub seen: bool,
     pub subscription: Subscription,
@@ -98,9 +100,10 @@ pub(super) struct Report {
 }
 
 impl Track {
-    pub(super) fn new(kind: ResourceType) -> Self {
+    pub(super) fn new(kind: ResourceType, resend: bool) -> Self {
         Self {
             kind,
+            resend,
             seen: false,
             subscription: Subscription::default(),
             claim: None,

@@ -69,7 +69,7 @@ impl Variant for Sotw {
         // Rule S9: a wildcard cannot have grown; names may have, unless the client is known to keep its version for
         // exactly the names that it asks for.
         let reconnected = !version.is_empty();
-        let trusted = track.subscription.is_wildcard() || policy.keeps_named;
+        let trusted = !track.resend && (track.subscription.is_wildcard() || policy.keeps_named);
         if trusted && reconnected && version == digest(track, set).to_string() {
             track.due.clear();
             track.everything = false;

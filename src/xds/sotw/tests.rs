@@ -33,7 +33,10 @@ fn versions(s: &Stream) -> [String; 4] {
 
 /// A new stream to a server that has what `old` was served, whose client states versions for its names.
 fn reconnect(old: &Stream, policy: StreamPolicy, versions: &[String; 4]) -> Stream {
-    let mut s = Stream::on(policy, Config::default(), old.set.clone());
+    reconnect_to(Stream::on(policy, Config::default(), old.set.clone()), old, versions)
+}
+
+fn reconnect_to(mut s: Stream, old: &Stream, versions: &[String; 4]) -> Stream {
     for (kind, version) in ResourceType::ALL.into_iter().zip(versions) {
         s.request(DiscoveryRequest {
             type_url: kind.url().into(),
@@ -389,4 +392,13 @@ fn d15_a_route_that_is_removed_while_its_rejection_is_on_the_way() {
     s.nack(RDS);
     assert_eq!(s.settle(), ["Route b=1"]);
     assert_eq!(s.acknowledged(RDS), 2);
+}
+
+#[test]
+fn d10_types_that_are_to_be_sent_anew_are() {
+    let old = settled();
+    let config = Config { resend_on_reconnect: vec![CDS, EDS], ..Config::default() };
+    let s = Stream::on(StreamPolicy::ENVOY, config, old.set.clone());
+    let mut s = reconnect_to(s, &old, &versions(&old));
+    assert_eq!(s.settle(), ["Cluster a=1 b=1", "Endpoints a=1 b=1"]);
 }

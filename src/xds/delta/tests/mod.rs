@@ -465,3 +465,16 @@ fn s4_a_rejected_response_with_removals_is_not_sent_again() {
     s.apply([put(RDS, "a", "good")]);
     assert_eq!(s.settle(), ["Route a=good -b"]);
 }
+
+#[test]
+fn d10_types_that_are_to_be_sent_anew_are() {
+    let old = settled();
+    let config = Config { resend_on_reconnect: vec![EDS], ..Config::default() };
+    let mut s = Stream::on(StreamPolicy::ENVOY, config, old.set);
+    s.request(holding(CDS, &[], &[("a", version(CDS, "a", "1"))]));
+    s.request(holding(EDS, &["a"], &[("a", version(EDS, "a", "1")), ("x", version(EDS, "x", "1"))]));
+    s.request(holding(RDS, &["r"], &[("r", version(RDS, "r", "a"))]));
+    assert_eq!(s.settle(), ["Endpoints a=1"]);
+    s.request(delta(EDS, &["x"], &[]));
+    assert_eq!(s.settle(), ["Endpoints -x"]);
+}
