@@ -208,7 +208,12 @@ impl Track {
 
     /// Takes everything up to the set's revision as considered.
     pub(super) fn catch_up(&mut self, set: &ResourceSet) {
-        self.cursor = Some(set.revision());
+        self.resume(set.revision());
+    }
+
+    /// Goes on from a revision at which the client was.
+    pub(super) fn resume(&mut self, at: Revision) {
+        self.cursor = Some(at);
     }
 
     /// Whether there is something to send, or it takes a closer look to know.

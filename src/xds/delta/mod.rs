@@ -68,6 +68,15 @@ impl Variant for Delta {
             let versions = &request.initial_resource_versions;
             change.added.retain(|name| !holds(versions, set.get(terms.kind, name)));
         }
+        if !first && let Some(Claim { held: Held::Each(versions), .. }) = &mut track.claim {
+            // What it gave up it does not hold any more, and what it asks for again it is to get (rule D4).
+            for name in change.added.iter().chain(&change.removed) {
+                versions.remove(name.as_ref());
+            }
+            if change.wildcard_off {
+                versions.retain(|name, _| track.subscription.covers(name));
+            }
+        }
         let removed = change.removed.clone();
         track.subscribed(change);
         if track.subscription.is_wildcard() {
