@@ -16,10 +16,14 @@ mod convergence;
 mod delta;
 mod engine;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod names;
 mod observe;
 mod resource;
 mod response;
+#[cfg(test)]
+mod rules;
 mod server;
 mod sotw;
 mod status;

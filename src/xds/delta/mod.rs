@@ -73,6 +73,10 @@ impl Variant for Delta {
             for name in change.added.iter().chain(&change.removed) {
                 versions.remove(name.as_ref());
             }
+            if change.everything {
+                // No version is this one.
+                versions.values_mut().for_each(String::clear);
+            }
             if change.wildcard_off {
                 versions.retain(|name, _| track.subscription.covers(name));
             }

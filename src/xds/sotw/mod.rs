@@ -70,15 +70,11 @@ impl Variant for Sotw {
 
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, policy: StreamPolicy) -> bool {
         let Some(Claim { held: Held::All(version), forced }) = track.claim.take() else { return false };
-        // Rule S9: a wildcard cannot have grown; names may have, unless the client is known to keep its version for
-        // exactly the names that it asks for.
         let reconnected = !version.is_empty();
-        if reconnected && !track.resend && resume(track, set, &version) {
-            track.due.extend(forced.into_iter().filter(|name| track.subscription.covers(name)));
-            return true;
-        }
-        let trusted = !track.resend && (track.subscription.is_wildcard() || policy.keeps_named);
-        if trusted && reconnected && version == told(track, set) {
+        // Rule S9: who never sent a name cannot have dropped anything; names may have come and gone, unless the client is
+        // known to keep its version for exactly what it asks for.
+        let trusted = !track.resend && (track.subscription.is_legacy_wildcard() || policy.keeps_named);
+        if reconnected && trusted && !resume(track, set, &version) && version == told(track, set) {
             track.due.clear();
             track.everything = false;
             track.owes = false;

@@ -456,3 +456,20 @@ fn s9_w5_a_version_means_nothing_any_more_once_the_names_have_changed() {
     }
     assert_eq!(s.settle(), ["Cluster a=1 b=1"]);
 }
+
+#[test]
+fn s9_a_spelled_out_wildcard_is_trusted_only_with_a_client_that_keeps_what_it_holds() {
+    let mut old = Stream::new([put(CDS, "a", "1")]);
+    old.ask(CDS, &["*"]);
+    old.settle();
+    for (policy, want) in [(StreamPolicy::ENVOY, &[][..]), (StreamPolicy::OTHER, &["Cluster a=1"])] {
+        let mut s = Stream::on(policy, Config::default(), old.set.clone());
+        s.request(DiscoveryRequest {
+            type_url: CDS.url().into(),
+            version_info: old.accepted[&CDS].clone(),
+            resource_names: strings(&["*"]),
+            ..Default::default()
+        });
+        assert_eq!(s.settle(), want, "{policy:?}");
+    }
+}

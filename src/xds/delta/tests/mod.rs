@@ -496,4 +496,8 @@ fn d4_d10_what_is_asked_for_again_is_answered_though_it_was_held_at_first() {
     s.request(delta(CDS, &[], &["a"]));
     s.request(delta(CDS, &["*"], &[]));
     assert_eq!(s.settle(), ["Cluster a=1"]);
+    let mut s = Stream::new([put(LDS, "a", "1")]);
+    s.request(holding(LDS, &[], &[("a", version(LDS, "a", "1")), ("x", version(LDS, "x", "1"))]));
+    s.request(delta(LDS, &["*"], &[]));
+    assert_eq!(s.settle(), ["Listener a=1 -x"]);
 }
