@@ -138,7 +138,7 @@ impl Running {
 
         let proxies = Proxies::default();
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader, core.clone()));
+            let views = Arc::new(Views::new(reader, core.clone(), &metrics));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });

@@ -3,12 +3,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::watch;
+use prometheus_client::metrics::histogram::Histogram;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     catalog::Reader,
     resources::{self, ClientKind, View},
     rt::Tasks,
+    telemetry::{Metrics, Stage},
     xds::{Admit, Admitted, Code, Node, Refusal, ResourceSet, StreamPolicy},
 };
 
@@ -23,11 +25,13 @@ pub(super) struct Views {
     catalog: Reader,
     tasks: Tasks,
     sets: Arc<Mutex<HashMap<View, Arc<watch::Sender<Set>>>>>,
+    /// From a durable change to its resources.
+    published: Histogram,
 }
 
 impl Views {
-    pub(super) fn new(catalog: Reader, tasks: Tasks) -> Self {
-        Self { catalog, tasks, sets: Arc::default() }
+    pub(super) fn new(catalog: Reader, tasks: Tasks, metrics: &Metrics) -> Self {
+        Self { catalog, tasks, sets: Arc::default(), published: metrics.propagation(Stage::Published) }
     }
 
     /// The set of a view, now and as it changes; `None` when too many views are in use.
@@ -55,7 +59,11 @@ impl Views {
             tokio::select! {
                 newer = self.catalog.newer_than(set.revision()) => {
                     let Some((snapshot, changes)) = newer else { return };
-                    set = Arc::new(resources::update(&set, &snapshot, &changes, &view));
+                    let now = resources::update(&set, &snapshot, &changes, &view);
+                    if let Some(taken) = snapshot.taken() {
+                        self.published.observe(taken.elapsed().as_secs_f64());
+                    }
+                    set = Arc::new(now.with_published(Instant::now()));
                 }
                 () = sender.closed() => {
                     let mut sets = self.sets();

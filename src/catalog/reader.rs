@@ -1,4 +1,4 @@
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
 use tokio::sync::watch;
 
@@ -30,6 +30,16 @@ impl Reader {
     pub fn since(&self, since: Revision) -> (Arc<Snapshot>, Changes) {
         let state = Arc::clone(&self.state.borrow());
         (Arc::clone(&state.snapshot), state.changes_since(since))
+    }
+
+    /// What the one change touched; `None` when that is no longer remembered.
+    pub fn changes_of(&self, revision: Revision) -> Option<BTreeSet<(ServiceId, Option<InstanceId>)>> {
+        self.state.borrow().changes_of(revision)
+    }
+
+    /// When the catalog came to `revision`, as far as it remembers; `None` if it has not.
+    pub fn came(&self, revision: Revision) -> Option<SystemTime> {
+        self.state.borrow().came(revision)
     }
 
     /// Waits until the catalog is at `revision` or later. False when the catalog is gone. Cancel-safe.

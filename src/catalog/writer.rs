@@ -1,12 +1,15 @@
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
     reader::{Changes, Reader},
     snapshot::{Change, Snapshot},
 };
-use crate::model::{InstanceId, Revision, ServiceId};
+use crate::{
+    model::{InstanceId, Revision, ServiceId},
+    rt,
+};
 
 /// Changes that the catalog remembers. A reader further behind looks at everything.
 const REMEMBERED: usize = 8192;
@@ -17,6 +20,8 @@ pub(super) struct State {
     log: imbl::Vector<(Revision, ServiceId, Option<InstanceId>)>,
     /// The log holds every change after this.
     log_from: Revision,
+    /// When revisions came, oldest first: as many as the log has.
+    times: imbl::Vector<(Revision, SystemTime)>,
 }
 
 impl State {
@@ -26,6 +31,20 @@ impl State {
         }
         let newer = self.log.iter().rev().take_while(|(at, ..)| *at > since);
         Changes::Touched(newer.map(|(_, service, id)| (service.clone(), id.clone())).collect::<BTreeSet<_>>())
+    }
+
+    pub(super) fn changes_of(&self, revision: Revision) -> Option<BTreeSet<(ServiceId, Option<InstanceId>)>> {
+        if revision <= self.log_from {
+            return None;
+        }
+        let until = self.log.iter().rev().skip_while(|(at, ..)| *at > revision);
+        let its = until.take_while(|(at, ..)| *at == revision);
+        Some(its.map(|(_, service, id)| (service.clone(), id.clone())).collect())
+    }
+
+    pub(super) fn came(&self, revision: Revision) -> Option<SystemTime> {
+        let later = self.times.iter().rev().take_while(|(at, _)| *at >= revision);
+        later.last().map(|(_, time)| *time)
     }
 }
 
@@ -52,6 +71,7 @@ impl Writer {
     pub fn apply_all(&mut self, batches: impl IntoIterator<Item = (Revision, Vec<Change>)>) {
         let now = Arc::clone(&self.state.borrow());
         let (mut snapshot, mut log, mut log_from) = ((*now.snapshot).clone(), now.log.clone(), now.log_from);
+        let (mut times, time) = (now.times.clone(), rt::now());
         for (revision, changes) in batches {
             if revision <= snapshot.revision() {
                 continue;
@@ -65,6 +85,7 @@ impl Writer {
                     Change::RemoveInstance(key) => (revision, key.service.clone(), Some(key.id.clone())),
                 });
             }
+            times.push_back((revision, time));
             snapshot = snapshot.apply(revision, changes);
         }
         while log.len() > REMEMBERED {
@@ -72,8 +93,12 @@ impl Writer {
                 log_from = dropped;
             }
         }
+        while times.len() > REMEMBERED {
+            times.pop_front();
+        }
         if snapshot.revision() > now.snapshot.revision() {
-            self.state.send_replace(Arc::new(State { snapshot: Arc::new(snapshot), log, log_from }));
+            snapshot.taken = Some(Instant::now());
+            self.state.send_replace(Arc::new(State { snapshot: Arc::new(snapshot), log, log_from, times }));
         }
     }
 }
@@ -169,6 +194,11 @@ mod tests {
         assert_eq!(reader.since(Revision(1)).1, Changes::Resync);
         assert!(matches!(reader.since(Revision(2)).1, Changes::Touched(t) if t.len() == 1));
         assert_eq!(reader.since(reader.latest().revision()).1, Changes::Touched(BTreeSet::new()));
+        assert_eq!(reader.changes_of(Revision(2)), None);
+        assert_eq!(reader.changes_of(Revision(3)).map(|touched| touched.len()), Some(1));
+        assert_eq!(reader.changes_of(Revision(REMEMBERED as u64 * 2)), Some(BTreeSet::new()));
+        assert!(reader.came(Revision(3)) <= reader.came(Revision(REMEMBERED as u64)));
+        assert_eq!(reader.came(Revision(REMEMBERED as u64 * 2)), None);
         assert!(reader.reached(Revision(5)).await);
         writer.apply(Revision(3), vec![Change::RemoveService(key(0, 0).service)]);
         assert_eq!(reader.latest().instances(), 1);

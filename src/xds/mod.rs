@@ -4,7 +4,7 @@
 //! [`AdsServer`] runs one task per stream around a state machine (`engine`, with what differs in `delta` and
 //! `sotw`), which is plain code without IO or clock. The machine keeps no list of what its client holds: a cursor into
 //! the set's changes says it, and what was held at an earlier connection the client says itself. Streams write
-//! [`Proxies`]; `api` and the registry read it.
+//! [`Proxies`]; `api` and the registry read it. What a stream holds (`ledger`) is derived from there when somebody asks.
 
 mod admit;
 mod config;
@@ -13,6 +13,7 @@ mod convergence;
 mod delta;
 mod engine;
 mod error;
+mod ledger;
 mod names;
 mod observe;
 mod resource;
@@ -30,6 +31,7 @@ pub use admit::{Admit, Admitted, Locality, Node, Refusal, StreamPolicy};
 pub use config::Config;
 pub use engine::{Heard, Protocol};
 pub use error::{Code, ProtocolError};
+pub use ledger::{Concern, Delivery, Held, Lack, Why};
 pub use observe::{Observer, Unobserved};
 pub use resource::{Change, Entry, Gone, Resource, ResourceSet, ResourceType, Version};
 pub use response::Response;
