@@ -1,6 +1,6 @@
-//! Compiles the protos in pure Rust, so that `cargo build` needs no protoc.
+//! Compiles the protos in pure Rust, so that `cargo build` needs no protoc, and finds the descriptors of Envoy's types.
 
-use std::{env, error::Error, fs, path::PathBuf};
+use std::{env, error::Error, fs, path::PathBuf, process::Command};
 
 use prost::Message;
 
@@ -13,6 +13,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=examples/greeter/greeter.proto");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
 
+    // Without them everything works but for the text of resources.
+    let envoy = envoy_descriptors().unwrap_or_else(|error| {
+        println!("cargo:warning=resources will be shown without their content: {error}");
+        Vec::new()
+    });
+    fs::write(out.join("envoy.bin"), envoy)?;
+
     let api = protox::compile(API, ["proto"])?;
     fs::write(out.join("disco.bin"), api.encode_to_vec())?;
     tonic_prost_build::configure().btree_map(".").compile_fds(api)?;
@@ -20,4 +27,24 @@ fn main() -> Result<(), Box<dyn Error>> {
     let greeter = protox::compile(GREETER, ["examples/greeter"])?;
     tonic_prost_build::configure().compile_fds(greeter)?;
     Ok(())
+}
+
+/// The descriptors that lie in the source of the crate `envoy-types`, which does not export them. Cargo knows where that is.
+#[allow(clippy::disallowed_methods, reason = "cargo speaks to build scripts through the environment")]
+fn envoy_descriptors() -> Result<Vec<u8>, Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=Cargo.lock");
+    let cargo = env::var_os("CARGO").ok_or("cargo sets CARGO")?;
+    let output = Command::new(cargo)
+        .args(["metadata", "--format-version=1", "--offline", "--filter-platform"])
+        .arg(env::var_os("TARGET").ok_or("cargo sets TARGET")?)
+        .output()?;
+    if !output.status.success() {
+        return Err(format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr)).into());
+    }
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let packages = metadata["packages"].as_array().ok_or("cargo metadata names no packages")?;
+    let envoy = packages.iter().find(|package| package["name"] == "envoy-types");
+    let manifest = envoy.and_then(|package| package["manifest_path"].as_str()).ok_or("there is no envoy-types")?;
+    let path = PathBuf::from(manifest).with_file_name("src/generated/types.bin");
+    fs::read(&path).map_err(|error| format!("{}: {error}", path.display()).into())
 }

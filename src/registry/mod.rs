@@ -23,7 +23,7 @@ pub use write::Accepted;
 
 use crate::{
     catalog,
-    model::Limits,
+    model::{InstanceKey, Limits},
     rt::{Gate, Tasks},
     store::Store,
     telemetry::{Metrics, Stage},
@@ -130,6 +130,11 @@ impl Registry {
     /// What is registered.
     pub fn catalog(&self) -> &catalog::Reader {
         &self.inner.catalog
+    }
+
+    /// Whether nobody holds the instance's lease any more, so that it ends after the grace unless its owner comes back.
+    pub fn is_abandoned(&self, key: &InstanceKey) -> bool {
+        self.inner.leases.abandoned(key)
     }
 
     /// Bounds on what may be registered.
