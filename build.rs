@@ -44,7 +44,8 @@ fn envoy_descriptors() -> Result<Vec<u8>, Box<dyn Error>> {
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
     let packages = metadata["packages"].as_array().ok_or("cargo metadata names no packages")?;
     let envoy = packages.iter().find(|package| package["name"] == "envoy-types");
-    let manifest = envoy.and_then(|package| package["manifest_path"].as_str()).ok_or("there is no envoy-types")?;
+    let manifest =
+        envoy.and_then(|package| package["manifest_path"].as_str()).ok_or("there is no envoy-types")?;
     let path = PathBuf::from(manifest).with_file_name("src/generated/types.bin");
     fs::read(&path).map_err(|error| format!("{}: {error}", path.display()).into())
 }

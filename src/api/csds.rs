@@ -5,12 +5,12 @@ use std::pin::Pin;
 use envoy_types::pb::envoy::{
     admin::v3::UpdateFailureState,
     config::core::v3 as core,
-    r#type::matcher::v3::{NodeMatcher, StringMatcher, string_matcher::MatchPattern},
     service::status::v3::{
         ClientConfig, ClientStatusRequest, ClientStatusResponse, ConfigStatus,
         client_config::GenericXdsConfig,
         client_status_discovery_service_server::ClientStatusDiscoveryService,
     },
+    r#type::matcher::v3::{NodeMatcher, StringMatcher, string_matcher::MatchPattern},
 };
 use futures_util::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
@@ -69,7 +69,9 @@ type Matches<'a> = Box<dyn Fn(&str) -> bool + Send + 'a>;
 
 fn matcher(of: &NodeMatcher) -> Result<Matches<'_>, Status> {
     if !of.node_metadatas.is_empty() {
-        return Err(Status::invalid_argument("node_matchers.node_metadatas is not supported: match by node_id"));
+        return Err(Status::invalid_argument(
+            "node_matchers.node_metadatas is not supported: match by node_id",
+        ));
     }
     let Some(StringMatcher { ignore_case, match_pattern }) = &of.node_id else {
         return Ok(Box::new(|_| true));
@@ -102,9 +104,10 @@ fn matcher(of: &NodeMatcher) -> Result<Matches<'_>, Status> {
 
 fn client(status: &ProxyStatus, contents: bool) -> ClientConfig {
     let node = &status.node;
-    let configs = status.types.iter().flat_map(|of| {
-        status.holds(of.kind).into_iter().map(move |held| config(of, &held, contents))
-    });
+    let configs = status
+        .types
+        .iter()
+        .flat_map(|of| status.holds(of.kind).into_iter().map(move |held| config(of, &held, contents)));
     let locality = &node.locality;
     ClientConfig {
         node: Some(core::Node {

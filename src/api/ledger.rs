@@ -26,8 +26,7 @@ use super::{
 };
 use crate::{
     model::{Instance, Problems, Revision, ServiceId, State as Health, excerpt},
-    proto,
-    registry,
+    proto, registry,
     resources::ClientKind,
     xds::{Concern, Delivery, Held, Lack, Progress, ProxyStatus, Resource, ResourceType, Why},
 };
@@ -247,7 +246,9 @@ impl Sight {
             Some(Delivery::Acknowledged) => {}
             Some(Delivery::Sent) => return no("it has not answered what was sent".to_owned()),
             Some(Delivery::Rejected) => return no(format!("it rejected what was sent: {}", of.last_error())),
-            Some(Delivery::Pending | Delivery::Absent) | None => return no("it is still to be sent".to_owned()),
+            Some(Delivery::Pending | Delivery::Absent) | None => {
+                return no("it is still to be sent".to_owned());
+            }
         }
         let why = match (health, instance.state) {
             (HealthStatus::Draining, _) | (_, Health::Draining) => "without new calls: it drains",

@@ -1,6 +1,8 @@
 use std::sync::OnceLock;
 
-use prost_reflect::{DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MapKey, ReflectMessage as _, Value};
+use prost_reflect::{
+    DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MapKey, ReflectMessage as _, Value,
+};
 use serde_json::{Map, Value as Json, json};
 
 use super::ENVOY_DESCRIPTORS;
@@ -183,7 +185,8 @@ mod tests {
     fn a_cluster_is_shown_as_it_would_be_written() {
         let inner = Router { suppress_envoy_headers: true, ..Router::default() };
         let number = |number| Value { kind: Some(Kind::NumberValue(number)) };
-        let metadata = Struct { fields: [("b".to_owned(), number(2.0)), ("a".to_owned(), number(1.5))].into() };
+        let metadata =
+            Struct { fields: [("b".to_owned(), number(2.0)), ("a".to_owned(), number(1.5))].into() };
         let cluster = Cluster {
             name: "greeter".into(),
             cluster_discovery_type: Some(ClusterDiscoveryType::Type(3)),

@@ -7,9 +7,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{
-    Entry, Protocol, ProxyStatus, Rejection, Resource, ResourceSet, ResourceType, TypeStatus,
-};
+use super::{Entry, Protocol, ProxyStatus, Rejection, Resource, ResourceSet, ResourceType, TypeStatus};
 use crate::{model::Revision, rt};
 
 /// What of a type is not acknowledged though the revisions do not tell it. Empty most of the time.
@@ -106,20 +104,22 @@ impl<'a> Relevant<'a> {
                 let about = match set {
                     Some(set) => {
                         let at = Arc::as_ptr(set).addr();
-                        let (_, names) = self.known.entry(at).or_insert_with(|| {
-                            (Arc::clone(set), about(set, revision, services, *listed))
-                        });
+                        let (_, names) = self
+                            .known
+                            .entry(at)
+                            .or_insert_with(|| (Arc::clone(set), about(set, revision, services, *listed)));
                         names
                     }
                     // Not known yet what it is to be sent: it lacks whatever it asks for.
-                    None => &ResourceType::ALL
-                        .map(|kind| (kind, services.iter().cloned().collect()))
-                        .to_vec(),
+                    None => {
+                        &ResourceType::ALL.map(|kind| (kind, services.iter().cloned().collect())).to_vec()
+                    }
                 };
                 let mut concerned = false;
                 let mut lacks = Lacks::new();
                 for of in types {
-                    let names = about.iter().filter(|(kind, _)| *kind == of.kind).flat_map(|(_, names)| names);
+                    let names =
+                        about.iter().filter(|(kind, _)| *kind == of.kind).flat_map(|(_, names)| names);
                     let names: Vec<_> = names.filter(|name| of.subscription.covers(name)).collect();
                     concerned |= !names.is_empty();
                     lacks.extend(of.lack(revision, names));

@@ -200,12 +200,7 @@ impl Proxies {
     }
 
     /// Waits until everybody whom it concerns has acknowledged `revision`, at most `timeout` (zero: look once).
-    pub async fn wait_delivered(
-        &self,
-        revision: Revision,
-        concern: &Concern,
-        timeout: Duration,
-    ) -> Progress {
+    pub async fn wait_delivered(&self, revision: Revision, concern: &Concern, timeout: Duration) -> Progress {
         let end = Instant::now() + timeout;
         loop {
             let changed = self.table.changed.notified();
@@ -270,8 +265,14 @@ impl Proxies {
     /// Adds a stream; it leaves when the seat is dropped.
     pub(super) fn join(&self, node: Node, protocol: Protocol) -> Seat {
         let id = self.table.next.fetch_add(1, Ordering::Relaxed);
-        let stream =
-            Arc::new(Stream { id, node, protocol, connected_at: rt::now(), types: Mutex::default(), set: OnceLock::new() });
+        let stream = Arc::new(Stream {
+            id,
+            node,
+            protocol,
+            connected_at: rt::now(),
+            types: Mutex::default(),
+            set: OnceLock::new(),
+        });
         self.table.streams.insert(id, Arc::clone(&stream));
         Seat { table: Arc::clone(&self.table), stream }
     }

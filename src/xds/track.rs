@@ -8,8 +8,7 @@ use imbl::OrdSet;
 use tokio::time::Instant;
 
 use super::{
-    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus,
-    ledger::Flight,
+    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus, ledger::Flight,
     subscription::Delta,
 };
 use crate::model::Revision;
