@@ -346,7 +346,8 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         ),
         ("Registered", format!("{age} ago, incarnation {}", cell(instance, "/incarnation"))),
         ("Held", held),
-        ("State", format!("{state}, since revision {} or before", cell(instance, "/revision"))),
+        ("State", state),
+        ("Changed", format!("at revision {}", cell(instance, "/revision"))),
         ("Seen by", views),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();

@@ -183,7 +183,10 @@ async fn exit_codes() {
         .route("/v1/services/gone/instances", refuse(404, "not_found"))
         .route("/v1/proxies/no%2Fbody", refuse(404, "not_found"))
         .route("/v1/proxies/late/resources", answer(json!({"streams": [{"resources": [{"state": "sent"}]}]})))
-        .route("/v1/proxies/fine/resources", answer(json!({"streams": [{"resources": [{"state": "absent"}]}]})));
+        .route(
+            "/v1/proxies/fine/resources",
+            answer(json!({"streams": [{"resources": [{"state": "absent"}]}]})),
+        );
     let (address, _tasks) = server(router).await;
     let sad = Router::new()
         .route("/readyz", answer(json!({})))

@@ -83,7 +83,8 @@ fn plain(value: &Value, depth: usize) -> Json {
         Value::I64(value) => json!(value),
         Value::U32(value) => json!(value),
         Value::U64(value) => json!(value),
-        Value::F32(value) => json!(value),
+        // 0.1, not the 0.10000000149 that it is as a wider number.
+        Value::F32(value) => value.to_string().parse::<f64>().map_or(Json::Null, Json::from),
         Value::F64(value) => json!(value),
         Value::String(value) => json!(value),
         Value::Bytes(value) => bytes(value),
