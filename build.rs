@@ -42,10 +42,11 @@ fn envoy_descriptors() -> Result<Vec<u8>, Box<dyn Error>> {
         return Err(format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr)).into());
     }
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    let packages = metadata["packages"].as_array().ok_or("cargo metadata names no packages")?;
-    let envoy = packages.iter().find(|package| package["name"] == "envoy-types");
-    let manifest =
-        envoy.and_then(|package| package["manifest_path"].as_str()).ok_or("there is no envoy-types")?;
+    let packages = metadata.get("packages").and_then(|packages| packages.as_array());
+    let named = |package: &serde_json::Value, name| package.get("name").is_some_and(|it| it == name);
+    let envoy = packages.into_iter().flatten().find(|package| named(package, "envoy-types"));
+    let manifest = envoy.and_then(|package| package.get("manifest_path")?.as_str());
+    let manifest = manifest.ok_or("cargo knows no envoy-types")?;
     let path = PathBuf::from(manifest).with_file_name("src/generated/types.bin");
     fs::read(&path).map_err(|error| format!("{}: {error}", path.display()).into())
 }

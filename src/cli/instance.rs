@@ -328,16 +328,23 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         other => other.to_owned(),
     };
     let list = |name: &str| document.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
-    let views: Vec<String> = list("views")
+    let (views, proxies) = (list("views"), list("proxies"));
+    let total = |field: &str| views.iter().map(|view| number(view, field)).sum::<u64>();
+    let each = views
         .iter()
         .map(|view| {
             format!("{} of {} {}", number(view, "/see"), number(view, "/proxies"), cell(view, "/client"))
         })
-        .collect();
-    let (views, proxies) = (
-        if views.is_empty() { "no proxy is connected".to_owned() } else { views.join(", ") },
-        list("proxies"),
-    );
+        .collect::<Vec<_>>();
+    let seen = match views.as_slice() {
+        [] => "no proxy is connected".to_owned(),
+        _ => format!(
+            "{} of {}; by view: {}",
+            total("/see"),
+            count(total("/proxies"), "proxy"),
+            each.join(", ")
+        ),
+    };
     let age = age(instance, "/registered_at", rt::now());
     let rows = [
         (
@@ -348,7 +355,7 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         ("Held", held),
         ("State", state),
         ("Changed", format!("at revision {}", cell(instance, "/revision"))),
-        ("Seen by", views),
+        ("Seen by", seen),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
     let columns = [

@@ -146,26 +146,26 @@ fn diff_tables(document: &Value, width: Option<usize>) -> String {
         Column::new("IS TO HOLD"),
         Column::new("HOLDS"),
         Column::new("WHY"),
+        Column::new("ERROR"),
     ];
     stream_tables(document, &columns, width, |resource| {
         let field = |name| cell(resource, name);
         let removed = field("/removed") == "yes";
         let wanted = match removed {
-            true => format!("nothing, from revision {}", field("/revision")),
-            false => format!("{} of revision {}", field("/version"), field("/revision")),
+            true => format!("nothing@{}", field("/revision")),
+            false => format!("{}@{}", field("/version"), field("/revision")),
         };
         let holds = match (removed, field("/earlier") == "yes") {
             (true, _) => field("/version"),
-            (false, true) => "an older version".to_owned(),
+            (false, true) => "older".to_owned(),
             (false, false) => "nothing".to_owned(),
         };
         let why = match field("/state").as_str() {
             "sent" => "sent, not answered".to_owned(),
             "pending" => "not sent yet".to_owned(),
-            "rejected" => format!("rejected: {}", field("/error")),
             other => other.to_owned(),
         };
-        vec![field("/type"), field("/name"), wanted, holds, why]
+        vec![field("/type"), field("/name"), wanted, holds, why, field("/error")]
     })
 }
 

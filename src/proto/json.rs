@@ -164,22 +164,12 @@ mod tests {
         },
         google::protobuf::{Any, BoolValue, Duration, Struct, UInt32Value, Value, value::Kind},
     };
-    use prost::{Message, Name};
+    use prost::{Message as _, Name};
 
     use super::*;
 
-    fn any(message: &(impl Message + Name)) -> Any {
-        Any { type_url: message.type_url_(), value: message.encode_to_vec() }
-    }
-
-    trait Url {
-        fn type_url_(&self) -> String;
-    }
-
-    impl<M: Name> Url for M {
-        fn type_url_(&self) -> String {
-            M::type_url()
-        }
+    fn any<M: Name>(message: &M) -> Any {
+        Any { type_url: M::type_url(), value: message.encode_to_vec() }
     }
 
     #[test]

@@ -75,12 +75,15 @@ pub enum Why {
 
 type Lacks = Vec<(ResourceType, Why)>;
 
+/// Names by type.
+type About = Vec<(ResourceType, Vec<Arc<str>>)>;
+
 /// Says of each stream what it lacks of a revision, looking at each resource set once.
 pub(super) struct Relevant<'a> {
     revision: Revision,
     concern: &'a Concern,
     /// Names by type that the change is about, by the address of the set, which is kept so that it stays the set's.
-    known: BTreeMap<usize, (Arc<ResourceSet>, Vec<(ResourceType, Vec<Arc<str>>)>)>,
+    known: BTreeMap<usize, (Arc<ResourceSet>, About)>,
 }
 
 impl<'a> Relevant<'a> {
@@ -131,12 +134,7 @@ impl<'a> Relevant<'a> {
 }
 
 /// Names by type that are in `set` because of the change that was `revision`, or of a later one to the same service.
-fn about(
-    set: &ResourceSet,
-    revision: Revision,
-    services: &BTreeSet<Arc<str>>,
-    listed: bool,
-) -> Vec<(ResourceType, Vec<Arc<str>>)> {
+fn about(set: &ResourceSet, revision: Revision, services: &BTreeSet<Arc<str>>, listed: bool) -> About {
     let before = Revision(revision.0.saturating_sub(1));
     let newer = |kind, name: &str| match set.get(kind, name) {
         Some(entry) => entry.changed >= revision,
