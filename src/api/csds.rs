@@ -156,3 +156,46 @@ fn config(of: &TypeStatus, held: &Held, contents: bool) -> GenericXdsConfig {
         ..GenericXdsConfig::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::envoy::r#type::matcher::v3::{RegexMatcher, StructMatcher};
+
+    use super::*;
+
+    fn matches(pattern: MatchPattern, ignore_case: bool, id: &str) -> bool {
+        let node_id = StringMatcher { ignore_case, match_pattern: Some(pattern) };
+        let of = NodeMatcher { node_id: Some(node_id), ..NodeMatcher::default() };
+        matcher(&of).unwrap()(id)
+    }
+
+    #[test]
+    fn c5_nodes_are_matched_by_id() {
+        use MatchPattern::{Contains, Exact, Prefix, Suffix};
+        for (pattern, id, want) in [
+            (Exact("edge-1".into()), "edge-1", true),
+            (Exact("edge-1".into()), "edge-10", false),
+            (Prefix("edge".into()), "edge-10", true),
+            (Suffix("-1".into()), "edge-10", false),
+            (Contains("ge-1".into()), "edge-10", true),
+        ] {
+            assert_eq!(matches(pattern.clone(), false, id), want, "{pattern:?} {id}");
+            assert_eq!(matches(pattern.clone(), true, &id.to_uppercase()), want, "{pattern:?} {id}");
+            assert!(!matches(pattern, false, &id.to_uppercase()));
+        }
+        assert!(matcher(&NodeMatcher::default()).unwrap()("anybody"));
+    }
+
+    #[test]
+    fn c5_what_cannot_be_matched_by_is_refused() {
+        let regex = MatchPattern::SafeRegex(RegexMatcher::default());
+        let node_id = StringMatcher { match_pattern: Some(regex), ..StringMatcher::default() };
+        let by_regex = NodeMatcher { node_id: Some(node_id), ..NodeMatcher::default() };
+        let metadata = vec![StructMatcher::default()];
+        let by_metadata = NodeMatcher { node_metadatas: metadata, ..NodeMatcher::default() };
+        for of in [by_regex, by_metadata] {
+            let refused = matcher(&of).err().unwrap();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{refused}");
+        }
+    }
+}

@@ -82,7 +82,7 @@ impl Api {
             // What it changed is no longer known.
             (None, None) => Concern::All,
         };
-        Ok(self.proxies.wait_delivered(revision, &concern, wait).await)
+        Ok(self.proxies.wait_acknowledged(revision, &concern, wait).await)
     }
 }
 

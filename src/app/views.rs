@@ -53,17 +53,17 @@ impl Views {
 
     /// Follows the catalog until no stream holds the view any more.
     async fn project(self, view: View, sender: Arc<watch::Sender<Set>>) {
-        let mut set = Arc::new(resources::render(&self.catalog.latest(), &view));
+        let published = |set: ResourceSet| Arc::new(set.with_published(Instant::now()));
+        let mut set = published(resources::render(&self.catalog.latest(), &view));
         loop {
             sender.send_replace(Some(Arc::clone(&set)));
             tokio::select! {
                 newer = self.catalog.newer_than(set.revision()) => {
                     let Some((snapshot, changes)) = newer else { return };
-                    let now = resources::update(&set, &snapshot, &changes, &view);
+                    set = published(resources::update(&set, &snapshot, &changes, &view));
                     if let Some(taken) = snapshot.taken() {
                         self.published.observe(taken.elapsed().as_secs_f64());
                     }
-                    set = Arc::new(now.with_published(Instant::now()));
                 }
                 () = sender.closed() => {
                     let mut sets = self.sets();

@@ -1,52 +1,15 @@
-use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    reader::{Changes, Reader},
-    snapshot::{Change, Snapshot},
+    reader::{Reader, State},
+    snapshot::Change,
 };
-use crate::{
-    model::{InstanceId, Revision, ServiceId},
-    rt,
-};
+use crate::{model::Revision, rt};
 
 /// Changes that the catalog remembers. A reader further behind looks at everything.
 const REMEMBERED: usize = 8192;
-
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) snapshot: Arc<Snapshot>,
-    log: imbl::Vector<(Revision, ServiceId, Option<InstanceId>)>,
-    /// The log holds every change after this.
-    log_from: Revision,
-    /// When revisions came, oldest first: as many as the log has.
-    times: imbl::Vector<(Revision, SystemTime)>,
-}
-
-impl State {
-    pub(super) fn changes_since(&self, since: Revision) -> Changes {
-        if since < self.log_from {
-            return Changes::Resync;
-        }
-        let newer = self.log.iter().rev().take_while(|(at, ..)| *at > since);
-        Changes::Touched(newer.map(|(_, service, id)| (service.clone(), id.clone())).collect::<BTreeSet<_>>())
-    }
-
-    pub(super) fn changes_of(&self, revision: Revision) -> Option<BTreeSet<(ServiceId, Option<InstanceId>)>> {
-        if revision <= self.log_from {
-            return None;
-        }
-        let until = self.log.iter().rev().skip_while(|(at, ..)| *at > revision);
-        let its = until.take_while(|(at, ..)| *at == revision);
-        Some(its.map(|(_, service, id)| (service.clone(), id.clone())).collect())
-    }
-
-    pub(super) fn came(&self, revision: Revision) -> Option<SystemTime> {
-        let later = self.times.iter().rev().take_while(|(at, _)| *at >= revision);
-        later.last().map(|(_, time)| *time)
-    }
-}
 
 /// The one way into the catalog. Not cloneable: there is one writer.
 #[derive(Debug)]
@@ -105,11 +68,14 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, time::SystemTime};
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        time::SystemTime,
+    };
 
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::reader::Changes, *};
     use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, State as Health};
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {

@@ -40,6 +40,8 @@ pub enum Concern {
 }
 
 impl Concern {
+    /// The endpoints of this name, or all.
+    #[cfg(test)]
     pub(super) fn of(endpoints: Option<&str>) -> Self {
         endpoints.map_or(Self::All, |name| Self::Endpoints(name.into()))
     }
@@ -370,7 +372,7 @@ mod tests {
 
         fn delivered(&self, revision: u64, services: &[&str], listed: bool) -> Progress {
             let services = services.iter().map(|&name| name.into()).collect();
-            self.proxies.delivered(Revision(revision), &Concern::Change { services, listed })
+            self.proxies.progress(Revision(revision), &Concern::Change { services, listed })
         }
     }
 

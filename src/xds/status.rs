@@ -188,19 +188,13 @@ impl Proxies {
         self.table.streams.is_empty()
     }
 
-    /// Waits until everybody has acknowledged `revision`, at most `timeout` (zero: look once). With `endpoints`, only
-    /// streams that are sent the endpoints of that name count, and only this type of theirs.
+    /// Waits until everybody whom it concerns has acknowledged `revision`, at most `timeout` (zero: look once).
     pub async fn wait_acknowledged(
         &self,
         revision: Revision,
-        endpoints: Option<&str>,
+        concern: &Concern,
         timeout: Duration,
     ) -> Progress {
-        self.wait_delivered(revision, &Concern::of(endpoints), timeout).await
-    }
-
-    /// Waits until everybody whom it concerns has acknowledged `revision`, at most `timeout` (zero: look once).
-    pub async fn wait_delivered(&self, revision: Revision, concern: &Concern, timeout: Duration) -> Progress {
         let end = Instant::now() + timeout;
         loop {
             let changed = self.table.changed.notified();
@@ -208,7 +202,7 @@ impl Proxies {
             // Counts from here, so that nothing that happens during the look is missed.
             changed.as_mut().enable();
             let looked = Instant::now();
-            let progress = self.delivered(revision, concern);
+            let progress = self.progress(revision, concern);
             if progress.complete || Instant::now() >= end {
                 return progress;
             }
@@ -220,12 +214,7 @@ impl Proxies {
     }
 
     /// How far `revision` has got now; see [`Proxies::wait_acknowledged`].
-    pub fn progress(&self, revision: Revision, endpoints: Option<&str>) -> Progress {
-        self.delivered(revision, &Concern::of(endpoints))
-    }
-
-    /// How far `revision` has got now; see [`Proxies::wait_delivered`].
-    pub fn delivered(&self, revision: Revision, concern: &Concern) -> Progress {
+    pub fn progress(&self, revision: Revision, concern: &Concern) -> Progress {
         let mut relevant = Relevant::new(revision, concern);
         let mut acknowledged = 0;
         let mut behind = Vec::new();
@@ -235,10 +224,10 @@ impl Proxies {
                 Concern::All | Concern::Endpoints(_) => None,
             };
             let lacks = relevant.lacks(&stream.types(), set.as_ref());
-            match lacks.as_deref() {
+            match lacks {
                 None => {}
-                Some([]) => acknowledged += 1,
-                Some(lacks) => behind.push((stream, lacks.to_vec())),
+                Some(lacks) if lacks.is_empty() => acknowledged += 1,
+                Some(lacks) => behind.push((stream, lacks)),
             }
         }
         behind.sort_by(|(a, _), (b, _)| (&a.node.id, a.id).cmp(&(&b.node.id, b.id)));
@@ -326,5 +315,74 @@ impl Drop for Seat {
     fn drop(&mut self) {
         self.table.streams.remove(&self.stream.id);
         self.table.changed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xds::{
+        delta::Delta,
+        testing::{Bench, CDS, EDS, delta, put},
+    };
+
+    fn join(proxies: &Proxies, id: &str, bench: &Bench<Delta>) -> Seat {
+        let seat = proxies.join(Node { id: id.into(), ..Node::default() }, Protocol::Delta);
+        seat.update(bench.engine.status());
+        seat
+    }
+
+    #[test]
+    fn progress_counts_whom_it_concerns() {
+        let proxies = Proxies::default();
+        let mut good = Bench::<Delta>::new([put(EDS, "a", "1"), put(EDS, "b", "1")]);
+        good.request(delta(EDS, &["a"], &[]));
+        good.settle();
+        let mut bad = Bench::<Delta>::new([put(EDS, "a", "bad"), put(EDS, "b", "1"), put(CDS, "c", "1")]);
+        bad.request(delta(EDS, &["a"], &[]));
+        bad.out();
+        bad.nack(EDS);
+        bad.request(delta(EDS, &["b"], &[]));
+        bad.request(delta(CDS, &[], &[]));
+        bad.settle();
+        let _seats = [join(&proxies, "good", &good), join(&proxies, "bad", &bad)];
+        let check = |revision, name, acknowledged, pending: &[&str]| {
+            let progress = proxies.progress(Revision(revision), &Concern::of(name));
+            assert_eq!(progress.acknowledged, acknowledged, "{progress:?}");
+            assert_eq!(progress.pending, pending, "{progress:?}");
+            assert_eq!(progress.complete, pending.is_empty());
+        };
+        check(1, None, 1, &["bad"]);
+        check(1, Some("a"), 1, &["bad"]);
+        // What it rejected does not hold up what it accepted.
+        check(1, Some("b"), 1, &[]);
+        check(1, Some("nobody's"), 0, &[]);
+        check(2, Some("a"), 0, &["bad", "good"]);
+        let list = proxies.list();
+        assert_eq!(list.iter().map(|proxy| proxy.last_error()).collect::<Vec<_>>(), ["bad", ""]);
+        assert_eq!(list.iter().map(ProxyStatus::synced).collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_ends_with_the_last_acknowledgement_or_departure_or_in_time() {
+        let proxies = Proxies::default();
+        let mut bench = Bench::<Delta>::new([put(EDS, "a", "1")]);
+        bench.request(delta(EDS, &["a"], &[]));
+        bench.settle();
+        let (first, second) = (join(&proxies, "first", &bench), join(&proxies, "second", &bench));
+        let concern = Concern::of(Some("a"));
+        let wait = |seconds| proxies.wait_acknowledged(Revision(2), &concern, Duration::from_secs(seconds));
+        assert_eq!(wait(1).await.pending, ["first", "second"]);
+        bench.apply([put(EDS, "a", "2")]);
+        bench.settle();
+        let started = Instant::now();
+        let (progress, ()) = tokio::join!(wait(60), async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            first.update(bench.engine.status());
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            drop(second);
+        });
+        assert_eq!((progress.complete, progress.acknowledged), (true, 1));
+        assert_eq!(started.elapsed(), Duration::from_secs(6));
     }
 }
