@@ -3,6 +3,9 @@
 use std::{env, error::Error, fs, path::PathBuf, process::Command};
 
 use prost::Message;
+use protox::prost_reflect::prost_types::{
+    DescriptorProto, EnumDescriptorProto, EnumOptions, FileDescriptorSet, MessageOptions,
+};
 
 const API: &[&str] = &["disco/v1/registry.proto", "disco/v1/proxies.proto"];
 const GREETER: &[&str] = &["greeter.proto"];
@@ -48,5 +51,41 @@ fn envoy_descriptors() -> Result<Vec<u8>, Box<dyn Error>> {
     let manifest = envoy.and_then(|package| package.get("manifest_path")?.as_str());
     let manifest = manifest.ok_or("cargo knows no envoy-types")?;
     let path = PathBuf::from(manifest).with_file_name("src/generated/types.bin");
-    fs::read(&path).map_err(|error| format!("{}: {error}", path.display()).into())
+    let whole = fs::read(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(names_and_types(FileDescriptorSet::decode(whole.as_slice())?).encode_to_vec())
+}
+
+/// What it takes to show a message: without services, annotations and other options.
+fn names_and_types(mut set: FileDescriptorSet) -> FileDescriptorSet {
+    fn message(of: &mut DescriptorProto) {
+        let map_entry = of.options.as_ref().and_then(|options| options.map_entry);
+        of.options = map_entry.map(|it| MessageOptions { map_entry: Some(it), ..MessageOptions::default() });
+        of.extension.clear();
+        of.extension_range.clear();
+        of.reserved_range.clear();
+        of.reserved_name.clear();
+        of.field.iter_mut().for_each(|field| {
+            field.options = None;
+            field.json_name = None;
+        });
+        of.oneof_decl.iter_mut().for_each(|oneof| oneof.options = None);
+        of.enum_type.iter_mut().for_each(enumeration);
+        of.nested_type.iter_mut().for_each(message);
+    }
+    fn enumeration(of: &mut EnumDescriptorProto) {
+        let alias = of.options.as_ref().and_then(|options| options.allow_alias);
+        of.options = alias.map(|it| EnumOptions { allow_alias: Some(it), ..EnumOptions::default() });
+        of.reserved_range.clear();
+        of.reserved_name.clear();
+        of.value.iter_mut().for_each(|value| value.options = None);
+    }
+    for file in &mut set.file {
+        file.service.clear();
+        file.extension.clear();
+        file.options = None;
+        file.source_code_info = None;
+        file.message_type.iter_mut().for_each(message);
+        file.enum_type.iter_mut().for_each(enumeration);
+    }
+    set
 }

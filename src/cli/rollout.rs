@@ -81,18 +81,15 @@ async fn status(http: &Http, arguments: &Status) -> Result<(), Failure> {
     if progress {
         status_line("");
     }
-    let behind = pending(&document);
-    let complete = is_complete(&document);
-    let has = count(number(&document, "/acknowledged"), "proxy");
-    View { document, items: None, table: status_table, empty: "" }.print(options.output)?;
-    if complete {
+    View { document: document.clone(), items: None, table: status_table, empty: "" }.print(options.output)?;
+    if is_complete(&document) {
         return Ok(());
     }
     let within = if *wait { format!(" within {}", format_duration(*timeout)) } else { String::new() };
     Err(Failure::not_yet(format!(
-        "revision {revision} is acknowledged by {has} but not by {}{within}: {}",
-        count(u64::try_from(behind.len()).unwrap_or(u64::MAX), "other"),
-        some_of(&behind)
+        "{} acknowledged revision {revision}{within}; not yet: {}",
+        share(&document),
+        some_of(&pending(&document))
     )))
 }
 
@@ -105,11 +102,15 @@ fn pending(document: &Value) -> Vec<String> {
     nodes.filter_map(Value::as_str).map(clean).collect()
 }
 
-fn line(document: &Value) -> String {
-    let behind = pending(document);
+/// E.g. `2 of 3 proxies`.
+fn share(document: &Value) -> String {
     let has = number(document, "/acknowledged");
-    let all = has.saturating_add(u64::try_from(behind.len()).unwrap_or(u64::MAX));
-    format!("{has} of {} acknowledged it; waiting for {}", count(all, "proxy"), some_of(&behind))
+    let behind = u64::try_from(pending(document).len()).unwrap_or(u64::MAX);
+    format!("{has} of {}", count(has.saturating_add(behind), "proxy"))
+}
+
+fn line(document: &Value) -> String {
+    format!("{} acknowledged it; waiting for {}", share(document), some_of(&pending(document)))
 }
 
 fn status_table(document: &Value, width: Option<usize>) -> String {

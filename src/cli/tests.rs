@@ -164,7 +164,7 @@ async fn a_drain_that_is_not_acknowledged_names_the_proxies() {
     for line in ["rollout status 5", "rollout status 5 --wait --timeout 20ms"] {
         let failure = against(address, line).await.unwrap_err();
         assert_eq!(failure.code, failure::NOT_YET, "{line}");
-        assert!(failure.message.contains("but not by 1 other"), "{failure}");
+        assert!(failure.message.contains("1 of 2 proxies acknowledged revision 5"), "{failure}");
     }
     against(address, "instance drain greeter/a --wait 0s").await.unwrap();
     let for_ever = against(address, "instance drain greeter/a --wait 9999999999999999s");

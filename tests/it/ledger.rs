@@ -125,7 +125,7 @@ fn who_has_a_change_and_who_has_not() {
             "silent  endpoints  not answered",
             "picky   endpoints  rejected",
             REASON,
-            "but not by 2 others within 300ms: picky, silent",
+            "1 of 3 proxies acknowledged revision 2 within 300ms; not yet: picky, silent",
         ];
         check(&disco, &line, 2, &named)?;
         let answer = disco.get(&format!("/v1/revisions/{second}"))?;
