@@ -15,7 +15,10 @@ use envoy_types::pb::envoy::{
 use futures_util::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Api, ledger::any};
+use super::{
+    Api,
+    ledger::{any, aside},
+};
 use crate::xds::{Delivery, Held, ProxyStatus, ResourceType, TypeStatus};
 
 /// The gRPC service.
@@ -27,18 +30,22 @@ impl ClientStatus {
         Self(api)
     }
 
-    fn answer(&self, request: &ClientStatusRequest) -> Result<ClientStatusResponse, Status> {
-        let matchers = request.node_matchers.iter().map(matcher).collect::<Result<Vec<_>, _>>()?;
-        let wanted = |status: &ProxyStatus| {
-            // The matchers are OR-ed; without any, everybody is meant.
-            matchers.is_empty() || matchers.iter().any(|matches| matches(&status.node.id))
-        };
+    async fn answer(&self, request: ClientStatusRequest) -> Result<ClientStatusResponse, Status> {
         let proxies = self.0.proxies.list();
-        let config = proxies.iter().filter(|status| wanted(status));
-        Ok(ClientStatusResponse {
-            config: config.map(|status| client(status, !request.exclude_resource_contents)).collect(),
-        })
+        aside(move || answer(&proxies, &request)).await?
     }
+}
+
+fn answer(proxies: &[ProxyStatus], request: &ClientStatusRequest) -> Result<ClientStatusResponse, Status> {
+    let matchers = request.node_matchers.iter().map(matcher).collect::<Result<Vec<_>, _>>()?;
+    let wanted = |status: &&ProxyStatus| {
+        // The matchers are OR-ed; without any, everybody is meant.
+        matchers.is_empty() || matchers.iter().any(|matches| matches(&status.node.id))
+    };
+    let config = proxies.iter().filter(wanted);
+    Ok(ClientStatusResponse {
+        config: config.map(|status| client(status, !request.exclude_resource_contents)).collect(),
+    })
 }
 
 #[tonic::async_trait]
@@ -52,7 +59,10 @@ impl ClientStatusDiscoveryService for ClientStatus {
     ) -> Result<Response<Self::StreamClientStatusStream>, Status> {
         let service = self.clone();
         let shutdown = self.0.tasks.shutdown().clone();
-        let answers = request.into_inner().map(move |request| service.answer(&request?));
+        let answers = request.into_inner().then(move |request| {
+            let service = service.clone();
+            async move { service.answer(request?).await }
+        });
         let answers = answers.take_until(Box::pin(async move { shutdown.wait().await }));
         Ok(Response::new(Box::pin(answers)))
     }
@@ -61,7 +71,7 @@ impl ClientStatusDiscoveryService for ClientStatus {
         &self,
         request: Request<ClientStatusRequest>,
     ) -> Result<Response<ClientStatusResponse>, Status> {
-        self.answer(request.get_ref()).map(Response::new)
+        self.answer(request.into_inner()).await.map(Response::new)
     }
 }
 

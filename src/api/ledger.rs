@@ -1,6 +1,10 @@
 //! The delivery ledger over HTTP/JSON: who has a change, what a proxy holds, and who sees an instance.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -20,7 +24,7 @@ use serde_json::{Value, json};
 use super::{
     Api,
     dto::{self, InstanceDto},
-    error::ApiError,
+    error::{ApiError, Kind},
     http::{Query, Reply, instance_key, read_wait},
     proxies::{kind, streams_of},
 };
@@ -28,7 +32,7 @@ use crate::{
     model::{Instance, Problems, Revision, ServiceId, State as Health, excerpt},
     proto, registry,
     resources::ClientKind,
-    xds::{Concern, Delivery, Held, Lack, Progress, ProxyStatus, Resource, ResourceType, Why},
+    xds::{Concern, Delivery, Held, Lack, Progress, ProxyStatus, Resource, ResourceType, Version, Why},
 };
 
 pub(super) async fn revision(
@@ -118,20 +122,31 @@ pub(super) async fn resources(
         (only, fields.parse("body", problems, str::parse::<bool>).unwrap_or_default())
     })?;
     let streams = streams_of(&api, &node)?;
-    let streams: Vec<Value> = streams
-        .iter()
-        .map(|status| {
-            let kinds = ResourceType::ALL.into_iter().filter(|kind| only.is_none_or(|only| only == *kind));
-            let held = kinds.flat_map(|kind| status.holds(kind));
-            json!({
-                "peer": status.peer().map(|peer| peer.to_string()).unwrap_or_default(),
-                "protocol": status.protocol.as_str(),
-                "revision": status.set.as_ref().map(|set| set.revision().0),
-                "resources": held.map(|held| resource(status, &held, body)).collect::<Vec<_>>(),
-            })
-        })
-        .collect();
-    Ok(Json(json!({"node_id": node, "streams": streams})).into_response())
+    let shown = move || {
+        let streams: Vec<Value> = streams.iter().map(|status| stream(status, only, body)).collect();
+        Json(json!({"node_id": node, "streams": streams})).into_response()
+    };
+    aside(shown).await
+}
+
+/// Runs what may take long where no stream waits for it.
+pub(super) async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| ApiError::new(Kind::Internal, format!("this request met a bug in Disco: {error}")))
+}
+
+fn stream(status: &ProxyStatus, only: Option<ResourceType>, body: bool) -> Value {
+    let kinds = ResourceType::ALL.into_iter().filter(|kind| only.is_none_or(|only| only == *kind));
+    let held = kinds.flat_map(|kind| status.holds(kind));
+    json!({
+        "peer": status.peer().map(|peer| peer.to_string()).unwrap_or_default(),
+        "protocol": status.protocol.as_str(),
+        "revision": status.set.as_ref().map(|set| set.revision().0),
+        "resources": held.map(|held| resource(status, &held, body)).collect::<Vec<_>>(),
+    })
 }
 
 fn parse_kind(text: &str) -> Result<ResourceType, String> {
@@ -181,8 +196,14 @@ pub(super) async fn explain(State(api): State<Api>, Path((service, id)): Path<(S
     let snapshot = api.registry.catalog().latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     let proxies = api.proxies.list();
-    let sights: Vec<(&ProxyStatus, Sight)> =
-        proxies.iter().map(|status| (status, Sight::of(status, instance))).collect();
+    // Of the same endpoints the same is true.
+    let mut known: HashMap<Version, Option<HealthStatus>> = HashMap::new();
+    let mut sight = |status| {
+        Sight::of(status, instance, |resource| {
+            *known.entry(resource.version).or_insert_with(|| health_of(resource, instance))
+        })
+    };
+    let sights: Vec<(&ProxyStatus, Sight)> = proxies.iter().map(|status| (status, sight(status))).collect();
 
     // Streams of one view share its set.
     let mut views: BTreeMap<usize, (ClientKind, usize, usize)> = BTreeMap::new();
@@ -226,7 +247,11 @@ struct Sight {
 }
 
 impl Sight {
-    fn of(status: &ProxyStatus, instance: &Instance) -> Self {
+    fn of(
+        status: &ProxyStatus,
+        instance: &Instance,
+        mut health_of: impl FnMut(&Resource) -> Option<HealthStatus>,
+    ) -> Self {
         let service = instance.key.service.as_str();
         let no = |why: String| Self { sees: false, why };
         let endpoints = status.types.iter().find(|of| of.kind == ResourceType::Endpoints);
@@ -235,14 +260,13 @@ impl Sight {
         };
         let Some(set) = &status.set else { return no("what it is to be sent is not known yet".to_owned()) };
         let entry = set.get(ResourceType::Endpoints, service);
-        let Some(health) = entry.and_then(|entry| health_of(&entry.resource, instance)) else {
+        let Some(health) = entry.and_then(|entry| health_of(&entry.resource)) else {
             return no(match instance.state {
                 Health::Serving => "what it is sent leaves this instance out".to_owned(),
                 Health::Draining => "it drains: clients of this kind are told no more of it".to_owned(),
             });
         };
-        let held = status.holds(ResourceType::Endpoints);
-        match held.iter().find(|held| &*held.name == service).map(|held| held.delivery) {
+        match status.holding(ResourceType::Endpoints, service).map(|held| held.delivery) {
             Some(Delivery::Acknowledged) => {}
             Some(Delivery::Sent) => return no("it has not answered what was sent".to_owned()),
             Some(Delivery::Rejected) => return no(format!("it rejected what was sent: {}", of.last_error())),

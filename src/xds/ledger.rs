@@ -237,19 +237,20 @@ impl ProxyStatus {
         let Some(set) = &self.set else {
             return asked.iter().map(|name| absent(kind, name, Delivery::Pending)).collect();
         };
-        let unanswered = of.flight.unanswered.iter().flat_map(|(_, names)| names.iter());
-        let look = Look {
-            of,
-            set,
-            sent: unanswered.collect(),
-            due: of.flight.due.iter().chain(&of.flight.held).collect(),
-        };
+        let look = Look::of(of, set);
         let mut names: BTreeSet<&Arc<str>> = asked.iter().collect();
         if of.subscription.is_wildcard() {
             names.extend(set.iter(kind).map(|(name, _)| name));
         }
         names.extend(look.sent.iter().chain(&look.due));
         names.into_iter().filter_map(|name| look.at(name)).collect()
+    }
+
+    /// One resource that it asked for and that there is.
+    pub fn holding(&self, kind: ResourceType, name: &str) -> Option<Held> {
+        let of = self.types.iter().find(|of| of.kind == kind && of.subscription.covers(name))?;
+        let set = self.set.as_ref()?;
+        Look::of(of, set).at(&set.get(kind, name)?.resource.name)
     }
 }
 
@@ -273,7 +274,13 @@ struct Look<'a> {
     due: HashSet<&'a Arc<str>>,
 }
 
-impl Look<'_> {
+impl<'a> Look<'a> {
+    fn of(of: &'a TypeStatus, set: &'a ResourceSet) -> Self {
+        let unanswered = of.flight.unanswered.iter().flat_map(|(_, names)| names.iter());
+        let due = of.flight.due.iter().chain(&of.flight.held);
+        Self { of, set, sent: unanswered.collect(), due: due.collect() }
+    }
+
     fn at(&self, name: &Arc<str>) -> Option<Held> {
         let kind = self.of.kind;
         if let Some(Entry { resource, changed, since, .. }) = self.set.get(kind, name) {
