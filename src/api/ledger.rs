@@ -35,6 +35,9 @@ use crate::{
     xds::{Concern, Delivery, Held, Lack, Progress, ProxyStatus, Resource, ResourceType, Version, Why},
 };
 
+/// A change that touched more than this, such as what was read at the start, concerns everybody.
+const MANY: usize = 256;
+
 pub(super) async fn revision(
     State(api): State<Api>,
     Path(revision): Path<String>,
@@ -79,12 +82,12 @@ impl Api {
         let concern = match (service, catalog.changes_of(revision)) {
             // The EDS name of a service is its name.
             (Some(service), _) => Concern::Endpoints(service.shared()),
-            (None, Some(touched)) => Concern::Change {
+            (None, Some(touched)) if touched.len() <= MANY => Concern::Change {
                 listed: touched.iter().any(|(_, instance)| instance.is_none()),
                 services: touched.into_iter().map(|(service, _)| service.shared()).collect(),
             },
-            // What it changed is no longer known.
-            (None, None) => Concern::All,
+            // What it changed is no longer known, or is nearly everything.
+            (None, _) => Concern::All,
         };
         Ok(self.proxies.wait_acknowledged(revision, &concern, wait).await)
     }
