@@ -7,13 +7,17 @@ use tokio::sync::watch;
 
 use crate::{
     catalog::Reader,
+    model::Locality,
     resources::{self, ClientKind, View},
     rt::Tasks,
     xds::{Admit, Admitted, Code, Node, Refusal, ResourceSet, StreamPolicy},
 };
 
-/// Views that may be in use at once. Each costs a rendering of the whole catalog, and a node's metadata may ask for one.
+/// Views of all services that may be in use at once. Each costs a rendering of the whole catalog, and a node may ask for one.
 const MOST: usize = 256;
+
+/// Likewise of some services, which cost what they name.
+const MOST_SCOPED: usize = 4096;
 
 pub(super) type Set = Option<Arc<ResourceSet>>;
 
@@ -30,13 +34,25 @@ impl Views {
         Self { catalog, tasks, sets: Arc::default() }
     }
 
-    /// The set of a view, now and as it changes; `None` when too many views are in use.
-    pub(super) fn subscribe(&self, view: View) -> Option<watch::Receiver<Set>> {
+    /// The set of a view, now and as it changes; `None` when too many views are in use. Where something runs only decides what
+    /// is preferred, so views that differ in nothing else give way to wider ones before any is refused.
+    fn subscribe(&self, view: View) -> Option<watch::Receiver<Set>> {
+        let most = if view.upstreams.is_some() { MOST_SCOPED } else { MOST };
+        let region = Locality { zone: "".into(), ..view.locality.clone() };
+        let in_region = View { locality: region, ..view.clone() };
+        let anywhere = View { locality: Locality::default(), ..view.clone() };
+        let choices = [(view, most / 2), (in_region, most / 4 * 3), (anywhere, most)];
+        choices.into_iter().find_map(|(view, most)| self.subscribe_within(view, most))
+    }
+
+    /// The set of exactly this view, unless that makes more than `most` of its sort.
+    fn subscribe_within(&self, view: View, most: usize) -> Option<watch::Receiver<Set>> {
         let mut sets = self.sets();
         if let Some(set) = sets.get(&view) {
             return Some(set.subscribe());
         }
-        if sets.len() >= MOST {
+        let scoped = view.upstreams.is_some();
+        if sets.keys().filter(|other| other.upstreams.is_some() == scoped).count() >= most {
             return None;
         }
         let (sender, receiver) = watch::channel(None);
@@ -86,7 +102,9 @@ impl Admit for Views {
         let set = self.subscribe(view).ok_or_else(|| Refusal {
             code: Code::ResourceExhausted,
             message: format!(
-                "{MOST} different views are in use, the most that there may be: let sidecars share disco.outbound_port"
+                "{} different views are in use, the most that there may be: let proxies share disco.upstreams and \
+                 disco.outbound_port",
+                self.sets().len()
             ),
         })?;
         Ok(Admitted { set, policy })

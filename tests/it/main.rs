@@ -13,6 +13,8 @@
 
 mod bad_input;
 mod harness;
+mod on_demand;
 mod real_clients;
 mod tidy;
 mod validate;
+mod views;
