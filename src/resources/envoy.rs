@@ -1,6 +1,6 @@
 //! For Envoy sidecars: a cluster per service, one listener on loopback, and one route table that sends each call by its
-//! `:authority` to the cluster of that name. On demand, the table knows no names: the call waits until Envoy has asked for the
-//! cluster (rule L1).
+//! `:authority` to the cluster of that name. On demand, a call waits until Envoy has asked for its cluster (rule L1); the table
+//! tells beforehand which names there are.
 
 use std::{collections::HashMap, net::Ipv4Addr, sync::Arc};
 
@@ -69,6 +69,8 @@ const STREAMS_PER_CONNECTION: u32 = 1_000_000;
 /// Retries that may always run at once, whatever the load: enough for all calls in flight of a service whose only other instance
 /// just crashed.
 const RETRIES_AT_ONCE: u32 = 1_000;
+
+const AUTHORITY: &str = ":authority";
 
 pub(super) fn cluster(service: &Arc<str>) -> Resource {
     let message = Cluster {
@@ -198,21 +200,21 @@ pub(super) fn listener(view: &View) -> Resource {
 fn on_demand() -> HttpFilter {
     let odcds = OnDemandCds {
         source: ads(),
-        // Only a server that is out of reach does not answer at once.
+        // Until a server that is out of reach is back, or another one is found.
         timeout: seconds(5),
         ..OnDemandCds::default()
     };
     http_filter("envoy.filters.http.on_demand", &OnDemand { odcds: Some(odcds) })
 }
 
-/// Says what is wrong where Envoy by itself says nothing.
+/// Says what is wrong where Envoy by itself says nothing: the service is just going, or no server of Disco can be asked.
 fn cluster_not_found() -> LocalReplyConfig {
     let no_cluster = ResponseFlagFilter { flags: vec!["NC".to_owned()] };
     let mapper = ResponseMapper {
         filter: Some(AccessLogFilter {
             filter_specifier: Some(FilterSpecifier::ResponseFlagFilter(no_cluster)),
         }),
-        body_format_override: text(&format!("{NOT_KNOWN} is registered, or no server of Disco answered")),
+        body_format_override: text(&format!("{NOT_KNOWN} could be had from Disco")),
         ..ResponseMapper::default()
     };
     LocalReplyConfig { mappers: vec![mapper], body_format: None }
@@ -221,36 +223,36 @@ fn cluster_not_found() -> LocalReplyConfig {
 /// One table for all services of the view, so it changes only when one of them comes or goes.
 pub(super) fn routes<'a>(services: impl Iterator<Item = &'a str>, view: &View) -> Resource {
     let retry_policy = retry_policy();
-    let mut virtual_hosts: Vec<_> =
-        services.map(|service| virtual_host(service, retry_policy.clone())).collect();
-    virtual_hosts.push(anything_else(vec![no_such_service(view)]));
-    route_table(virtual_hosts)
-}
-
-/// Whatever could be the name of a service is the name of a cluster; the rest is not asked for. No service is called as the
-/// cluster of Disco's own servers is, so no call gets there.
-pub(super) fn routes_on_demand(view: &View) -> Resource {
-    // Envoy refuses expressions that count up to the longest name.
-    let name = RegexMatcher { regex: "[-a-z0-9]+([.][-a-z0-9]+)?".to_owned(), ..RegexMatcher::default() };
-    let authority = HeaderMatcher {
-        name: ":authority".to_owned(),
-        header_match_specifier: Some(HeaderMatchSpecifier::StringMatch(StringMatcher {
-            match_pattern: Some(MatchPattern::SafeRegex(name)),
-            ..StringMatcher::default()
-        })),
-        ..HeaderMatcher::default()
+    let mut virtual_hosts: Vec<_> = if view.on_demand {
+        on_demand_host(services.map(str::to_owned).collect(), retry_policy, view).into_iter().collect()
+    } else {
+        services.map(|service| virtual_host(service, retry_policy.clone())).collect()
     };
-    let mut named = forward(ClusterSpecifier::ClusterHeader(":authority".to_owned()), retry_policy());
-    if let Some(condition) = &mut named.r#match {
-        condition.headers.push(authority);
-    }
-    route_table(vec![anything_else(vec![named, no_such_service(view)])])
-}
-
-fn route_table(virtual_hosts: Vec<VirtualHost>) -> Resource {
+    // No service can have this name.
+    virtual_hosts.push(host("*", vec!["*".to_owned()], vec![no_such_service(view)]));
     let message =
         RouteConfiguration { name: OUTBOUND.to_owned(), virtual_hosts, ..RouteConfiguration::default() };
     Resource::new(ResourceType::Route, OUTBOUND, &message, [])
+}
+
+/// One for all services: little more than a list of names. Without that list every name would be asked for, and Envoy asks only
+/// once: it has calls to a name that it knows to be missing wait for the whole time-out.
+fn on_demand_host(services: Vec<String>, retry_policy: RetryPolicy, view: &View) -> Option<VirtualHost> {
+    // Domains match in any case, clusters do not.
+    let lower_case = RegexMatcher { regex: "[-.a-z0-9]+".to_owned(), ..RegexMatcher::default() };
+    let mut route = forward(ClusterSpecifier::ClusterHeader(AUTHORITY.to_owned()), retry_policy);
+    if let Some(condition) = &mut route.r#match {
+        condition.headers.push(HeaderMatcher {
+            name: AUTHORITY.to_owned(),
+            header_match_specifier: Some(HeaderMatchSpecifier::StringMatch(StringMatcher {
+                match_pattern: Some(MatchPattern::SafeRegex(lower_case)),
+                ..StringMatcher::default()
+            })),
+            ..HeaderMatcher::default()
+        });
+    }
+    // Envoy refuses a host without domains.
+    (!services.is_empty()).then(|| host("services", services, vec![route, no_such_service(view)]))
 }
 
 /// Calls that got no answer go to another instance: whether they could not be sent, were refused by a server that shuts down, lost
@@ -292,14 +294,8 @@ fn no_such_service(view: &View) -> Route {
     all_paths(Action::DirectResponse(action))
 }
 
-fn anything_else(routes: Vec<Route>) -> VirtualHost {
-    VirtualHost {
-        // No service can have this name.
-        name: "*".to_owned(),
-        domains: vec!["*".to_owned()],
-        routes,
-        ..VirtualHost::default()
-    }
+fn host(name: &str, domains: Vec<String>, routes: Vec<Route>) -> VirtualHost {
+    VirtualHost { name: name.to_owned(), domains, routes, ..VirtualHost::default() }
 }
 
 fn text(format: &str) -> Option<SubstitutionFormatString> {

@@ -70,10 +70,7 @@ pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &
         if old.get(ResourceType::Listener, OUTBOUND).is_none() {
             out.push(Change::Put(envoy::listener(view)));
         }
-        let routed = old.get(ResourceType::Route, OUTBOUND).is_some();
-        if view.on_demand && !routed {
-            out.push(Change::Put(envoy::routes_on_demand(view)));
-        } else if !view.on_demand && (services_changed || !routed) {
+        if services_changed || old.get(ResourceType::Route, OUTBOUND).is_none() {
             let names = services(snapshot, view).map(|service| service.id.as_str());
             out.push(Change::Put(envoy::routes(names, view)));
         }

@@ -26,8 +26,8 @@ fn a_cluster_comes_with_its_first_call() {
         let clusters = envoy.clusters()?;
         ensure!(clusters.iter().eq(["disco_servers", "greeter"]), "{clusters:?}");
 
-        // Unknown, asked for or not: the call fails at once and says why. Nobody gets to Disco itself.
-        for authority in ["later", "later", "Not_a.name", "disco_servers"] {
+        // Others fail at once, also the second time, and say why. Nobody gets to Disco itself, and Envoy asks for nothing.
+        for authority in ["later", "later", "Greeter", "not_a.name", "disco_servers"] {
             let start = Instant::now();
             let said = envoy.call(authority)?;
             let took = start.elapsed();
@@ -36,11 +36,23 @@ fn a_cluster_comes_with_its_first_call() {
             ensure!(took < Duration::from_secs(1), "{authority} took {took:?}");
         }
 
-        // Somebody registers under the name.
+        // Somebody registers under the name, goes, and comes back.
         disco.register_alias("later")?;
         eventually("a call of later", PATIENCE, || envoy.call("later").ok()?.ok())?;
         let of_clusters = types(&disco)?;
         ensure!(of_clusters["wildcard"] == false && of_clusters["names"] == 2, "{of_clusters:#}");
+        for path in ["/v1/services/later/instances/alias", "/v1/services/later"] {
+            let answer = disco.request("DELETE", path, b"")?;
+            ensure!(answer.status == 200, "{answer:?}");
+        }
+        eventually("end of later", PATIENCE, || {
+            envoy.clusters().ok()?.iter().eq(["disco_servers", "greeter"]).then_some(())
+        })?;
+        let start = Instant::now();
+        let said = envoy.call("later")?;
+        ensure!(said.is_err() && start.elapsed() < Duration::from_secs(1), "{said:?}");
+        disco.register_alias("later")?;
+        eventually("a call of later", PATIENCE, || envoy.call("later").ok()?.ok())?;
         Ok(())
     });
 }
