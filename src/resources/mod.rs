@@ -10,6 +10,7 @@ mod bootstrap;
 mod endpoints;
 mod envoy;
 mod grpc;
+mod places;
 mod view;
 mod wire;
 
@@ -20,6 +21,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 pub use bootstrap::{Bootstrap, DEFAULT_ADMIN_PORT, Protocol};
 pub use envoy::OUTBOUND;
+pub use places::Places;
 pub use view::{ClientKind, DEFAULT_OUTBOUND_PORT, MAX_UPSTREAMS, NodeError, View};
 
 use crate::{
@@ -35,6 +37,18 @@ pub fn render(snapshot: &Snapshot, view: &View) -> ResourceSet {
 /// The resources of a view after `changes`, which lead from `old` to `snapshot`; equal to [`render`] of the snapshot. Only the
 /// services that the changes name are generated again, and what comes out the same keeps its version and place.
 pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &View) -> ResourceSet {
+    update_beside(None, old, snapshot, changes, view)
+}
+
+/// As [`update`]; what is generated and equal in `other` takes no memory of its own. Views that differ only in where they are
+/// have all but some endpoints in common.
+pub fn update_beside(
+    other: Option<&ResourceSet>,
+    old: &ResourceSet,
+    snapshot: &Snapshot,
+    changes: &Changes,
+    view: &View,
+) -> ResourceSet {
     let mut out = Vec::new();
     // Every service that a view includes has a cluster of its name, so the clusters of a set say which services it knows.
     let known = |name: &str| old.get(ResourceType::Cluster, name).is_some();
@@ -75,7 +89,20 @@ pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &
             out.push(Change::Put(envoy::routes(names, view)));
         }
     }
+    if let Some(other) = other {
+        out.iter_mut().for_each(|change| share(change, other));
+    }
     old.apply(snapshot.revision(), out)
+}
+
+/// Equal versions are equal contents.
+fn share(change: &mut Change, other: &ResourceSet) {
+    if let Change::Put(resource) = change
+        && let Some(entry) = other.get(resource.kind, &resource.name)
+        && entry.resource.version == resource.version
+    {
+        resource.clone_from(&entry.resource);
+    }
 }
 
 /// What the view includes, by name.

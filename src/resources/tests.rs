@@ -525,11 +525,13 @@ fn view() -> impl Strategy<Value = View> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Any history: an updated set is what is rendered anew, all its references hold, and a removed resource is remembered.
+    /// Any history: an updated set is what is rendered anew, all its references hold, a removed resource is remembered, and the
+    /// widest place that is the same is.
     #[test]
     fn update_equals_render(history in proptest::collection::vec(op(), 1..60), view in view()) {
         let (mut writer, reader) = catalog();
         let mut set = render(&reader.latest(), &view);
+        let (mut places, mut seen) = (Places::default(), reader.latest());
         for (n, op) in history.iter().enumerate() {
             if let Some(change) = change(op) {
                 writer.apply(Revision(n as u64 + 1), vec![change]);
@@ -546,6 +548,14 @@ proptest! {
                 }
                 check_references(&next, &snapshot, &view);
                 set = next;
+
+                places.follow(&seen, &snapshot, &changes, &view);
+                let mut counted = Places::default();
+                counted.follow(&Snapshot::default(), &snapshot, &Changes::Resync, &view);
+                prop_assert_eq!(&places, &counted);
+                let widest = View { locality: places.widest(&view.locality), ..view.clone() };
+                prop_assert_eq!(contents(&render(&snapshot, &widest)), contents(&set), "{:?}", widest);
+                seen = snapshot;
             }
         }
     }
