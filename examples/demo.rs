@@ -211,7 +211,7 @@ fn leave_running(disco: &Disco, envoy: &Envoy) -> anyhow::Result<()> {
     let here = std::env::current_dir()?;
     let shown = |path: &Path| path.strip_prefix(&here).unwrap_or(path).display().to_string();
     println!("  export DISCO_HTTP={} DISCO_GRPC={}", disco.http, disco.grpc);
-    for command in ["instance list greeter", "proxy list", "service list", "instance drain greeter g3"] {
+    for command in ["instance list greeter", "proxy list", "service list", "instance drain greeter/g3"] {
         println!("  {} {command}", shown(&program));
     }
     println!("  {} --proxy {} --calls 6", shown(&sibling("examples/greeter-client")?), envoy.proxy);

@@ -16,7 +16,7 @@ use crate::{
     },
     proto::v1::{self, registry_server, session_request, session_response},
     registry::{Accepted, Ended, Registry, Session, instance_to_proto},
-    rt::Tasks,
+    rt::{Fate, Hangup, Tasks},
 };
 
 /// Answers of a stream that wait for a slow reader.
@@ -256,6 +256,7 @@ impl registry_server::Registry for RegistryService {
     }
 
     async fn session(&self, request: Request<Streaming<v1::SessionRequest>>) -> Answer<Self::SessionStream> {
+        let mut hangup = request.extensions().get::<Hangup>().cloned();
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(QUEUE);
         let service = self.clone();
@@ -275,8 +276,7 @@ impl registry_server::Registry for RegistryService {
                             break Ended::Closed;
                         }
                     }
-                    Some(Err(status)) => break how_it_ended(&status),
-                    None => break Ended::Closed,
+                    Some(Err(_)) | None => break how_it_ended(hangup.as_mut()).await,
                 }
             };
             session.end(how).await;
@@ -289,22 +289,17 @@ impl registry_server::Registry for RegistryService {
     }
 }
 
-/// A connection that was closed or reset is evidence of the owner's end: its kernel says so. One that only fell silent (a
-/// keep-alive that was not answered) is not.
-fn how_it_ended(status: &Status) -> Ended {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(status);
-    while let Some(error) = cause {
-        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_timeout)
-            || error
-                .downcast_ref::<std::io::Error>()
-                .is_some_and(|e| e.kind() == std::io::ErrorKind::TimedOut)
-            || error.to_string().contains("keep-alive timed out")
-        {
-            return Ended::Lost;
-        }
-        cause = error.source();
+/// How long a connection may take to be dropped after its streams were told of it.
+const DROP: Duration = Duration::from_millis(20);
+
+/// A stream that ends on a living connection was ended by its owner, and a connection whose other end hung up is evidence of
+/// the owner's end. One that was given up, because keep-alive got no answer, is not.
+async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
+    let Some(hangup) = hangup else { return Ended::Lost };
+    match hangup.fate(DROP).await {
+        Fate::Open | Fate::HungUp => Ended::Closed,
+        Fate::GivenUp => Ended::Lost,
     }
-    Ended::Closed
 }
 
 fn read_service(text: &str) -> Result<ServiceId, ApiError> {

@@ -7,13 +7,20 @@ use std::{
 };
 
 use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpSocket},
     sync::mpsc,
 };
-use tonic::transport::Server;
+use tonic::transport::{
+    Server,
+    server::{Connected, TcpConnectInfo},
+};
+use tower::util::MapRequestLayer;
 
 use super::Error;
-use crate::{proto, rt::Tasks};
+use crate::{
+    proto,
+    rt::{Hangup, Tasks, Watched},
+};
 
 /// Connections that may wait to be accepted. After a restart every proxy connects in the same second; with the usual 128
 /// most of them would wait for SYN retransmissions. The system caps it at net.core.somaxconn.
@@ -45,16 +52,34 @@ pub(super) fn bind(
 struct Connections(TcpListener);
 
 impl futures_util::Stream for Connections {
-    type Item = io::Result<TcpStream>;
+    type Item = io::Result<Watched>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0.poll_accept(cx).map(|accepted| {
             Some(accepted.and_then(|(stream, _)| {
                 stream.set_nodelay(true)?;
-                Ok(stream)
+                Ok(Watched::new(stream))
             }))
         })
     }
+}
+
+impl Connected for Watched {
+    type ConnectInfo = (TcpConnectInfo, Hangup);
+
+    fn connect_info(&self) -> Self::ConnectInfo {
+        (self.stream().connect_info(), self.hangup())
+    }
+}
+
+/// Puts what is known of the connection where handlers look for it: the peer's address, and whether it hung up.
+fn spread_connect_info<B>(mut request: http::Request<B>) -> http::Request<B> {
+    let extensions = request.extensions_mut();
+    if let Some((peer, hangup)) = extensions.remove::<<Watched as Connected>::ConnectInfo>() {
+        extensions.insert(peer);
+        extensions.insert(hangup);
+    }
+    request
 }
 
 pub(super) fn reflection()
@@ -77,6 +102,7 @@ pub(super) fn serve_grpc(
         let server = Server::builder()
             .http2_keepalive_interval(Some(interval))
             .http2_keepalive_timeout(Some(timeout))
+            .layer(MapRequestLayer::new(spread_connect_info))
             .add_routes(routes)
             .serve_with_incoming_shutdown(Connections(listener), shutdown.wait());
         report("grpc", server.await, &failed);

@@ -4,7 +4,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use crate::{
     catalog::{Changes, Reader, Snapshot},
@@ -102,7 +105,8 @@ impl Views {
                 let set = same.map(|(_, set)| Arc::clone(set)).unwrap_or_else(|| {
                     let none = ResourceSet::default();
                     let beside = sets.values().next().map(AsRef::as_ref);
-                    Arc::new(update_beside(beside, &none, &snapshot, &Changes::Resync, &at(&widest)))
+                    let set = update_beside(beside, &none, &snapshot, &Changes::Resync, &at(&widest));
+                    Arc::new(set.with_published(Instant::now()))
                 });
                 sets.insert(place.clone(), Arc::clone(&set));
                 sender.send_replace(Some(set));
@@ -116,6 +120,7 @@ impl Views {
             let Some((next, changes)) = newer else { return };
             places.follow(&snapshot, &next, &changes, &family);
             snapshot = next;
+            let now = Instant::now();
             // Kept until the end, so that an address stands for one of them.
             let before: Vec<_> = sets.drain().collect();
             let mut done: HashMap<(usize, Locality), Arc<ResourceSet>> = HashMap::new();
@@ -125,7 +130,8 @@ impl Views {
                 let view = at(&widest);
                 // From the same set to what looks the same: the same set.
                 let next = done.entry((Arc::as_ptr(set).addr(), widest)).or_insert_with(|| {
-                    Arc::new(update_beside(last.as_deref(), set, &snapshot, &changes, &view))
+                    let next = update_beside(last.as_deref(), set, &snapshot, &changes, &view);
+                    Arc::new(next.with_published(now))
                 });
                 last = Some(Arc::clone(next));
                 if let Some(sender) = members.get(place) {

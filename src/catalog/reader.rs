@@ -2,7 +2,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use tokio::sync::watch;
 
-use super::{snapshot::Snapshot, writer::State};
+use super::snapshot::Snapshot;
 use crate::model::{InstanceId, Revision, ServiceId};
 
 /// What changed between two revisions.
@@ -12,6 +12,25 @@ pub enum Changes {
     Touched(BTreeSet<(ServiceId, Option<InstanceId>)>),
     /// More than is remembered: anything may have changed.
     Resync,
+}
+
+/// A snapshot and how it came about.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) log: imbl::Vector<(Revision, ServiceId, Option<InstanceId>)>,
+    /// The log holds every change after this.
+    pub(super) log_from: Revision,
+}
+
+impl State {
+    pub(super) fn changes_since(&self, since: Revision) -> Changes {
+        if since < self.log_from {
+            return Changes::Resync;
+        }
+        let newer = self.log.iter().rev().take_while(|(at, ..)| *at > since);
+        Changes::Touched(newer.map(|(_, service, id)| (service.clone(), id.clone())).collect::<BTreeSet<_>>())
+    }
 }
 
 /// The way out of the catalog. Cheap to clone.

@@ -1,33 +1,15 @@
-use std::{collections::BTreeSet, sync::Arc};
+use std::sync::Arc;
 
 use tokio::sync::watch;
 
 use super::{
-    reader::{Changes, Reader},
-    snapshot::{Change, Snapshot},
+    reader::{Reader, State},
+    snapshot::Change,
 };
-use crate::model::{InstanceId, Revision, ServiceId};
+use crate::model::Revision;
 
 /// Changes that the catalog remembers. A reader further behind looks at everything.
 const REMEMBERED: usize = 8192;
-
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) snapshot: Arc<Snapshot>,
-    log: imbl::Vector<(Revision, ServiceId, Option<InstanceId>)>,
-    /// The log holds every change after this.
-    log_from: Revision,
-}
-
-impl State {
-    pub(super) fn changes_since(&self, since: Revision) -> Changes {
-        if since < self.log_from {
-            return Changes::Resync;
-        }
-        let newer = self.log.iter().rev().take_while(|(at, ..)| *at > since);
-        Changes::Touched(newer.map(|(_, service, id)| (service.clone(), id.clone())).collect::<BTreeSet<_>>())
-    }
-}
 
 /// The one way into the catalog. Not cloneable: there is one writer.
 #[derive(Debug)]
@@ -80,11 +62,14 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, time::SystemTime};
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        time::SystemTime,
+    };
 
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::reader::Changes, *};
     use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, State as Health};
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {

@@ -52,6 +52,10 @@ impl Session {
     pub async fn end(self, how: Ended) {
         let over = self.inner.leases.session_over(self.id, Instant::now());
         if how == Ended::Lost {
+            for (key, _) in over {
+                let grace = self.inner.config.session_grace;
+                tracing::info!(instance = %key, ?grace, "its session was lost: it is removed after the grace unless its owner comes back");
+            }
             return;
         }
         let removals = over.into_iter().map(|(key, incarnation)| {

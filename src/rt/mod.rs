@@ -1,10 +1,12 @@
-//! Small general things: named tasks with an owner, backoff, readiness, the wall clock.
+//! Small general things: named tasks with an owner, backoff, readiness, connections that note a hang-up, the wall clock.
 
 mod backoff;
+mod hangup;
 mod ready;
 mod task;
 
 pub use backoff::Backoff;
+pub use hangup::{Fate, Hangup, Watched};
 pub use ready::{Gate, Readiness};
 pub use task::{Shutdown, Tasks};
 

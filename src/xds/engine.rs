@@ -122,8 +122,8 @@ pub(super) struct Engine<V> {
     current: Revision,
     /// When it was last asked for a response.
     looked: Option<Instant>,
-    /// Since when something waits to be sent.
-    waiting_since: Option<Instant>,
+    /// When the oldest set was published that has not been looked at.
+    published: Option<Instant>,
     /// The client came with clusters: until then it may have listeners or routes that it has not asked for yet.
     reconnected_until: Option<Instant>,
     variant: V,
@@ -139,7 +139,7 @@ impl<V: Variant> Engine<V> {
             nonce: 0,
             current: Revision(0),
             looked: None,
-            waiting_since: None,
+            published: None,
             reconnected_until: None,
             variant: V::default(),
         }
@@ -163,7 +163,6 @@ impl<V: Variant> Engine<V> {
         if len > limit {
             return Err(ProtocolError::LongType { len, limit });
         }
-        self.waiting_since.get_or_insert(now);
         let Some(kind) = ResourceType::from_url(ask.type_url) else {
             self.variant.on_unknown(request);
             return Ok(Heard::Request);
@@ -192,7 +191,7 @@ impl<V: Variant> Engine<V> {
 
     /// Notes that there is a newer set, for the measured latency.
     pub(super) fn on_resources(&mut self, set: &ResourceSet, now: Instant) {
-        self.waiting_since.get_or_insert(set.published().unwrap_or(now));
+        self.published.get_or_insert(set.published().unwrap_or(now));
     }
 
     /// The next response, if anything is due and may be sent. Call until `None`.
@@ -212,7 +211,8 @@ impl<V: Variant> Engine<V> {
         }
         loop {
             for kind in ResourceType::ALL {
-                if self.may_send(kind, set, now)?
+                if self.is_pending(kind, set, now)?
+                    && self.may_send(kind, set, now)?
                     && let Some(response) = self.send(kind, set, now)?
                 {
                     return Ok(Some(response));
@@ -226,9 +226,7 @@ impl<V: Variant> Engine<V> {
             let built = Built { body, removed, version: set.revision().to_string(), ..Built::default() };
             return Ok(Some(self.respond(None, &type_url, built, set)));
         }
-        if !self.tracks.iter().any(|track| track.outstanding.is_some()) {
-            self.waiting_since = None;
-        }
+        self.published = None;
         Ok(None)
     }
 
@@ -254,6 +252,25 @@ impl<V: Variant> Engine<V> {
     /// Responses that were not answered in time.
     pub(super) fn unanswered(&self) -> u64 {
         self.tracks.iter().map(|track| track.report.unanswered).sum()
+    }
+
+    /// Whether there is something to send of this type; if so, notes since when.
+    fn is_pending(
+        &mut self,
+        kind: ResourceType,
+        set: &Arc<ResourceSet>,
+        now: Instant,
+    ) -> Result<bool, ProtocolError> {
+        let since = self.published.unwrap_or(now);
+        let track = self.track_mut(kind);
+        let pending = track.pending(set, V::tells_removals(kind))?;
+        if pending {
+            track.waiting_since.get_or_insert(since);
+        } else if track.seen {
+            track.waiting_since = None;
+            track.rest(set.revision());
+        }
+        Ok(pending)
     }
 
     /// Whether order allows a response of this type now.
@@ -292,12 +309,8 @@ impl<V: Variant> Engine<V> {
     ) -> Result<Option<Response>, ProtocolError> {
         let config = Arc::clone(&self.config);
         let nonce = self.nonce + 1;
-        let since = self.waiting_since.unwrap_or(now);
         let track = self.track_mut(kind);
-        if !track.pending(set, V::tells_removals(kind))? {
-            track.rest(set.revision());
-            return Ok(None);
-        }
+        let since = track.waiting_since.take().unwrap_or(now);
         let Some(mut built) = V::build(track, set, nonce, &config)? else {
             track.rest(set.revision());
             return Ok(None);
@@ -314,7 +327,6 @@ impl<V: Variant> Engine<V> {
             expired: false,
         });
         track.adds &= more;
-        track.last_nonce = nonce;
         track.report.responses += 1;
         track.report.sent = set.revision();
         if kind == ResourceType::Cluster && self.policy.repush_endpoints {

@@ -270,3 +270,71 @@ impl Drop for Seat {
         self.table.changed.notify_waiters();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xds::{
+        delta::Delta,
+        testing::{Bench, CDS, EDS, delta, put},
+    };
+
+    fn join(proxies: &Proxies, id: &str, bench: &Bench<Delta>) -> Seat {
+        let seat = proxies.join(Node { id: id.into(), ..Node::default() }, Protocol::Delta);
+        seat.update(bench.engine.status());
+        seat
+    }
+
+    #[test]
+    fn progress_counts_whom_it_concerns() {
+        let proxies = Proxies::default();
+        let mut good = Bench::<Delta>::new([put(EDS, "a", "1"), put(EDS, "b", "1")]);
+        good.request(delta(EDS, &["a"], &[]));
+        good.settle();
+        let mut bad = Bench::<Delta>::new([put(EDS, "a", "bad"), put(EDS, "b", "1"), put(CDS, "c", "1")]);
+        bad.request(delta(EDS, &["a"], &[]));
+        bad.out();
+        bad.nack(EDS);
+        bad.request(delta(EDS, &["b"], &[]));
+        bad.request(delta(CDS, &[], &[]));
+        bad.settle();
+        let _seats = [join(&proxies, "good", &good), join(&proxies, "bad", &bad)];
+        let check = |revision, name, acknowledged, pending: &[&str]| {
+            let progress = proxies.progress(Revision(revision), name);
+            assert_eq!(progress.acknowledged, acknowledged, "{progress:?}");
+            assert_eq!(progress.pending, pending, "{progress:?}");
+            assert_eq!(progress.complete, pending.is_empty());
+        };
+        check(1, None, 1, &["bad"]);
+        check(1, Some("a"), 1, &["bad"]);
+        // What it rejected does not hold up what it accepted.
+        check(1, Some("b"), 1, &[]);
+        check(1, Some("nobody's"), 0, &[]);
+        check(2, Some("a"), 0, &["bad", "good"]);
+        let list = proxies.list();
+        assert_eq!(list.iter().map(|proxy| proxy.last_error()).collect::<Vec<_>>(), ["bad", ""]);
+        assert_eq!(list.iter().map(ProxyStatus::synced).collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_ends_with_the_last_acknowledgement_or_departure_or_in_time() {
+        let proxies = Proxies::default();
+        let mut bench = Bench::<Delta>::new([put(EDS, "a", "1")]);
+        bench.request(delta(EDS, &["a"], &[]));
+        bench.settle();
+        let (first, second) = (join(&proxies, "first", &bench), join(&proxies, "second", &bench));
+        let wait = |seconds| proxies.wait_acknowledged(Revision(2), Some("a"), Duration::from_secs(seconds));
+        assert_eq!(wait(1).await.pending, ["first", "second"]);
+        bench.apply([put(EDS, "a", "2")]);
+        bench.settle();
+        let started = Instant::now();
+        let (progress, ()) = tokio::join!(wait(60), async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            first.update(bench.engine.status());
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            drop(second);
+        });
+        assert_eq!((progress.complete, progress.acknowledged), (true, 1));
+        assert_eq!(started.elapsed(), Duration::from_secs(6));
+    }
+}

@@ -36,8 +36,11 @@ pub(super) struct Track {
     pub held: BTreeMap<Arc<str>, Revision>,
     /// Names of rejected responses, one group each: a group goes again with the next change of any of it (rules S4, D15).
     pub rejected: Vec<OrdSet<Arc<str>>>,
+    /// A response was rejected since the groups were last compared with what there is.
+    recheck: bool,
     pub outstanding: Option<Outstanding>,
-    pub last_nonce: u64,
+    /// When the change was published that is to be sent.
+    pub waiting_since: Option<Instant>,
     /// What is due has clusters that are new to the client.
     pub adds: bool,
     /// SotW: hash of the last list of names, and the version the client was last told.
@@ -107,8 +110,9 @@ impl Track {
             due: BTreeSet::new(),
             held: BTreeMap::new(),
             rejected: Vec::new(),
+            recheck: false,
             outstanding: None,
-            last_nonce: 0,
+            waiting_since: None,
             adds: false,
             names_hash: None,
             version: None,
@@ -120,7 +124,12 @@ impl Track {
     /// Takes in what a request changed about the subscription.
     pub(super) fn subscribed(&mut self, delta: Delta) {
         self.digest = None;
-        self.everything |= delta.everything;
+        if delta.everything {
+            self.everything = true;
+            // What is on its way may have been given up meanwhile; under the wildcard the client keeps it.
+            self.due
+                .extend(self.outstanding.iter().flat_map(|outstanding| outstanding.names.iter().cloned()));
+        }
         if self.subscription.is_empty() {
             // Rule S-E3: nothing more for a type that nobody watches, and no answer to wait for either.
             self.due.clear();
@@ -177,9 +186,24 @@ impl Track {
             }
         }
         self.rejected.push(joined);
+        self.recheck = true;
     }
 
-    /// Considers nothing up to the set's revision any more.
+    /// Where removals are not told, what was removed while its rejection was on the way is no news any more, and no reason
+    /// to keep its neighbours back either.
+    fn recheck(&mut self, set: &ResourceSet) {
+        if mem::take(&mut self.recheck) {
+            for group in mem::take(&mut self.rejected) {
+                if group.iter().all(|name| set.get(self.kind, name).is_some()) {
+                    self.rejected.push(group);
+                } else {
+                    self.due.extend(group);
+                }
+            }
+        }
+    }
+
+    /// Takes everything up to the set's revision as considered.
     pub(super) fn catch_up(&mut self, set: &ResourceSet) {
         self.cursor = Some(set.revision());
     }
@@ -188,6 +212,9 @@ impl Track {
     pub(super) fn pending(&mut self, set: &ResourceSet, removals: bool) -> Result<bool, ProtocolError> {
         if !self.seen {
             return Ok(false);
+        }
+        if !removals {
+            self.recheck(set);
         }
         if !self.due.is_empty() || self.owes || self.everything || self.claim.is_some() {
             return Ok(true);
@@ -215,9 +242,9 @@ impl Track {
                 && match set.get(self.kind, name) {
                     Some(entry) => entry.changed > cursor,
                     None => set.gone(self.kind, name).is_some_and(|gone| {
-                        let had = removals && gone.first <= cursor;
-                        gone.removed > cursor
-                            && (had || self.rejected.iter().any(|group| group.contains(*name)))
+                        let told = removals && gone.first <= cursor;
+                        let suspect = || self.rejected.iter().any(|group| group.contains(*name));
+                        gone.removed > cursor && (told || suspect())
                     }),
                 }
         };
@@ -254,6 +281,17 @@ impl Track {
                 self.due.insert(name);
             }
         }
+        if !self.rejected.is_empty() {
+            // Asked for again, and gone meanwhile: its neighbours need not wait for a change of it (rule D15).
+            let gone: Vec<_> =
+                self.due.iter().filter(|name| set.get(self.kind, name).is_none()).cloned().collect();
+            for name in gone {
+                self.reopen(&name);
+            }
+        }
+        if self.everything {
+            self.due.extend(mem::take(&mut self.rejected).into_iter().flatten());
+        }
         self.cursor = Some(set.revision());
         let due = mem::take(&mut self.due);
         if !mem::take(&mut self.everything) {
@@ -265,7 +303,6 @@ impl Track {
             return Ok(due.into_iter().filter(|name| self.subscription.covers(name)).collect());
         }
         self.adds |= set.len(self.kind) > 0;
-        self.rejected.clear();
         let live = set.iter(self.kind).map(|(name, _)| Arc::clone(name));
         let gone = due.into_iter().filter(|name| set.get(self.kind, name).is_none());
         Ok(live.chain(gone).collect())

@@ -362,6 +362,9 @@ impl<V: Client> World<V> {
     }
 
     fn finish(&mut self) {
+        // What is bad is rejected once, not for ever (rule S4).
+        self.quiesce();
+        assert_eq!(self.quiesce().0, 0);
         // What is bad is mended.
         let set = self.server.set.clone().unwrap();
         let mut changes = Vec::new();

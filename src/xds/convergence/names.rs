@@ -170,6 +170,9 @@ impl<V: Client> World<V> {
     }
 
     fn finish(&mut self) {
+        // What is bad is rejected once, not for ever (rule S4).
+        self.quiesce();
+        assert_eq!(self.quiesce(), 0, "a message without a cause");
         let set = self.server.set.clone().unwrap();
         for kind in [LDS, RDS] {
             for (name, _) in set.iter(kind) {

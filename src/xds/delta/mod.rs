@@ -4,7 +4,7 @@
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     mem,
     sync::Arc,
 };
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 
 use super::{
-    Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
+    Config, Entry, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
     engine::{Ask, Built, Variant},
     response::removed_field,
     subscription::Terms,
@@ -62,7 +62,12 @@ impl Variant for Delta {
     ) -> Result<(), ProtocolError> {
         let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
         let (add, remove) = (&request.resource_names_subscribe, &request.resource_names_unsubscribe);
-        let change = track.subscription.update(add, remove, first, terms)?;
+        let mut change = track.subscription.update(add, remove, first, terms)?;
+        if let Some(set) = terms.set.filter(|_| first) {
+            // Not even noted as due: a proxy that reconnects names everything it holds.
+            let versions = &request.initial_resource_versions;
+            change.added.retain(|name| !holds(versions, set.get(terms.kind, name)));
+        }
         let removed = change.removed.clone();
         track.subscribed(change);
         if track.subscription.is_wildcard() {
@@ -81,30 +86,40 @@ impl Variant for Delta {
         let Some(Claim { held: Held::Each(versions), forced }) = track.claim.take() else { return false };
         let reconnected = !versions.is_empty();
         if reconnected {
-            if mem::take(&mut track.everything) {
+            // Rule D9: what has not changed need not go again; here D9 outweighs D4 (rule D10).
+            let mut known = 0;
+            let everything = mem::take(&mut track.everything);
+            if everything {
                 for (name, entry) in set.iter(track.kind) {
-                    let held = versions.get(name.as_ref());
-                    track.adds |= held.is_none();
-                    if !held.is_some_and(|held| is(entry.resource.version, held)) {
+                    known += usize::from(versions.contains_key(name.as_ref()));
+                    if holds(&versions, Some(entry)) {
+                        track.due.remove(name);
+                    } else {
                         track.due.insert(Arc::clone(name));
                     }
                 }
             }
-            for (name, version) in versions {
-                // Rule D9: what has not changed need not go again; here D9 outweighs D4 (rule D10).
-                if let Some(entry) = set.get(track.kind, &name) {
+            // The rest is gone, or there is no wildcard.
+            let rest = if everything && known == versions.len() { HashMap::new() } else { versions };
+            for (name, version) in rest {
+                if !track.subscription.covers(&name) {
+                    continue;
+                }
+                let live = set.get(track.kind, &name);
+                if let Some(entry) = live {
+                    let name = &entry.resource.name;
                     if is(entry.resource.version, &version) {
-                        track.due.remove(name.as_str());
-                    }
-                } else if track.subscription.covers(&name) {
-                    let name: Arc<str> = name.into();
-                    if track.kind == ResourceType::Cluster {
-                        // Rule O3, over a reconnect: routes that the client holds may still name it.
-                        track.due.remove(&name);
-                        track.held.insert(name, set.revision());
+                        track.due.remove(name);
                     } else {
-                        track.due.insert(name);
+                        track.due.insert(Arc::clone(name));
                     }
+                } else if track.kind == ResourceType::Cluster {
+                    // Rule O3, over a reconnect: routes that the client holds may still name it.
+                    let name: Arc<str> = name.into();
+                    track.due.remove(&name);
+                    track.held.insert(name, set.revision());
+                } else {
+                    track.due.insert(name.into());
                 }
             }
             track.adds |= track.due.iter().any(|name| set.get(track.kind, name).is_some());
@@ -172,6 +187,14 @@ impl Variant for Delta {
         let body = removed_field(names.iter().map(String::as_str));
         Some((url, if names.is_empty() { Vec::new() } else { vec![body] }, names.len()))
     }
+}
+
+/// Whether a client that holds these versions holds the resource as it is.
+fn holds(versions: &HashMap<String, String>, entry: Option<&Entry>) -> bool {
+    entry.is_some_and(|entry| {
+        let resource = &entry.resource;
+        versions.get(resource.name.as_ref()).is_some_and(|version| is(resource.version, version))
+    })
 }
 
 /// Whether a client's text is this version.

@@ -378,3 +378,15 @@ fn k5_endpoints_are_split_and_lists_are_not() {
     s.ask(EDS, &["a", "b"]);
     assert_eq!(s.settle(), ["Cluster a=1 b=1", "Endpoints a=1", "Endpoints b=1"]);
 }
+
+#[test]
+fn d15_a_route_that_is_removed_while_its_rejection_is_on_the_way() {
+    let mut s = Stream::new([put(RDS, "a", "bad"), put(RDS, "b", "1")]);
+    s.ask(RDS, &["a", "b"]);
+    assert_eq!(s.out(), ["Route a=bad b=1"]);
+    s.apply([remove(RDS, "a")]);
+    assert_eq!(s.out(), NOTHING);
+    s.nack(RDS);
+    assert_eq!(s.settle(), ["Route b=1"]);
+    assert_eq!(s.acknowledged(RDS), 2);
+}

@@ -1,3 +1,7 @@
+//! Scripts for delta streams, named after the rules that they hold.
+
+mod order;
+
 use std::time::Duration;
 
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
@@ -242,186 +246,6 @@ fn d9_d5_a_reconnect_with_a_name_that_it_does_not_hold() {
 }
 
 #[test]
-fn o9_endpoints_first_after_a_reconnect_even_unknown_ones() {
-    let mut s = Stream::new([put(CDS, "b", "1"), put(EDS, "b", "1")]);
-    s.request(holding(EDS, &["a"], &[("a", version(EDS, "a", "1"))]));
-    assert_eq!(s.settle(), ["Endpoints -a"]);
-    s.request(holding(CDS, &[], &[("a", version(CDS, "a", "1"))]));
-    assert_eq!(s.settle(), ["Cluster b=1"]);
-    s.wait(Duration::from_secs(5));
-    assert_eq!(s.settle(), ["Cluster -a"]);
-}
-
-#[test]
-fn o4_a_changed_cluster_brings_its_endpoints() {
-    let mut s = settled();
-    s.apply([put(CDS, "a", "2")]);
-    assert_eq!(s.settle(), ["Cluster a=2", "Endpoints a=1"]);
-}
-
-#[test]
-fn o4_not_for_grpc() {
-    let mut s = Stream::with(StreamPolicy::GRPC, Config::default(), [put(CDS, "a", "1"), put(EDS, "a", "1")]);
-    s.request(delta(CDS, &["a"], &[]));
-    s.request(delta(EDS, &["a"], &[]));
-    s.settle();
-    s.apply([put(CDS, "a", "2")]);
-    assert_eq!(s.settle(), ["Cluster a=2"]);
-}
-
-#[test]
-fn o4_over_a_reconnect_whichever_type_comes_first() {
-    for endpoints_first in [false, true] {
-        let mut s = Stream::new([put(CDS, "a", "2"), put(EDS, "a", "1")]);
-        let clusters = holding(CDS, &[], &[("a", version(CDS, "a", "1"))]);
-        let endpoints = holding(EDS, &["a"], &[("a", version(EDS, "a", "1"))]);
-        if endpoints_first {
-            s.request(endpoints);
-            assert_eq!(s.settle(), NOTHING);
-            s.request(clusters);
-            assert_eq!(s.settle(), ["Cluster a=2", "Endpoints a=1"]);
-        } else {
-            s.request(clusters);
-            assert_eq!(s.settle(), ["Cluster a=2"]);
-            s.request(endpoints);
-            assert_eq!(s.settle(), ["Endpoints a=1"]);
-        }
-    }
-}
-
-#[test]
-fn o6_a_new_cluster_on_shared_endpoints_brings_them_unasked() {
-    let mut s = settled();
-    let shared = crate::xds::Resource::new(
-        CDS,
-        "b",
-        &envoy_types::pb::envoy::config::cluster::v3::Cluster {
-            name: "b".into(),
-            alt_stat_name: "1".into(),
-            ..Default::default()
-        },
-        ["a".into()],
-    );
-    s.apply([crate::xds::Change::Put(shared)]);
-    assert_eq!(s.settle(), ["Cluster b=1", "Endpoints a=1"]);
-}
-
-#[test]
-fn o7_endpoints_do_not_wait_for_the_answer_to_clusters() {
-    let mut s = settled();
-    s.apply([put(CDS, "b", "1"), put(EDS, "b", "1"), put(EDS, "a", "2")]);
-    assert_eq!(s.out(), ["Cluster b=1", "Endpoints a=2"]);
-    s.ack(EDS);
-    s.request(delta(EDS, &["b"], &[]));
-    assert_eq!(s.out(), ["Endpoints b=1"]);
-}
-
-#[test]
-fn o2_o7_routes_wait_until_new_clusters_are_warm() {
-    let mut s = settled();
-    s.apply([put(CDS, "b", "1"), put(RDS, "r", "b")]);
-    assert_eq!(s.out(), ["Cluster b=1"]);
-    s.ack(CDS);
-    assert_eq!(s.out(), ["Route r=b"]);
-}
-
-#[test]
-fn o2_routes_wait_for_clusters_that_are_yet_to_be_sent() {
-    let mut s = settled();
-    s.apply([put(CDS, "a", "2")]);
-    assert_eq!(s.out(), ["Cluster a=2", "Endpoints a=1"]);
-    s.apply([put(CDS, "b", "1"), put(RDS, "r", "b")]);
-    assert_eq!(s.out(), NOTHING);
-    s.ack(CDS);
-    assert_eq!(s.out(), ["Cluster b=1"]);
-    s.ack(CDS);
-    assert_eq!(s.out(), ["Route r=b"]);
-}
-
-#[test]
-fn o7_warming_is_not_waited_for_for_ever() {
-    let mut s = settled();
-    s.apply([put(CDS, "b", "1"), put(RDS, "r", "b")]);
-    assert_eq!(s.out(), ["Cluster b=1"]);
-    let deadline = s.engine.deadline().unwrap();
-    assert_eq!(deadline, s.now + Duration::from_secs(20));
-    s.wait(Duration::from_secs(20));
-    assert_eq!(s.out(), ["Route r=b"]);
-    assert!(s.engine.deadline().unwrap() > s.now);
-}
-
-#[test]
-fn o7_a_nack_of_clusters_does_not_hold_routes() {
-    let mut s = settled();
-    s.apply([put(CDS, "b", "bad"), put(RDS, "r", "b")]);
-    assert_eq!(s.out(), ["Cluster b=bad"]);
-    s.nack(CDS);
-    assert_eq!(s.out(), ["Route r=b"]);
-}
-
-#[test]
-fn o8_a_late_child_ack_does_not_hide_the_parents_change() {
-    let mut s = settled();
-    s.apply([put(EDS, "a", "2")]);
-    assert_eq!(s.out(), ["Endpoints a=2"]);
-    s.apply([put(CDS, "a", "2")]);
-    assert_eq!(s.out(), ["Cluster a=2"]);
-    s.ack(EDS);
-    assert_eq!(s.out(), ["Endpoints a=2"]);
-}
-
-#[test]
-fn o3_cluster_outlives_the_last_route() {
-    let mut s = settled();
-    s.apply([remove(CDS, "a"), remove(EDS, "a"), put(RDS, "r", "none")]);
-    assert_eq!(s.out(), ["Route r=none"]);
-    assert_eq!(s.acknowledged(CDS), 1);
-    s.ack(RDS);
-    assert_eq!(s.out(), ["Cluster -a", "Endpoints -a"]);
-    s.ack(CDS);
-    s.ack(EDS);
-    assert_eq!(s.out(), NOTHING);
-    assert_eq!(s.acknowledged(CDS), 2);
-}
-
-#[test]
-fn o3_cluster_outlives_a_rejected_route() {
-    let mut s = settled();
-    s.apply([remove(CDS, "a"), put(RDS, "r", "bad")]);
-    assert_eq!(s.out(), ["Route r=bad"]);
-    s.nack(RDS);
-    assert_eq!(s.out(), NOTHING);
-    s.apply([put(RDS, "r", "good")]);
-    assert_eq!(s.settle(), ["Route r=good", "Cluster -a"]);
-}
-
-#[test]
-fn o3_a_held_cluster_that_comes_back_is_not_removed() {
-    let mut s = settled();
-    s.apply([remove(CDS, "a"), put(RDS, "r", "none")]);
-    assert_eq!(s.out(), ["Route r=none"]);
-    s.request(delta(CDS, &["a"], &[]));
-    assert_eq!(s.out(), ["Cluster a=1"]);
-    s.ack(CDS);
-    s.apply([put(CDS, "a", "2")]);
-    assert_eq!(s.out(), ["Cluster a=2", "Endpoints a=1"]);
-    s.ack(CDS);
-    s.ack(RDS);
-    assert_eq!(s.out(), NOTHING);
-}
-
-#[test]
-fn o3_over_a_reconnect_the_routes_come_first() {
-    let mut s = Stream::new([put(LDS, "l", "1"), put(RDS, "r", "none")]);
-    s.request(holding(CDS, &[], &[("a", version(CDS, "a", "1"))]));
-    assert_eq!(s.settle(), NOTHING);
-    s.request(holding(LDS, &[], &[("l", version(LDS, "l", "1"))]));
-    assert_eq!(s.settle(), NOTHING);
-    s.request(holding(RDS, &["r"], &[("r", version(RDS, "r", "a"))]));
-    assert_eq!(s.settle(), ["Route r=none", "Cluster -a"]);
-}
-
-#[test]
 fn d15_s4_a_rejected_response_goes_again_with_the_next_change_of_any_of_it() {
     let mut s = Stream::new([put(EDS, "a", "bad"), put(EDS, "b", "1"), put(EDS, "c", "1")]);
     s.request(delta(EDS, &["a", "b"], &[]));
@@ -482,21 +306,6 @@ fn d14_newer_state_replaces_older_while_an_answer_is_awaited() {
 }
 
 #[test]
-fn o7_an_answer_is_not_waited_for_for_ever() {
-    let mut s = settled();
-    s.apply([put(EDS, "a", "2")]);
-    s.out();
-    s.apply([put(EDS, "a", "3")]);
-    s.wait(Duration::from_secs(59));
-    assert_eq!(s.out(), NOTHING);
-    s.wait(Duration::from_secs(1));
-    assert_eq!(s.out(), ["Endpoints a=3"]);
-    assert_eq!(s.engine.unanswered(), 1);
-    s.ack(EDS);
-    assert_eq!(s.acknowledged(EDS), 3);
-}
-
-#[test]
 fn d18_k5_large_responses_are_split() {
     let config = Config { response_bytes: 300, ..Config::default() };
     let clusters = (0..9).map(|i| put(CDS, &format!("c{i}"), "1"));
@@ -551,4 +360,108 @@ fn d6_a_stream_that_is_behind_all_memory_of_removals_must_reconnect() {
     let set = s.set.clone().unwrap();
     let error = s.engine.next_response(&set, s.now).unwrap_err();
     assert_eq!(error.code(), crate::xds::Code::Unavailable);
+}
+
+#[test]
+fn g9_unknown_fields_are_ignored() {
+    use prost::Message as _;
+    let mut bytes = delta(CDS, &[], &[]).encode_to_vec();
+    // Field 99, a string.
+    bytes.extend([0x9a, 0x06, 0x01, b'x']);
+    let mut s = Stream::new([put(CDS, "a", "1")]);
+    s.request(DeltaDiscoveryRequest::decode(bytes.as_slice()).unwrap());
+    assert_eq!(s.settle(), ["Cluster a=1"]);
+}
+
+#[test]
+fn d11_w2_the_wildcard_may_be_spelled_out_and_mixed_with_names() {
+    for (names, want) in [(&["*"][..], "Cluster a=1 b=1"), (&["*", "a", "x"], "Cluster a=1 b=1 -x")] {
+        let mut s = Stream::new([put(CDS, "a", "1"), put(CDS, "b", "1")]);
+        s.request(delta(CDS, names, &[]));
+        assert_eq!(s.settle(), [want]);
+    }
+}
+
+#[test]
+fn d17_w8_only_what_was_asked_for_is_sent() {
+    let mut s = Stream::new([put(CDS, "a", "1"), put(CDS, "b", "1"), put(LDS, "l", "1")]);
+    s.request(delta(CDS, &["a"], &[]));
+    assert_eq!(s.settle(), ["Cluster a=1"]);
+    s.apply([put(CDS, "b", "2"), put(LDS, "l", "2"), put(EDS, "a", "1")]);
+    assert_eq!(s.settle(), NOTHING);
+    assert_eq!(s.acknowledged(CDS), 2);
+}
+
+#[test]
+fn s10_versions_come_from_content_only() {
+    let history = || [put(CDS, "a", "1"), put(CDS, "b", "1"), put(CDS, "a", "2")];
+    let (mut one, mut other) = (Stream::new([]), Stream::new(history().into_iter().rev()));
+    for change in history() {
+        one.apply([change]);
+    }
+    other.apply([put(CDS, "a", "2")]);
+    let [one, other] = [one, other].map(|mut s| {
+        s.request(delta(CDS, &[], &[]));
+        s.next().unwrap().resources
+    });
+    assert_eq!(one, other);
+}
+
+#[test]
+fn d15_giving_up_the_bad_one_brings_its_neighbours() {
+    let mut s = Stream::new([put(EDS, "a", "bad"), put(EDS, "b", "1")]);
+    s.request(delta(EDS, &["a", "b"], &[]));
+    s.out();
+    s.nack(EDS);
+    s.request(delta(EDS, &[], &["a"]));
+    assert_eq!(s.settle(), ["Endpoints b=1"]);
+    assert_eq!(s.acknowledged(EDS), 1);
+}
+
+#[test]
+fn d15_rejected_responses_that_share_a_name_are_one() {
+    let mut s = settled();
+    s.request(delta(EDS, &["b"], &[]));
+    s.settle();
+    s.apply([put(EDS, "a", "bad"), put(EDS, "b", "1")]);
+    assert_eq!(s.out(), ["Endpoints a=bad b=1"]);
+    s.nack(EDS);
+    s.apply([put(CDS, "a", "2")]);
+    assert_eq!(s.out(), ["Cluster a=2", "Endpoints a=bad"]);
+    s.nack(EDS);
+    s.apply([put(EDS, "a", "good")]);
+    assert_eq!(s.out(), ["Endpoints a=good b=1"]);
+}
+
+#[test]
+fn latency_counts_from_publication_to_ack_also_while_an_answer_is_awaited() {
+    let second = Duration::from_secs(1);
+    let mut s = settled();
+    s.apply([put(EDS, "a", "2")]);
+    s.wait(second);
+    s.out();
+    s.wait(second);
+    s.apply([put(EDS, "a", "3"), put(CDS, "b", "1")]);
+    assert_eq!(s.out(), ["Cluster b=1"]);
+    s.wait(second);
+    s.apply([put(LDS, "l", "1")]);
+    s.out();
+    assert_eq!(s.ack(EDS), Heard::Acknowledged(EDS, 3 * second));
+    assert_eq!(s.ack(CDS), Heard::Acknowledged(CDS, second));
+    s.out();
+    s.wait(second);
+    assert_eq!(s.ack(EDS), Heard::Acknowledged(EDS, 2 * second));
+}
+
+#[test]
+fn s4_a_rejected_response_with_removals_is_not_sent_again() {
+    let mut s = Stream::new([put(RDS, "a", "1"), put(RDS, "b", "1")]);
+    s.request(delta(RDS, &["a", "b", "x"], &[]));
+    s.settle();
+    s.apply([put(RDS, "a", "bad"), remove(RDS, "b")]);
+    assert_eq!(s.out(), ["Route a=bad -b"]);
+    s.nack(RDS);
+    assert_eq!(s.out(), NOTHING);
+    s.apply([put(RDS, "a", "good")]);
+    assert_eq!(s.settle(), ["Route a=good -b"]);
 }
