@@ -84,18 +84,15 @@ fn resource(service: &Service, instances: &[&Instance], view: &View) -> Resource
 }
 
 /// The nearest come first: each distance at which somebody serves is a level, counted from 0 without gaps, which gRPC clients
-/// insist on (A27). Draining instances are in the last level, where they are out of the way: Envoy sends calls on to the next level
-/// when less than 72 % of one are healthy, and a drain is no illness of those that stay.
+/// insist on (A27). A draining instance stands in the level that it would serve in, or else in the next: Envoy leaves it out when it
+/// counts how much of a level is healthy, so its drain sends no calls on to the next level.
 fn priorities(instances: &[&Instance], view: &View) -> impl Fn(&Instance) -> u32 {
     let serving = instances.iter().filter(|instance| instance.state == State::Serving);
     let distances: BTreeSet<u8> = serving.map(|instance| view.distance(&instance.locality)).collect();
     let last = distances.len().saturating_sub(1);
     move |instance| {
-        let level = match instance.state {
-            State::Serving => distances.range(..view.distance(&instance.locality)).count(),
-            State::Draining => last,
-        };
-        u32::try_from(level).unwrap_or(u32::MAX)
+        let nearer = distances.range(..view.distance(&instance.locality)).count();
+        u32::try_from(nearer.min(last)).unwrap_or(u32::MAX)
     }
 }
 

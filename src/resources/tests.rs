@@ -197,7 +197,10 @@ fn what_is_near_comes_first() {
     let local_drains: &[(u16, &str, State)] = &[(1, "a", Draining), (2, "a", Serving), (3, "b", Serving)];
     let zone_drains: &[(u16, &str, State)] =
         &[(1, "r1/a", Draining), (2, "r1/b", Serving), (3, "r2/c", Serving)];
-    let cases: [Case<'_>; 12] = [
+    let far_drains: &[(u16, &str, State)] =
+        &[(1, "r2/c", Serving), (2, "r1/b", Serving), (3, "r1/a", Draining), (4, "r1/a", Serving)];
+    let last_drains: &[(u16, &str, State)] = &[(1, "r2/c", Draining), (2, "r1/b", Serving)];
+    let cases: [Case<'_>; 14] = [
         ("zone, region, rest", "r1/a", everywhere, &["1", "2", "3 4"], &["1", "2", "3 4"]),
         ("no one in the zone", "r1/x", everywhere, &["1 2", "3 4"], &["1 2", "3 4"]),
         ("no zone", "r1/", everywhere, &["1 2", "3 4"], &["1 2", "3 4"]),
@@ -207,9 +210,10 @@ fn what_is_near_comes_first() {
         ("the zone's name in another region", "r2/a", everywhere, &["3", "1 2 4"], &["3", "1 2 4"]),
         ("the proxy knows no region", "a", zones, &["1 3", "2"], &["1 3", "2"]),
         ("an instance knows no region", "r2/a", zones, &["1", "2 3"], &["1", "2 3"]),
-        // With the one that drains at level 0, Envoy would send 30 % of the calls on to level 1.
-        ("a drain takes nothing from those that stay", "a", local_drains, &["2", "(1) 3"], &["2", "3"]),
-        ("the last of the zone drains", "r1/a", zone_drains, &["2", "(1) 3"], &["2", "3"]),
+        ("one of the zone drains", "a", local_drains, &["(1) 2", "3"], &["2", "3"]),
+        ("the last of the zone drains", "r1/a", zone_drains, &["(1) 2", "3"], &["2", "3"]),
+        ("one far away drains", "r1/b", far_drains, &["2", "(3) 4", "1"], &["2", "4", "1"]),
+        ("the last far away drains", "r1/b", last_drains, &["(1) 2"], &["2"]),
         ("all drain", "r1/a", &[(1, "r1/a", Draining), (2, "r2/b", Draining)], &["(1) (2)"], &[]),
     ];
     for (case, proxy, rows, envoy, grpc) in cases {
@@ -322,6 +326,11 @@ fn a_call_is_routed_by_authority_and_retried_elsewhere() {
     let retry = action.retry_policy.as_ref().unwrap();
     assert_eq!(retry.retry_on, "connect-failure,refused-stream,reset,unavailable");
     assert_eq!(retry.retry_host_predicate.len(), 1);
+    assert_eq!(
+        retry.retry_priority.as_ref().map(|priority| priority.name.as_str()),
+        Some("envoy.retry_priorities.previous_priorities"),
+        "the last local instance may be up and turn calls away"
+    );
     let Some(Action::DirectResponse(answer)) = &routes.virtual_hosts[1].routes[0].action else {
         panic!("no answer")
     };

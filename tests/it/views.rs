@@ -49,7 +49,12 @@ fn prefers_its_zone(folder: &Path, proxyless: Option<Client>) -> anyhow::Result<
     answers("near2", 50)?;
     far(false)?;
 
-    // The other one stays, and takes all.
+    // The other one stays, and takes all, however long the drain lasts.
+    let answer = disco.request("POST", "/v1/services/greeter/instances/near1/drain", b"")?;
+    ensure!(answer.status == 200, "{answer:?}");
+    disco.wait_serving(&["far", "near2"])?;
+    answers("near2", 100)?;
+    far(false)?;
     near1.terminate()?;
     near1.ended()?;
     answers("near2", 100)?;
