@@ -494,13 +494,16 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         1 => (0..4u8).prop_map(Op::PutService),
         1 => (0..4u8).prop_map(Op::RemoveService),
-        4 => (0..4u8, 0..5u8, 1..5u16, 0..4u8, 1..4u32, any::<bool>()).prop_map(
+        4 => (0..4u8, 0..5u8, 1..5u16, 0..6u8, 1..4u32, any::<bool>()).prop_map(
             |(service, id, port, zone, weight, draining)| Op::PutInstance { service, id, port, zone, weight, draining }
         ),
         2 => (0..4u8, 0..5u8).prop_map(|(service, id)| Op::RemoveInstance(service, id)),
         3 => any::<bool>().prop_map(|resync| Op::Update { resync }),
     ]
 }
+
+/// Where instances run, with zones of one name in several regions or none.
+const PLACES: [&str; 6] = ["r0/z0", "r0/z1", "r1/z0", "r1/z2", "z1", ""];
 
 fn change(op: &Op) -> Option<catalog::Change> {
     let service = |service: &u8| format!("s{service}");
@@ -509,9 +512,9 @@ fn change(op: &Op) -> Option<catalog::Change> {
         Op::RemoveService(s) => catalog::Change::RemoveService(service(s).parse().unwrap()),
         Op::PutInstance { service: s, id, port, zone, weight, draining } => {
             let (id, address, zone) =
-                (format!("i{id}"), format!("10.0.0.1:{port}"), format!("r{}/z{zone}", zone / 2));
+                (format!("i{id}"), format!("10.0.0.1:{port}"), PLACES[usize::from(*zone)]);
             let state = if *draining { Draining } else { Serving };
-            catalog::Change::PutInstance(instance(&service(s), (&id, &address, &zone, *weight, state)))
+            catalog::Change::PutInstance(instance(&service(s), (&id, &address, zone, *weight, state)))
         }
         Op::RemoveInstance(s, id) => catalog::Change::RemoveInstance(InstanceKey {
             service: service(s).parse().unwrap(),
@@ -523,7 +526,9 @@ fn change(op: &Op) -> Option<catalog::Change> {
 
 fn view() -> impl Strategy<Value = View> {
     let kind = prop_oneof![Just(View::envoy(10_000)), Just(on_demand()), Just(View::grpc())];
-    let place = prop::sample::select(vec!["", "z0", "r0/", "r0/z0", "r0/z1", "r1/z9", "r9/z9"]);
+    let place = prop::sample::select(vec![
+        "", "z0", "z1", "r0/", "r0/z0", "r0/z1", "r1/z1", "r1/z9", "r9/z1", "r9/z9",
+    ]);
     let upstreams = prop::option::of(prop::sample::subsequence(vec!["s0", "s1", "s2", "s9"], 0..=4));
     (kind, place, upstreams).prop_map(|(view, place, upstreams)| {
         let view = near(place, view);
