@@ -14,6 +14,8 @@
 mod bad_input;
 mod harness;
 mod ledger;
+mod on_demand;
 mod real_clients;
 mod tidy;
 mod validate;
+mod views;
