@@ -22,11 +22,11 @@ impl Disco {
         let mut child = Command::new(env!("CARGO_BIN_EXE_disco"))
             .args(["dev", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--data"])
             .arg(data)
-            .stderr(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()
             .expect("disco starts");
-        let mut lines = BufReader::new(child.stderr.take().expect("stderr is piped")).lines();
+        let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let line = lines
             .by_ref()
             .map_while(Result::ok)
@@ -37,7 +37,7 @@ impl Disco {
             value.expect("the line names the address").to_owned()
         };
         let (grpc, http) = (address("grpc="), address("http="));
-        // Read on, so that the process never blocks on its own log.
+        // Read on, so that the process never blocks on what it says.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         Self { child, grpc, http }
     }

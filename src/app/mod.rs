@@ -138,7 +138,7 @@ impl Running {
 
         let proxies = Proxies::default();
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader, core.clone()));
+            let views = Arc::new(Views::new(reader, core.clone(), &metrics));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
@@ -160,6 +160,7 @@ impl Running {
             routes.add_service(health_service).add_service(listen::reflection());
             if let Some(ads) = ads {
                 ads.add_to(&mut routes);
+                routes.add_service(api.client_status_service());
             }
             if has(Role::Registry) {
                 routes.add_service(api.registry_service());
