@@ -21,6 +21,8 @@ mod fuzz;
 mod ledger;
 mod names;
 mod observe;
+#[cfg(test)]
+mod pitfalls;
 mod resource;
 mod response;
 #[cfg(test)]

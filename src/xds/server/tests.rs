@@ -274,7 +274,7 @@ async fn g6_k2_errors_reach_the_client_and_hurt_nobody_else() {
 }
 
 #[tokio::test]
-async fn k8_a_reader_that_is_stuck_delays_nobody() {
+async fn pitfall_19_k8_a_reader_that_is_stuck_delays_nobody() {
     let server = start(Some(ResourceSet::default())).await;
     let big = "x".repeat(1 << 20);
     server.publish(1, [Change::Put(resource(CDS, "a", &big))]);
@@ -465,4 +465,77 @@ async fn pitfall_23_in_a_storm_nobody_who_is_stuck_holds_up_the_others() {
     let mut good = server.delta("good").await;
     good.ask(delta(CDS, &[], &[])).await;
     assert_eq!(good.take().await, ["a"]);
+}
+
+#[tokio::test]
+async fn pitfall_20_nothing_is_left_of_clients_that_left() {
+    let config = Config { streams: 60, ..Config::default() };
+    let server = start_with(Some(one_of_each()), config).await;
+    for _ in 0..3 {
+        let mut clients = Vec::new();
+        for n in 0..50 {
+            clients.push(server.delta(&format!("{n}")).await);
+            clients[n].ask(delta(CDS, &[], &[])).await;
+        }
+        for (n, client) in clients.iter_mut().enumerate() {
+            // Some leave with a response unread, some unanswered.
+            if n % 3 > 0 {
+                client.next().await.unwrap();
+            }
+        }
+        drop(clients);
+        let shared = &server.ads.shared;
+        let left = || (server.proxies.len(), 60 - shared.streams.available_permits());
+        server.until("all gone", |_| left() == (0, 0)).await;
+        assert_eq!(shared.arrivals.available_permits(), Config::default().arrivals);
+    }
+}
+
+#[tokio::test]
+async fn pitfall_25_k5_a_first_request_of_many_megabytes_and_an_answer_in_parts() {
+    let server = start(Some(one_of_each())).await;
+    let mut client = server.delta("many").await;
+    let names: Vec<String> = (0..100_000).map(|n| format!("a service with a rather long name {n}")).collect();
+    let held = names.iter().map(|name| (name.clone(), "0123456789abcdef".to_owned())).collect();
+    let request = DeltaDiscoveryRequest {
+        type_url: EDS.url().into(),
+        resource_names_subscribe: names,
+        initial_resource_versions: held,
+        ..Default::default()
+    };
+    assert!(prost::Message::encoded_len(&request) > 8 << 20);
+    client.ask(request).await;
+    let (mut removed, mut parts) = (0, 0);
+    while removed < 100_000 {
+        let response = client.next().await.unwrap().unwrap();
+        assert!(prost::Message::encoded_len(&response) < 4 << 20);
+        removed += response.removed_resources.len();
+        parts += 1;
+        client
+            .ask(DeltaDiscoveryRequest {
+                type_url: response.type_url,
+                response_nonce: response.nonce,
+                ..Default::default()
+            })
+            .await;
+    }
+    assert_eq!((removed, parts), (100_000, 2));
+}
+
+#[tokio::test]
+async fn pitfall_30_what_is_known_stays_when_its_source_is_lost() {
+    let server = start(Some(one_of_each())).await;
+    let mut client = server.delta("n").await;
+    client.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(client.take().await, ["a"]);
+    let known = server.sets.send_replace(None);
+    // Whoever comes now waits; whoever was there keeps what it has.
+    let waiting = server.delta("waiting").await;
+    waiting.ask(delta(CDS, &[], &[])).await;
+    server.until("both there", |server| server.proxies.len() == 2).await;
+    let set = known.unwrap().apply(Revision(2), [put(CDS, "b", "1")]);
+    server.sets.send_replace(Some(Arc::new(set)));
+    let response = client.next().await.unwrap().unwrap();
+    let names: Vec<_> = response.resources.iter().map(|resource| resource.name.as_str()).collect();
+    assert_eq!((names, response.removed_resources.len()), (vec!["b"], 0));
 }
