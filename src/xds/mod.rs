@@ -7,7 +7,8 @@
 //! bytes of their own and the shared bytes of the resources down to the socket. Streams write [`Proxies`]; `api` and the
 //! registry read it; what a stream holds is derived from that when somebody asks (`ledger`).
 //!
-//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them.
+//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them;
+//! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.
 
 mod admit;
 mod config;

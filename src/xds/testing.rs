@@ -86,6 +86,7 @@ pub(super) fn strings(list: &[&str]) -> Vec<String> {
 
 /// Checks `cases` random values, the same each time; a failure is shrunk and printed. With `DISCO_FUZZ_SECONDS` in the
 /// environment it goes on with others for that long.
+#[allow(clippy::disallowed_methods, reason = "a setting of the tests, not of Disco")]
 pub(super) fn random<S: Strategy>(cases: u32, strategy: S, check: impl Fn(S::Value)) {
     let seconds = std::env::var("DISCO_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
     let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
