@@ -17,7 +17,7 @@ use super::{
     Api,
     dto::{self, InstanceDto, LeaseDto, ServiceDto},
     error::{ApiError, Kind},
-    proxies,
+    ledger, proxies,
 };
 use crate::{
     model::{
@@ -41,10 +41,13 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
+        .route(&format!("{instance}/explain"), routing::get(ledger::explain))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/proxies", routing::get(proxies::list))
-        .route("/v1/revisions/{revision}", routing::get(proxies::revision))
+        .route("/v1/proxies/{node}", routing::get(proxies::show))
+        .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
+        .route("/v1/revisions/{revision}", routing::get(ledger::revision))
         .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
         .route("/readyz", routing::get(readyz))
         .route("/metrics", routing::get(metrics))
@@ -177,7 +180,7 @@ fn service_id(text: &str) -> Result<ServiceId, ApiError> {
     problems.take("service", text.parse()).ok_or_else(|| problems.into())
 }
 
-fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
+pub(super) fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
     let mut problems = Problems::default();
     let service = problems.take("service", service.parse::<ServiceId>());
     let id = problems.take("id", id.parse::<InstanceId>());
@@ -376,8 +379,11 @@ async fn index() -> &'static str {
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
-     GET    /v1/revisions/{revision}                   who has acknowledged it; ?service=NAME&wait=10s\n\
+     GET    /v1/proxies/{node}                         one, with what it rejected\n\
+     GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
+     GET    /v1/revisions/{revision}                   who has acknowledged it, who has not and why; ?service=NAME&wait=10s\n\
      GET    /livez /readyz /metrics\n\
      GET    /debug/catalog /debug/config /debug/log /debug/xds;  PUT /debug/log {\"filter\":\"debug\"}\n"
 }

@@ -4,6 +4,7 @@ use std::{
     time::Duration,
 };
 
+use prometheus_client::metrics::histogram::Histogram;
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -14,6 +15,7 @@ use crate::{
     model::Locality,
     resources::{ClientKind, Places, View, update_beside},
     rt::Tasks,
+    telemetry::{Metrics, Stage},
     xds::{Admit, Admitted, Code, Node, Refusal, ResourceSet, StreamPolicy},
 };
 
@@ -34,6 +36,8 @@ pub(super) struct Views {
     catalog: Reader,
     tasks: Tasks,
     families: Arc<Mutex<HashMap<View, Family>>>,
+    /// From a durable change to its resources.
+    published: Histogram,
 }
 
 /// Views that differ only in where they are, by that. One task keeps up all of them, in step, so that those which see the same
@@ -45,8 +49,8 @@ struct Family {
 }
 
 impl Views {
-    pub(super) fn new(catalog: Reader, tasks: Tasks) -> Self {
-        Self { catalog, tasks, families: Arc::default() }
+    pub(super) fn new(catalog: Reader, tasks: Tasks, metrics: &Metrics) -> Self {
+        Self { catalog, tasks, families: Arc::default(), published: metrics.propagation(Stage::Published) }
     }
 
     /// The set of a view, now and as it changes; `None` when too many views are in use. Where something runs only decides what
@@ -120,7 +124,6 @@ impl Views {
             let Some((next, changes)) = newer else { return };
             places.follow(&snapshot, &next, &changes, &family);
             snapshot = next;
-            let now = Instant::now();
             // Kept until the end, so that an address stands for one of them.
             let before: Vec<_> = sets.drain().collect();
             let mut done: HashMap<(usize, Locality), Arc<ResourceSet>> = HashMap::new();
@@ -131,7 +134,10 @@ impl Views {
                 // From the same set to what looks the same: the same set.
                 let next = done.entry((Arc::as_ptr(set).addr(), widest)).or_insert_with(|| {
                     let next = update_beside(last.as_deref(), set, &snapshot, &changes, &view);
-                    Arc::new(next.with_published(now))
+                    if let Some(taken) = snapshot.taken() {
+                        self.published.observe(taken.elapsed().as_secs_f64());
+                    }
+                    Arc::new(next.with_published(Instant::now()))
                 });
                 last = Some(Arc::clone(next));
                 if let Some(sender) = members.get(place) {
@@ -208,7 +214,11 @@ mod tests {
     impl Bench {
         fn new() -> Self {
             let (writer, reader) = catalog();
-            Self { writer, views: Views::new(reader, Tasks::new(Shutdown::default())), revision: 0 }
+            Self {
+                writer,
+                views: Views::new(reader, Tasks::new(Shutdown::default()), &Metrics::default()),
+                revision: 0,
+            }
         }
 
         /// An instance of `service` by the name of its zone.

@@ -390,9 +390,11 @@ impl Inner {
 
     /// Commits and waits until the catalog shows it. `Err(None)` is a lost race: the catalog has caught up with the winner.
     async fn commit(&self, ops: Vec<Op>) -> Result<Revision, Option<Error>> {
+        let received = Instant::now();
         match self.store.commit(ops).await {
             Ok(revision) => {
                 self.metrics.writes.inc();
+                self.metrics.stored.observe(received.elapsed().as_secs_f64());
                 self.catalog.reached(revision).await;
                 Ok(revision)
             }

@@ -317,11 +317,13 @@ impl<V: Variant> Engine<V> {
         };
         track.owes = false;
         let more = !track.due.is_empty();
+        let unanswered_since = track.outstanding.as_ref().map_or(now, |before| before.unanswered_since);
         track.outstanding = Some(Outstanding {
             nonce,
-            names: mem::take(&mut built.names),
+            names: Arc::new(mem::take(&mut built.names)),
             completes: (!more && track.held.is_empty()).then(|| set.revision()),
             sent: now,
+            unanswered_since,
             since,
             adds: track.adds,
             expired: false,
@@ -339,7 +341,7 @@ impl<V: Variant> Engine<V> {
     /// endpoints yet may be about to say that it holds them.
     fn repush_endpoints(&mut self, set: &ResourceSet) {
         let [clusters, endpoints, ..] = &mut self.tracks;
-        let sent = clusters.outstanding.iter().flat_map(|outstanding| &outstanding.names);
+        let sent = clusters.outstanding.iter().flat_map(|outstanding| outstanding.names.iter());
         for name in sent {
             let Some(entry) = set.get(ResourceType::Cluster, name) else { continue };
             for need in entry.resource.needs.iter() {
@@ -445,7 +447,7 @@ fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> He
     };
     let reason = ask.error.map(|error| error.get(..error.floor_char_boundary(REASON)).unwrap_or(error));
     if let Some(reason) = reason {
-        track.reject(outstanding.names);
+        track.reject(&outstanding.names);
         track.report.rejected += 1;
         track.report.rejections.push_back(Arc::new(Rejection {
             at: rt::now(),

@@ -5,7 +5,7 @@
 //! `sotw`), which is plain code without IO or clock. The machine keeps no list of what its client holds: a cursor into
 //! the set's changes says it, and what was held at an earlier connection the client says itself. Responses are a few
 //! bytes of their own and the shared bytes of the resources down to the socket. Streams write [`Proxies`]; `api` and the
-//! registry read it.
+//! registry read it; what a stream holds is derived from that when somebody asks (`ledger`).
 //!
 //! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them.
 
@@ -16,6 +16,7 @@ mod convergence;
 mod delta;
 mod engine;
 mod error;
+mod ledger;
 mod names;
 mod observe;
 mod resource;
@@ -33,6 +34,7 @@ pub use admit::{Admit, Admitted, Locality, Node, Refusal, StreamPolicy};
 pub use config::Config;
 pub use engine::{Heard, Protocol};
 pub use error::{Code, ProtocolError};
+pub use ledger::{Concern, Delivery, Held, Lack, Why};
 pub use observe::{Observer, Unobserved};
 pub use resource::{Change, Entry, Gone, Resource, ResourceSet, ResourceType, Version};
 pub use response::Response;

@@ -13,6 +13,7 @@
 
 mod bad_input;
 mod harness;
+mod ledger;
 mod on_demand;
 mod real_clients;
 mod tidy;

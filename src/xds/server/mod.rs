@@ -155,6 +155,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     tracing::debug!(node = node.id, agent = node.user_agent(), protocol = %V::PROTOCOL, ?peer, "connected");
     shared.observer.connected(V::PROTOCOL);
     let seat = shared.proxies.join(node, V::PROTOCOL);
+    seat.serve(set.clone());
     let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
     session.run(first, requests, set, out, shared).await
 }

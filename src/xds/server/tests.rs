@@ -16,7 +16,7 @@ use crate::{
     model::Revision,
     rt::Shutdown,
     xds::{
-        Change, Protocol, ResourceType, StreamPolicy,
+        Change, Concern, Protocol, ResourceType, StreamPolicy,
         testing::{CDS, EDS, delta, node, put, resource},
     },
 };
@@ -157,22 +157,26 @@ async fn delta_end_to_end_with_progress() {
     client.ask(delta(CDS, &[], &[])).await;
     client.ask(delta(EDS, &["a"], &[])).await;
     server.until("in the table", |server| server.proxies.len() == 1).await;
-    assert!(!server.proxies.progress(Revision(1), None).complete);
+    assert!(!server.proxies.progress(Revision(1), &Concern::All).complete);
     server.publish(1, [put(CDS, "a", "1"), put(EDS, "a", "1")]);
     assert_eq!(client.take().await, ["a"]);
     assert_eq!(client.take().await, ["a"]);
-    let wait =
-        |revision, name| server.proxies.wait_acknowledged(Revision(revision), name, Duration::from_secs(5));
+    let wait = async |revision, name| {
+        server.proxies.wait_acknowledged(Revision(revision), &Concern::of(name), Duration::from_secs(5)).await
+    };
     assert!(wait(1, None).await.complete);
 
     server.publish(2, [put(EDS, "a", "2")]);
-    let before = server.proxies.wait_acknowledged(Revision(2), Some("a"), Duration::from_millis(20)).await;
+    let before = server
+        .proxies
+        .wait_acknowledged(Revision(2), &Concern::of(Some("a")), Duration::from_millis(20))
+        .await;
     assert_eq!((before.complete, before.pending), (false, vec!["e1".to_owned()]));
     let (taken, progress) = tokio::join!(client.take(), wait(2, Some("a")));
     assert_eq!(taken, ["a"]);
     assert_eq!((progress.complete, progress.acknowledged), (true, 1));
     assert!(wait(2, None).await.complete);
-    assert_eq!(server.proxies.progress(Revision(2), Some("other")).acknowledged, 0);
+    assert_eq!(server.proxies.progress(Revision(2), &Concern::of(Some("other"))).acknowledged, 0);
 
     let [proxy] = server.proxies.list().try_into().unwrap();
     assert_eq!((proxy.node.id.as_str(), proxy.protocol, proxy.synced()), ("e1", Protocol::Delta, true));
@@ -206,7 +210,7 @@ async fn sotw_end_to_end() {
         ..request
     };
     requests.send(ack).await.unwrap();
-    let progress = server.proxies.wait_acknowledged(Revision(1), None, Duration::from_secs(5)).await;
+    let progress = server.proxies.wait_acknowledged(Revision(1), &Concern::All, Duration::from_secs(5)).await;
     assert_eq!((progress.complete, progress.acknowledged), (true, 1));
 }
 
