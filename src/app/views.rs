@@ -146,9 +146,6 @@ impl Views {
                 sets.insert(place.clone(), Arc::clone(next));
                 tokio::task::yield_now().await;
             }
-            if let Some(taken) = snapshot.taken() {
-                self.published.observe(taken.elapsed().as_secs_f64());
-            }
         }
     }
 
