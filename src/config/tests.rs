@@ -129,6 +129,10 @@ fn every_problem_names_its_place() {
         ),
         ("roles: [registry]\nlisten: {grpc: 18000}", "2:16 listen.grpc: is a whole number: want text"),
         (
+            "roles: [registry]\nxds: {resend_on_reconnect: [eds]}",
+            "2:29 xds.resend_on_reconnect: \"eds\" is not a type; want cluster, endpoints, listener, route",
+        ),
+        (
             "roles: [registry]\nlisten:\n  grpc: 0.0.0.0:18000\n",
             "3:9 listen.grpc: 0.0.0.0:18000 listens beyond loopback without TLS",
         ),
