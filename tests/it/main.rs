@@ -15,6 +15,7 @@ mod bad_input;
 mod harness;
 mod ledger;
 mod on_demand;
+mod per_type;
 mod real_clients;
 mod tidy;
 mod validate;
