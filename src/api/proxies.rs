@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::{
     Json,
-    extract::{Path, RawQuery, State},
+    extract::{RawQuery, State},
     response::{IntoResponse as _, Response},
 };
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use tonic::{Request, Status};
 use super::{
     Api, dto,
     error::ApiError,
-    http::{Query, Reply, read_wait},
+    http::{Path, Query, Reply, read_wait},
 };
 use crate::{
     model::{Problems, Revision, ServiceId, excerpt},
@@ -71,7 +71,11 @@ impl Api {
             return Err(problems.into());
         }
         // The EDS name of a service is its name.
-        Ok(self.proxies.wait_acknowledged(revision, service.map(ServiceId::as_str), wait).await)
+        tokio::select! {
+            biased;
+            progress = self.proxies.wait_acknowledged(revision, service.map(ServiceId::as_str), wait) => Ok(progress),
+            () = self.tasks.shutdown().wait() => Err(crate::registry::Error::ShuttingDown.into()),
+        }
     }
 }
 

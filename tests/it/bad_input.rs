@@ -150,6 +150,8 @@ fn paths_and_methods_that_do_not_exist() {
             ("GET", "/v1/services/good/instances?wait=forever", 400),
             ("GET", "/v1/services/good/instances?index=-1", 400),
             ("GET", "/v1/revisions/one", 400),
+            ("GET", "/v1/revisions/%ff", 400),
+            ("GET", "/v1/services/good/instances/%ff", 400),
         ] {
             let answer = disco.request(method, path, b"")?;
             ensure!(answer.status == status, "{method} {path}: {} {}", answer.status, answer.body);
