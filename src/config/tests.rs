@@ -126,7 +126,10 @@ fn every_problem_names_its_place() {
             "roles: [registry]\nlisten: {grpc: localhost:18000}",
             "2:16 listen.grpc: \"localhost:18000\" is not an address to listen on: want IP:PORT",
         ),
-        ("roles: [registry]\nlisten: {grpc: 18000}", "2:16 listen.grpc: is a whole number: want text"),
+        (
+            "roles: [registry]\nlisten: {grpc: 18000}",
+            "2:16 listen.grpc: \"18000\" is not an address to listen on: want IP:PORT",
+        ),
         (
             "roles: [registry]\nlisten:\n  grpc: 0.0.0.0:18000\n",
             "3:9 listen.grpc: 0.0.0.0:18000 listens beyond loopback without TLS",
