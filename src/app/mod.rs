@@ -159,7 +159,8 @@ impl Running {
             let mut routes = RoutesBuilder::default();
             routes.add_service(health_service).add_service(listen::reflection());
             if let Some(ads) = ads {
-                routes.add_service(ads).add_service(api.client_status_service());
+                ads.add_to(&mut routes);
+                routes.add_service(api.client_status_service());
             }
             if has(Role::Registry) {
                 routes.add_service(api.registry_service());

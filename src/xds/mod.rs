@@ -7,7 +7,8 @@
 //! bytes of their own and the shared bytes of the resources down to the socket. Streams write [`Proxies`]; `api` and the
 //! registry read it; what a stream holds is derived from that when somebody asks (`ledger`).
 //!
-//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them.
+//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them;
+//! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.
 
 mod admit;
 mod config;
@@ -16,11 +17,17 @@ mod convergence;
 mod delta;
 mod engine;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod ledger;
 mod names;
 mod observe;
+#[cfg(test)]
+mod pitfalls;
 mod resource;
 mod response;
+#[cfg(test)]
+mod rules;
 mod server;
 mod sotw;
 mod status;
