@@ -166,10 +166,10 @@ impl Running {
                 routes.add_service(api.registry_service());
             }
             routes.add_service(api.proxies_service());
-            listen::serve_grpc(listener, routes.routes(), &edges, failed.clone());
+            listen::serve_grpc(listener, routes.routes(), &edges, failed);
         }
         if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges, failed);
+            listen::serve_http(listener, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());

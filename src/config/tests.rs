@@ -127,7 +127,10 @@ fn every_problem_names_its_place() {
             "roles: [registry]\nlisten: {grpc: localhost:18000}",
             "2:16 listen.grpc: \"localhost:18000\" is not an address to listen on: want IP:PORT",
         ),
-        ("roles: [registry]\nlisten: {grpc: 18000}", "2:16 listen.grpc: is a whole number: want text"),
+        (
+            "roles: [registry]\nlisten: {grpc: 18000}",
+            "2:16 listen.grpc: \"18000\" is not an address to listen on: want IP:PORT",
+        ),
         (
             "roles: [registry]\nxds: {resend_on_reconnect: [eds]}",
             "2:29 xds.resend_on_reconnect: \"eds\" is not a type; want cluster, endpoints, listener, route",
