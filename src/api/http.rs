@@ -17,7 +17,7 @@ use super::{
     Api,
     dto::{self, InstanceDto, LeaseDto, ServiceDto},
     error::{ApiError, Kind},
-    ledger, proxies,
+    ledger, load, proxies,
 };
 use crate::{
     model::{
@@ -40,6 +40,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
         .route(&format!("{instance}/drain"), routing::post(drain))
@@ -175,7 +176,7 @@ fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<
         .map(Incarnation)
 }
 
-fn service_id(text: &str) -> Result<ServiceId, ApiError> {
+pub(super) fn service_id(text: &str) -> Result<ServiceId, ApiError> {
     let mut problems = Problems::default();
     problems.take("service", text.parse()).ok_or_else(|| problems.into())
 }
@@ -374,6 +375,7 @@ async fn index() -> &'static str {
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\

@@ -1,5 +1,5 @@
 //! The edges that people, scripts and instances use: gRPC (`disco.v1`) and HTTP/JSON over the same handlers of
-//! `registry`, the state of the proxies from `xds` (also as CSDS), metrics and readiness.
+//! `registry`, the state of the proxies from `xds` (also as CSDS) and the load that they report, metrics and readiness.
 //!
 //! Whatever comes in is checked whole before anything is done, and every refusal names the fields at fault.
 
@@ -9,6 +9,7 @@ mod error;
 mod grpc;
 mod http;
 mod ledger;
+mod load;
 mod proxies;
 
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::{
     registry::Registry,
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
-    xds::Proxies,
+    xds::{Loads, Proxies},
 };
 
 /// Settings of the edges.
@@ -40,6 +41,7 @@ pub struct Api {
     config: Arc<Config>,
     registry: Registry,
     proxies: Proxies,
+    loads: Loads,
     readiness: Readiness,
     metrics: Metrics,
     log: LogFilter,
@@ -52,12 +54,13 @@ impl Api {
         config: Config,
         registry: Registry,
         proxies: Proxies,
+        loads: Loads,
         readiness: Readiness,
         metrics: Metrics,
         log: LogFilter,
         tasks: Tasks,
     ) -> Self {
-        Self { config: Arc::new(config), registry, proxies, readiness, metrics, log, tasks }
+        Self { config: Arc::new(config), registry, proxies, loads, readiness, metrics, log, tasks }
     }
 
     /// The HTTP edge.

@@ -5,6 +5,7 @@
 //! the store.
 
 mod listen;
+mod loads;
 mod observe;
 mod settings;
 mod views;
@@ -26,7 +27,7 @@ use crate::{
     rt::{Readiness, Shutdown, Tasks},
     store::{self, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
-    xds::{AdsServer, Proxies},
+    xds::{AdsServer, LoadReports, Loads, Proxies},
 };
 use views::Views;
 
@@ -137,6 +138,11 @@ impl Running {
         .await?;
 
         let proxies = Proxies::default();
+        let loads = Loads::new(config.xds.load_report_interval);
+        let load_reports = has(Role::Xds).then(|| {
+            let known = Arc::new(loads::Known(reader.clone()));
+            LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
+        });
         let ads = has(Role::Xds).then(|| {
             let views = Arc::new(Views::new(reader, core.clone(), &metrics));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
@@ -146,6 +152,7 @@ impl Running {
             settings::api(config),
             registry,
             proxies,
+            loads,
             readiness.clone(),
             metrics,
             log,
@@ -160,6 +167,9 @@ impl Running {
             routes.add_service(health_service).add_service(listen::reflection());
             if let Some(ads) = ads {
                 routes.add_service(ads).add_service(api.client_status_service());
+            }
+            if let Some(load_reports) = load_reports {
+                routes.add_service(load_reports);
             }
             if has(Role::Registry) {
                 routes.add_service(api.registry_service());

@@ -199,6 +199,8 @@ pub struct Xds {
     pub reconnect_grace: Duration,
     /// How long a new stream may take to send its first request.
     pub first_request_timeout: Duration,
+    /// How often clients are asked to report the calls that they make.
+    pub load_report_interval: Duration,
 }
 
 impl Default for Xds {
@@ -208,6 +210,7 @@ impl Default for Xds {
             warming_timeout: Duration::from_secs(20),
             reconnect_grace: Duration::from_secs(5),
             first_request_timeout: Duration::from_secs(30),
+            load_report_interval: Duration::from_secs(10),
         }
     }
 }
