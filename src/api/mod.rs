@@ -38,31 +38,25 @@ pub struct Config {
 /// What the handlers work on. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Api {
-    config: Arc<Config>,
-    registry: Registry,
-    proxies: Proxies,
-    loads: Loads,
-    readiness: Readiness,
-    metrics: Metrics,
-    log: LogFilter,
-    tasks: Tasks,
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Takes the writes, and has the catalog.
+    pub registry: Registry,
+    /// Who is connected and has acknowledged what.
+    pub proxies: Proxies,
+    /// The calls that clients report.
+    pub loads: Loads,
+    /// Whether the process is ready.
+    pub readiness: Readiness,
+    /// All metrics.
+    pub metrics: Metrics,
+    /// What is logged.
+    pub log: LogFilter,
+    /// Owns what outlives a request.
+    pub tasks: Tasks,
 }
 
 impl Api {
-    /// The handlers over these rooms.
-    pub fn new(
-        config: Config,
-        registry: Registry,
-        proxies: Proxies,
-        loads: Loads,
-        readiness: Readiness,
-        metrics: Metrics,
-        log: LogFilter,
-        tasks: Tasks,
-    ) -> Self {
-        Self { config: Arc::new(config), registry, proxies, loads, readiness, metrics, log, tasks }
-    }
-
     /// The HTTP edge.
     pub fn http(&self) -> axum::Router {
         http::router(self.clone())

@@ -148,16 +148,16 @@ impl Running {
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
-        let api = Api::new(
-            settings::api(config),
+        let api = Api {
+            config: Arc::new(settings::api(config)),
             registry,
             proxies,
             loads,
-            readiness.clone(),
+            readiness: readiness.clone(),
             metrics,
             log,
-            edges.clone(),
-        );
+            tasks: edges.clone(),
+        };
 
         let (failed, failures) = mpsc::channel(1);
         if let Some(listener) = grpc {
