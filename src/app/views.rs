@@ -124,7 +124,6 @@ impl Views {
             let Some((next, changes)) = newer else { return };
             places.follow(&snapshot, &next, &changes, &family);
             snapshot = next;
-            let now = Instant::now();
             // Kept until the end, so that an address stands for one of them.
             let before: Vec<_> = sets.drain().collect();
             let mut done: HashMap<(usize, Locality), Arc<ResourceSet>> = HashMap::new();
@@ -135,7 +134,10 @@ impl Views {
                 // From the same set to what looks the same: the same set.
                 let next = done.entry((Arc::as_ptr(set).addr(), widest)).or_insert_with(|| {
                     let next = update_beside(last.as_deref(), set, &snapshot, &changes, &view);
-                    Arc::new(next.with_published(now))
+                    if let Some(taken) = snapshot.taken() {
+                        self.published.observe(taken.elapsed().as_secs_f64());
+                    }
+                    Arc::new(next.with_published(Instant::now()))
                 });
                 last = Some(Arc::clone(next));
                 if let Some(sender) = members.get(place) {
@@ -143,9 +145,6 @@ impl Views {
                 }
                 sets.insert(place.clone(), Arc::clone(next));
                 tokio::task::yield_now().await;
-            }
-            if let Some(taken) = snapshot.taken() {
-                self.published.observe(taken.elapsed().as_secs_f64());
             }
         }
     }
