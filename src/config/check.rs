@@ -15,6 +15,7 @@ const LATER: [&str; 2] = ["discovery", "federation"];
 pub(super) const DEFAULT_DIR: &str = "./disco-data";
 
 const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 pub(super) fn parse(file: &str, text: &str, overrides: &Overrides) -> Result<Config, ConfigError> {
@@ -120,6 +121,8 @@ impl Reader<'_> {
                     Err(message) => self.problems.add_at("xds.resend_on_reconnect", message, item.at),
                 }
             }
+            let load_report = &mut settings.load_report_interval;
+            self.duration(&mut xds, "load_report_interval", load_report, SECOND, HOUR);
             xds.finish(&mut self.problems);
         }
         fields.finish(&mut self.problems);

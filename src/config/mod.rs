@@ -203,6 +203,8 @@ pub struct Xds {
     pub streams: usize,
     /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
     pub resend_on_reconnect: Vec<ResourceType>,
+    /// How often clients are asked to report the calls that they make.
+    pub load_report_interval: Duration,
 }
 
 impl Default for Xds {
@@ -214,6 +216,7 @@ impl Default for Xds {
             first_request_timeout: Duration::from_secs(30),
             streams: 50_000,
             resend_on_reconnect: Vec::new(),
+            load_report_interval: Duration::from_secs(10),
         }
     }
 }

@@ -63,6 +63,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("first_request_timeout", format_duration(xds.first_request_timeout)),
                 ("streams", xds.streams.to_string()),
                 ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
+                ("load_report_interval", format_duration(xds.load_report_interval)),
             ],
         ),
     ];

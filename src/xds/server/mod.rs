@@ -1,4 +1,4 @@
-//! The one async part of the room: a task per stream between a connection and a state machine.
+//! The async file of the discovery service: a task per stream between a connection and a state machine.
 
 mod services;
 #[cfg(test)]
@@ -302,11 +302,11 @@ impl<V: Serve> Drop for Session<'_, V> {
 }
 
 /// Rule K1: a stream that ends before it was served counts as a failure of the server, one that was served does not.
-fn leaving() -> Status {
+pub(super) fn leaving() -> Status {
     Status::unavailable("the server is shutting down; connect to another one, or again")
 }
 
-fn status(error: ProtocolError) -> Status {
+pub(super) fn status(error: ProtocolError) -> Status {
     Status::new(code(error.code()), error.to_string())
 }
 
