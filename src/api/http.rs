@@ -5,8 +5,11 @@ use std::{future::Future, time::Duration};
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, FromRequest, Path, RawQuery, Request, State, rejection::BytesRejection},
-    http::{StatusCode, header},
+    extract::{
+        self, DefaultBodyLimit, FromRequest, FromRequestParts, RawQuery, Request, State,
+        rejection::BytesRejection,
+    },
+    http::{StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
     routing,
 };
@@ -29,6 +32,9 @@ use crate::{
 
 /// Longest that a long poll is held.
 const WAIT_MAX: Duration = Duration::from_secs(300);
+
+/// Longest that a body may take to arrive.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
 
 pub(super) type Reply = Result<Response, ApiError>;
 
@@ -101,7 +107,12 @@ impl FromRequest<Api> for Body {
         if announced.and_then(|length| length.parse::<usize>().ok()).is_some_and(|length| length > limit) {
             return Err(too_large());
         }
-        match Bytes::from_request(request, api).await {
+        let body = tokio::time::timeout(BODY_WITHIN, Bytes::from_request(request, api)).await;
+        let body = body.map_err(|_| {
+            let message = format!("the body did not arrive within {}", format_duration(BODY_WITHIN));
+            ApiError::new(Kind::Invalid, message)
+        })?;
+        match body {
             Ok(body) => Ok(Self(body)),
             Err(BytesRejection::FailedToBufferBody(error))
                 if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
@@ -109,6 +120,20 @@ impl FromRequest<Api> for Body {
                 Err(too_large())
             }
             Err(error) => Err(ApiError::new(Kind::Invalid, format!("the body did not arrive: {error}"))),
+        }
+    }
+}
+
+/// The variable parts of a path.
+pub(super) struct Path<T>(pub(super) T);
+
+impl<T: serde::de::DeserializeOwned + Send> FromRequestParts<Api> for Path<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        match extract::Path::from_request_parts(parts, api).await {
+            Ok(extract::Path(path)) => Ok(Self(path)),
+            Err(error) => Err(ApiError::new(Kind::Invalid, format!("the path is not text: {error}"))),
         }
     }
 }
@@ -194,7 +219,7 @@ pub(super) fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiEr
 async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {
     let (index, wait) = read_poll(query.as_deref())?;
     let catalog = api.registry.catalog();
-    wait_at_most(wait, catalog.newer_than(index)).await;
+    wait_at_most(&api, wait, catalog.newer_than(index)).await;
     let snapshot = catalog.latest();
     let services: Vec<_> = snapshot.services().map(|service| ServiceDto::from(&**service)).collect();
     Ok(Json(json!({"revision": snapshot.revision().0, "services": services})).into_response())
@@ -228,7 +253,7 @@ async fn list_instances(
     let (index, wait) = read_poll(query.as_deref())?;
     let id = service_id(&service)?;
     let catalog = api.registry.catalog();
-    wait_at_most(wait, async {
+    wait_at_most(&api, wait, async {
         // A snapshot newer than the service's last change is no news of it.
         let mut seen = Revision::default();
         while let Some((snapshot, _)) = catalog.newer_than(seen).await {
@@ -245,9 +270,14 @@ async fn list_instances(
     Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances})).into_response())
 }
 
-async fn wait_at_most<T>(wait: Duration, event: impl Future<Output = T>) {
-    if !wait.is_zero() {
-        let _ = tokio::time::timeout(wait, event).await;
+/// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
+async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+    if wait.is_zero() {
+        return;
+    }
+    tokio::select! {
+        _ = tokio::time::timeout(wait, event) => {}
+        () = api.tasks.shutdown().wait() => {}
     }
 }
 
@@ -392,7 +422,17 @@ async fn index() -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use tower::ServiceExt as _;
+
+    use std::sync::Arc;
+
     use super::*;
+    use crate::{
+        rt::{Readiness, Tasks},
+        store::MemoryStore,
+        telemetry::{LogFilter, LogFormat, Metrics},
+        xds::{Loads, Proxies},
+    };
 
     #[test]
     fn queries_are_read_like_fields() {
@@ -401,6 +441,49 @@ mod tests {
         for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
             assert!(read_poll(Some(bad)).is_err(), "{bad}");
         }
+        let service =
+            Query::of(Some("service=123")).read(|f, p| f.parse("service", p, str::parse::<ServiceId>));
+        assert_eq!(service.unwrap().unwrap().as_str(), "123", "a name of digits is a name");
         assert_eq!(percent_decode("a%20b+c%zz%"), "a b c%zz%");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_is_answered_when_the_server_ends() {
+        let tasks = Tasks::default();
+        let core = Tasks::default();
+        let (writer, reader) = crate::catalog::catalog();
+        let (store, readiness, metrics) =
+            (Arc::new(MemoryStore::default()), Readiness::default(), Metrics::default());
+        let gate = readiness.gate("registry");
+        let config = registry::Config::default();
+        let registry =
+            registry::Registry::start(config, store, writer, reader, &metrics, &core, gate).await.unwrap();
+        let log = LogFilter::start("off", LogFormat::Text).unwrap();
+        let config = super::super::Config { body_limit: 1024, effective: String::new() };
+        let api = Api {
+            config: Arc::new(config),
+            registry,
+            proxies: Proxies::default(),
+            loads: Loads::new(Duration::from_secs(10)),
+            readiness,
+            metrics,
+            log,
+            tasks: tasks.clone(),
+        };
+        let body = br#"{"address":"127.0.0.1","port":1}"#;
+        let limits = api.registry.limits();
+        let registration = dto::read_registration("greeter".into(), "a".into(), body, limits).unwrap();
+        api.registry.register(registration).await.unwrap();
+
+        tasks.shutdown().start();
+        for (path, status) in [
+            ("/v1/services?index=9&wait=5m", StatusCode::OK),
+            ("/v1/services/greeter/instances?index=9&wait=5m", StatusCode::OK),
+        ] {
+            let start = tokio::time::Instant::now();
+            let request = Request::get(path).body(axum::body::Body::empty()).unwrap();
+            let response = router(api.clone()).oneshot(request).await.unwrap();
+            assert_eq!((response.status(), start.elapsed()), (status, Duration::ZERO), "{path}");
+        }
     }
 }

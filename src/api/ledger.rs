@@ -8,7 +8,7 @@ use std::{
 
 use axum::{
     Json,
-    extract::{Path, RawQuery, State},
+    extract::{RawQuery, State},
     response::IntoResponse as _,
 };
 use envoy_types::pb::{
@@ -25,7 +25,7 @@ use super::{
     Api,
     dto::{self, InstanceDto},
     error::{ApiError, Kind},
-    http::{Query, Reply, instance_key, read_wait},
+    http::{Path, Query, Reply, instance_key, read_wait},
     proxies::{kind, streams_of},
 };
 use crate::{
@@ -89,7 +89,11 @@ impl Api {
             // What it changed is no longer known, or is nearly everything.
             (None, _) => Concern::All,
         };
-        Ok(self.proxies.wait_acknowledged(revision, &concern, wait).await)
+        tokio::select! {
+            biased;
+            progress = self.proxies.wait_acknowledged(revision, &concern, wait) => Ok(progress),
+            () = self.tasks.shutdown().wait() => Err(registry::Error::ShuttingDown.into()),
+        }
     }
 }
 

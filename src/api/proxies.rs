@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::State,
     response::{IntoResponse as _, Response},
 };
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use tonic::{Request, Status};
 use super::{
     Api, dto,
     error::{ApiError, Kind},
-    http::Reply,
+    http::{Path, Reply},
 };
 use crate::{
     model::{Problems, Revision, ServiceId, excerpt, nearest},

@@ -166,7 +166,8 @@ impl Running {
             let mut routes = RoutesBuilder::default();
             routes.add_service(health_service).add_service(listen::reflection());
             if let Some(ads) = ads {
-                routes.add_service(ads).add_service(api.client_status_service());
+                ads.add_to(&mut routes);
+                routes.add_service(api.client_status_service());
             }
             if let Some(load_reports) = load_reports {
                 routes.add_service(load_reports);
@@ -175,10 +176,10 @@ impl Running {
                 routes.add_service(api.registry_service());
             }
             routes.add_service(api.proxies_service());
-            listen::serve_grpc(listener, routes.routes(), &edges, failed.clone());
+            listen::serve_grpc(listener, routes.routes(), &edges, failed);
         }
         if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges, failed);
+            listen::serve_http(listener, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());

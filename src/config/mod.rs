@@ -23,7 +23,7 @@ use std::{
 pub use crate::telemetry::LogFormat;
 pub use problem::ConfigError;
 
-use crate::model;
+use crate::{model, xds::ResourceType};
 
 /// What one process does. It runs nothing that it was not told to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -201,6 +201,10 @@ pub struct Xds {
     pub first_request_timeout: Duration,
     /// How often clients are asked to report the calls that they make.
     pub load_report_interval: Duration,
+    /// Streams at the same time; further ones are turned away.
+    pub streams: usize,
+    /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
+    pub resend_on_reconnect: Vec<ResourceType>,
 }
 
 impl Default for Xds {
@@ -211,6 +215,8 @@ impl Default for Xds {
             reconnect_grace: Duration::from_secs(5),
             first_request_timeout: Duration::from_secs(30),
             load_report_interval: Duration::from_secs(10),
+            streams: 50_000,
+            resend_on_reconnect: Vec::new(),
         }
     }
 }

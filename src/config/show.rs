@@ -19,6 +19,7 @@ pub(super) fn yaml(config: &Config) -> String {
         LogFormat::Text => "text",
         LogFormat::Json => "json",
     };
+    let resend: Vec<&str> = xds.resend_on_reconnect.iter().map(|kind| kind.name()).collect();
     let registration = &limits.registration;
     let blocks = [
         (
@@ -61,6 +62,8 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("reconnect_grace", format_duration(xds.reconnect_grace)),
                 ("first_request_timeout", format_duration(xds.first_request_timeout)),
                 ("load_report_interval", format_duration(xds.load_report_interval)),
+                ("streams", xds.streams.to_string()),
+                ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
             ],
         ),
     ];

@@ -8,7 +8,8 @@
 //! registry read it; what a stream holds is derived from that when somebody asks (`ledger`). [`LoadReports`] takes what
 //! clients count of their calls into [`Loads`], which `api` reads (`load`).
 //!
-//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them.
+//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them;
+//! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.
 
 mod admit;
 mod config;
@@ -17,12 +18,18 @@ mod convergence;
 mod delta;
 mod engine;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod ledger;
 mod load;
 mod names;
 mod observe;
+#[cfg(test)]
+mod pitfalls;
 mod resource;
 mod response;
+#[cfg(test)]
+mod rules;
 mod server;
 mod sotw;
 mod status;

@@ -18,6 +18,8 @@ use crate::model::Revision;
 #[derive(Debug)]
 pub(super) struct Track {
     pub kind: ResourceType,
+    /// What the client says that it holds is not believed (rule D10).
+    pub resend: bool,
     /// Whether it ever asked for the type.
     pub seen: bool,
     pub subscription: Subscription,
@@ -100,9 +102,10 @@ pub(super) struct Report {
 }
 
 impl Track {
-    pub(super) fn new(kind: ResourceType) -> Self {
+    pub(super) fn new(kind: ResourceType, resend: bool) -> Self {
         Self {
             kind,
+            resend,
             seen: false,
             subscription: Subscription::default(),
             claim: None,
@@ -207,7 +210,12 @@ impl Track {
 
     /// Takes everything up to the set's revision as considered.
     pub(super) fn catch_up(&mut self, set: &ResourceSet) {
-        self.cursor = Some(set.revision());
+        self.resume(set.revision());
+    }
+
+    /// Goes on from a revision at which the client was.
+    pub(super) fn resume(&mut self, at: Revision) {
+        self.cursor = Some(at);
     }
 
     /// Whether there is something to send, or it takes a closer look to know.
