@@ -25,7 +25,8 @@ pub(super) enum Command {
         long_about = "Show the calls to a service, by locality, as its clients report them.\n\nSidecars and gRPC clients count \
                       their calls and report them every `xds.load_report_interval` (10s by default) to the server that they \
                       are connected to: these are the sums of what this server was told last. IN PROGRESS are calls under \
-                      way at that time, the others are calls a second.",
+                      way at that time, the others are calls a second, each retry as one. A call that found no connection counts \
+                      among the errors only.",
         after_help = "Example:\n  disco service load greeter"
     )]
     Load(Show),

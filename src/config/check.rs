@@ -111,6 +111,8 @@ impl Reader<'_> {
             self.duration(&mut xds, "reconnect_grace", &mut settings.reconnect_grace, Duration::ZERO, DAY);
             let first_request = &mut settings.first_request_timeout;
             self.duration(&mut xds, "first_request_timeout", first_request, SECOND, DAY);
+            let load_report = &mut settings.load_report_interval;
+            self.duration(&mut xds, "load_report_interval", load_report, SECOND, HOUR);
             let streams = xds.integer("streams", 1..=10_000_000, &mut self.problems);
             if let Some(streams) = streams.and_then(|streams| usize::try_from(streams).ok()) {
                 settings.streams = streams;
@@ -121,8 +123,6 @@ impl Reader<'_> {
                     Err(message) => self.problems.add_at("xds.resend_on_reconnect", message, item.at),
                 }
             }
-            let load_report = &mut settings.load_report_interval;
-            self.duration(&mut xds, "load_report_interval", load_report, SECOND, HOUR);
             xds.finish(&mut self.problems);
         }
         fields.finish(&mut self.problems);

@@ -48,9 +48,9 @@ pub struct Load {
 pub struct Traffic {
     /// Clients that say so.
     pub reporters: usize,
-    /// Calls started a second.
+    /// Calls sent a second, each retry as one.
     pub calls: f64,
-    /// Calls failed a second.
+    /// Failures a second. Envoy counts also those that found no connection, which were not sent.
     pub errors: f64,
     /// Calls under way when the clients last said so.
     pub in_progress: u64,

@@ -8,7 +8,7 @@ use envoy_types::pb::{
     google::protobuf,
 };
 use tokio::{
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
     time::{Instant, MissedTickBehavior},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -36,12 +36,15 @@ pub struct LoadReports {
     known: Arc<dyn Reportable>,
     config: Arc<Config>,
     tasks: Tasks,
+    /// A place for each stream.
+    streams: Arc<Semaphore>,
 }
 
 impl LoadReports {
-    /// Fills `loads`. Streams end when `tasks` are to end.
+    /// Fills `loads`. Streams end when `tasks` are to end; of them there may be as many as of the discovery services.
     pub fn new(loads: Loads, known: Arc<dyn Reportable>, config: Config, tasks: Tasks) -> Self {
-        Self { loads, known, config: Arc::new(config), tasks }
+        let streams = Arc::new(Semaphore::new(config.streams.min(Semaphore::MAX_PERMITS)));
+        Self { loads, known, config: Arc::new(config), tasks, streams }
     }
 
     /// As a tonic service.
@@ -138,11 +141,18 @@ impl LoadReportingService for LoadReports {
         &self,
         request: Request<Streaming<LoadStatsRequest>>,
     ) -> Result<Response<Self::StreamLoadStatsStream>, Status> {
+        let Ok(place) = Arc::clone(&self.streams).try_acquire_owned() else {
+            let limit = self.config.streams;
+            return Err(Status::resource_exhausted(format!(
+                "{limit} clients report to this server, as many as may (xds.streams); connect to another one"
+            )));
+        };
         let peer = request.remote_addr();
         let requests = request.into_inner();
         let (out, responses) = mpsc::channel(1);
         let reports = self.clone();
         self.tasks.spawn("load reports", async move {
+            let _place = place;
             if let Err(status) = reports.serve(requests, &out, peer).await {
                 tracing::debug!(code = ?status.code(), message = status.message(), "load reports ended");
                 let _ = out.send_timeout(Err(status), LAST_WORD).await;
@@ -208,14 +218,19 @@ mod tests {
         answers: Streaming<LoadStatsResponse>,
     }
 
-    async fn open(first: LoadStatsRequest) -> Bench {
+    fn server(streams: usize) -> (LoadReports, Arc<Services>) {
         let services = Arc::new(Services(Mutex::new(vec!["a".into()])));
-        let (loads, tasks) = (Loads::new(Duration::from_secs(10)), Tasks::default());
         let known: Arc<dyn Reportable> = services.clone();
-        let server = LoadReports::new(loads.clone(), known, Config::default(), tasks.clone()).service();
+        let config = Config { streams, ..Config::default() };
+        (LoadReports::new(Loads::new(Duration::from_secs(10)), known, config, Tasks::default()), services)
+    }
+
+    async fn open(first: LoadStatsRequest) -> Bench {
+        let (server, services) = server(1);
+        let (loads, tasks) = (server.loads.clone(), server.tasks.clone());
         let (requests, incoming) = mpsc::channel(1);
         requests.send(first).await.unwrap();
-        let mut client = LoadReportingServiceClient::new(server);
+        let mut client = LoadReportingServiceClient::new(server.service());
         let answers = client.stream_load_stats(ReceiverStream::new(incoming)).await.unwrap().into_inner();
         Bench { services, loads, tasks, requests, answers }
     }
@@ -285,5 +300,23 @@ mod tests {
         bench.tasks.shutdown().start();
         assert_eq!(bench.answer().await, Err(tonic::Code::Unavailable));
         assert_eq!(bench.tasks.join(Duration::from_secs(1)).await, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn there_are_no_more_streams_than_allowed() {
+        let (server, _) = server(1);
+        let mut client = LoadReportingServiceClient::new(server.clone().service());
+        let mut keep = Vec::new();
+        let mut open = async || {
+            let (requests, incoming) = mpsc::channel(1);
+            let answers = client.stream_load_stats(ReceiverStream::new(incoming)).await;
+            answers.map(|answers| keep.push((requests, answers.into_inner()))).map_err(|status| status.code())
+        };
+        assert_eq!(open().await, Ok(()));
+        assert_eq!(open().await, Err(tonic::Code::ResourceExhausted));
+        keep.clear();
+        while server.streams.available_permits() == 0 {
+            tokio::task::yield_now().await;
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! The async file of the discovery service: a task per stream between a connection and a state machine.
+//! The async part of the discovery services: a task per stream between a connection and a state machine.
 
 mod services;
 #[cfg(test)]
