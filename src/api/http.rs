@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Longest that a long poll is held.
-const WAIT_MAX: Duration = Duration::from_secs(300);
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 
 /// Longest that a body may take to arrive.
 const BODY_WITHIN: Duration = Duration::from_secs(30);

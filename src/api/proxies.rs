@@ -13,16 +13,13 @@ use tonic::{Request, Status};
 use super::{
     Api, dto,
     error::{ApiError, Kind},
-    http::{Path, Reply},
+    http::{Path, Reply, WAIT_MAX},
 };
 use crate::{
     model::{Problems, Revision, ServiceId, excerpt, nearest},
     proto::v1::{self, proxies_server},
     xds::{ProxyStatus, ResourceType, TypeStatus},
 };
-
-/// Longest that a wait for acknowledgements is held.
-const WAIT_MAX: Duration = Duration::from_secs(300);
 
 pub(super) async fn list(State(api): State<Api>) -> Response {
     let proxies: Vec<Value> = api.proxies.list().iter().map(proxy).collect();

@@ -19,12 +19,13 @@ use tonic::transport::{
     Server,
     server::{Connected, TcpConnectInfo},
 };
+use tonic_health::ServingStatus;
 use tower::util::MapRequestLayer;
 
 use super::Error;
 use crate::{
     proto,
-    rt::{Hangup, Tasks, Watched},
+    rt::{Hangup, Readiness, Tasks, Watched},
 };
 
 /// Connections that may wait to be accepted. After a restart every proxy connects in the same second; with the usual 128
@@ -96,6 +97,25 @@ fn spread_connect_info<B>(mut request: http::Request<B>) -> http::Request<B> {
         extensions.insert(hangup);
     }
     request
+}
+
+/// Says over `grpc.health.v1` what `/readyz` says over HTTP.
+pub(super) fn follow_readiness(
+    health: tonic_health::server::HealthReporter,
+    readiness: Readiness,
+    tasks: &Tasks,
+) {
+    let shutdown = tasks.shutdown().clone();
+    tasks.spawn("grpc-health", async move {
+        for status in [ServingStatus::NotServing, ServingStatus::Serving] {
+            health.set_service_status("", status).await;
+            tokio::select! {
+                () = readiness.ready(), if status == ServingStatus::NotServing => {}
+                () = shutdown.wait() => break,
+            }
+        }
+        health.set_service_status("", ServingStatus::NotServing).await;
+    });
 }
 
 pub(super) fn reflection()

@@ -162,7 +162,7 @@ impl Running {
         let (failed, failures) = mpsc::channel(1);
         if let Some(listener) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
-            health.set_service_status("", tonic_health::ServingStatus::Serving).await;
+            listen::follow_readiness(health, readiness.clone(), &edges);
             let mut routes = RoutesBuilder::default();
             routes.add_service(health_service).add_service(listen::reflection());
             if let Some(ads) = ads {

@@ -112,7 +112,7 @@ impl Registry {
             metrics: RegistryMetrics::new(metrics),
             tasks: tasks.clone(),
         });
-        let mirror = mirror::Mirror::load(store, writer).await?;
+        let mirror = mirror::Mirror::load(store, writer, inner.catalog.clone()).await?;
         for service in inner.catalog.latest().services() {
             for instance in service.instances() {
                 inner.leases.hold_after_restart(instance, tokio::time::Instant::now());
