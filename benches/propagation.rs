@@ -52,7 +52,7 @@ async fn main() {
 
 async fn measure(proxies: usize) {
     let data = tempfile::tempdir().expect("a directory");
-    let disco = common::Disco::start(data.path());
+    let disco = common::Disco::start(Some(data.path()));
     let channel = common::connect(&disco.grpc).await;
     let mut registry = RegistryClient::new(channel.clone());
     let mut ledger = ProxiesClient::new(channel);
@@ -73,8 +73,8 @@ async fn measure(proxies: usize) {
     wait(&mut ledger, revision).await;
     let connected = disco.memory();
 
-    let mut acked = Histogram::<u64>::new(3).expect("a histogram");
-    let mut each = Histogram::<u64>::new(3).expect("a histogram");
+    let mut acked = Histogram::<u64>::new_with_bounds(1, 60_000_000, 3).expect("a histogram");
+    let mut each = Histogram::<u64>::new_with_bounds(1, 60_000_000, 3).expect("a histogram");
     let cpu = disco.cpu();
     for change in 0..CHANGES {
         let revision = register(&mut registry, change % INSTANCES, 2 + u32::from(change)).await;
