@@ -1,12 +1,15 @@
-//! The one async file of the room: a task per stream between a connection and a state machine.
+//! The one async file of the room: what runs between a connection and a state machine, for each stream. It runs in the task
+//! that writes the response, so that a change and an acknowledgement wake one task each, not two.
 
 #[cfg(test)]
 mod tests;
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
     net::SocketAddr,
-    sync::Arc,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -15,11 +18,11 @@ use envoy_types::pb::envoy::{
     config::core::v3 as core,
     service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
 };
-use futures_util::future::{Ready, ready};
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
+use futures_util::{
+    Stream,
+    future::{Ready, ready},
 };
+use tokio::{sync::watch, time::Instant};
 use tonic::{Status, body::Body, server::NamedService};
 
 use super::{
@@ -31,13 +34,10 @@ use super::{
     status::Seat,
     wire::{Incoming, Requests, Responses},
 };
-use crate::rt::Tasks;
+use crate::rt::{Shutdown, Tasks};
 
 const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const SOTW: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
-
-/// How long the last word to a client that does not read is kept.
-const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// The aggregated discovery service in both forms (rule G1), as a tonic service. A clone serves the same.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ struct Shared {
     proxies: Proxies,
     config: Arc<Config>,
     observer: Arc<dyn Observer>,
-    tasks: Tasks,
+    shutdown: Shutdown,
 }
 
 impl AdsServer {
@@ -68,7 +68,8 @@ impl AdsServer {
         tasks: Tasks,
         observer: Arc<dyn Observer>,
     ) -> Self {
-        Self { shared: Arc::new(Shared { admit, proxies, config: Arc::new(config), observer, tasks }) }
+        let (config, shutdown) = (Arc::new(config), tasks.shutdown().clone());
+        Self { shared: Arc::new(Shared { admit, proxies, config, observer, shutdown }) }
     }
 
     fn serve<V: Serve, B: Incoming>(&self, request: http::Request<B>) -> http::Response<Body> {
@@ -76,16 +77,10 @@ impl AdsServer {
         let request = tonic::Request::from_http(request);
         let peer = request.remote_addr();
         let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
-        // Room for one: the next response is built when the connection has taken the last.
-        let (out, responses) = mpsc::channel(1);
-        let tasks = shared.tasks.clone();
-        tasks.spawn("xds stream", async move {
-            if let Err(status) = serve_stream::<V, B>(requests, &out, peer, &shared).await {
-                tracing::debug!(code = ?status.code(), message = status.message(), "stream ended");
-                let _ = out.send_timeout(Err(status), LAST_WORD).await;
-            }
-        });
-        let mut response = http::Response::new(Body::new(Responses::new(responses)));
+        let place = Place::default();
+        let session = serve_stream::<V, B>(requests, place.clone(), peer, shared);
+        let serving = Serving { session: Some(Box::pin(session)), place, end: None };
+        let mut response = http::Response::new(Body::new(Responses::new(serving)));
         let grpc = http::HeaderValue::from_static("application/grpc");
         response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
         response
@@ -131,14 +126,62 @@ impl Serve for Sotw {
     }
 }
 
+/// Where the next response waits for the connection. There is room for one: the next is built when the connection has taken
+/// the last.
+#[derive(Debug, Clone, Default)]
+struct Place(Arc<Mutex<Option<Response>>>);
+
+impl Place {
+    fn response(&self) -> MutexGuard<'_, Option<Response>> {
+        // Put and taken whole; a panic leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ready when the place is free. Nobody is woken: the session is polled again after a response was taken.
+    async fn free(&self) {
+        poll_fn(|_| if self.response().is_none() { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+}
+
+/// The responses of a stream, made when they are asked for.
+struct Serving<F> {
+    /// `None` once it has ended.
+    session: Option<Pin<Box<F>>>,
+    place: Place,
+    /// What is left to say after the last response.
+    end: Option<Status>,
+}
+
+impl<F: Future<Output = Result<(), Status>>> Stream for Serving<F> {
+    type Item = Result<Response, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(session) = &mut self.session
+            && let Poll::Ready(result) = session.as_mut().poll(context)
+        {
+            self.session = None;
+            if let Err(status) = result {
+                tracing::debug!(code = ?status.code(), message = status.message(), "stream ended");
+                self.end = Some(status);
+            }
+        }
+        let response = self.place.response().take();
+        match response {
+            Some(response) => Poll::Ready(Some(Ok(response))),
+            None if self.session.is_some() => Poll::Pending,
+            None => Poll::Ready(self.end.take().map(Err)),
+        }
+    }
+}
+
 /// Serves a stream until the client leaves (Ok) or it must end with a status.
 async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
-    out: &mpsc::Sender<Result<Response, Status>>,
+    place: Place,
     peer: Option<SocketAddr>,
-    shared: &Shared,
+    shared: Arc<Shared>,
 ) -> Result<(), Status> {
-    let shutdown = shared.tasks.shutdown();
+    let shutdown = &shared.shutdown;
     let patience = shared.config.first_request_timeout;
     let first = tokio::select! {
         first = tokio::time::timeout(patience, requests.next()) => first,
@@ -156,7 +199,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     shared.observer.connected(V::PROTOCOL);
     let seat = shared.proxies.join(node, V::PROTOCOL);
     let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run(first, requests, set, out, shared).await
+    session.run(first, requests, set, place, shutdown).await
 }
 
 /// A stream that was let in.
@@ -173,10 +216,9 @@ impl<V: Serve> Session<'_, V> {
         first: V::Request,
         mut requests: Requests<V::Request, B>,
         mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
-        out: &mpsc::Sender<Result<Response, Status>>,
-        shared: &Shared,
+        place: Place,
+        shutdown: &Shutdown,
     ) -> Result<(), Status> {
-        let shutdown = shared.tasks.shutdown();
         let mut set = sets.borrow_and_update().clone();
         let mut served = false;
         self.hear(first, set.as_ref())?;
@@ -190,13 +232,12 @@ impl<V: Serve> Session<'_, V> {
         loop {
             tokio::select! {
                 // A place first, then the response: while the client does not read, newer state replaces older.
-                place = out.reserve(), if due && set.is_some() => {
-                    let Ok(place) = place else { return Ok(()) };
+                () = place.free(), if due && set.is_some() => {
                     let Some(current) = &set else { continue };
                     match self.engine.next_response(current, Instant::now()).map_err(status)? {
                         Some(response) => {
                             self.observer.sent(V::PROTOCOL, &response);
-                            place.send(Ok(response));
+                            *place.response() = Some(response);
                             served = true;
                         }
                         None => {
