@@ -99,6 +99,11 @@ impl Subscription {
         self.wildcard || self.names.contains(name)
     }
 
+    /// Whether both are the same down to their memory. False may be wrong.
+    pub(super) fn shares(&self, other: &Self) -> bool {
+        (self.wildcard, self.named) == (other.wildcard, other.named) && self.names().ptr_eq(other.names())
+    }
+
     /// A request of SotW, which states everything that is subscribed to (rule W5).
     pub(super) fn replace(&mut self, names: &[String], terms: Terms<'_>) -> Result<Delta, ProtocolError> {
         let had_wildcard = self.wildcard;

@@ -23,6 +23,7 @@ use futures_util::{
     future::{Ready, ready},
 };
 use tokio::{sync::watch, time::Instant};
+use tokio_stream::{StreamExt as _, wrappers::WatchStream};
 use tonic::{Status, body::Body, server::NamedService};
 
 use super::{
@@ -220,6 +221,10 @@ impl<V: Serve> Session<'_, V> {
         shutdown: &Shutdown,
     ) -> Result<(), Status> {
         let mut set = sets.borrow_and_update().clone();
+        // What is waited for stays registered from one turn to the next: to come and go costs locks that all streams share.
+        let mut sets = WatchStream::from_changes(sets);
+        let shutdown = shutdown.wait();
+        tokio::pin!(shutdown);
         let mut served = false;
         self.hear(first, set.as_ref())?;
         // From now on the stream counts among those that have not acknowledged.
@@ -231,6 +236,9 @@ impl<V: Serve> Session<'_, V> {
         let mut armed: Option<Instant> = None;
         loop {
             tokio::select! {
+                // In this order because it is the order of what comes most often; whoever floods starves no stream but its
+                // own.
+                biased;
                 // A place first, then the response: while the client does not read, newer state replaces older.
                 () = place.free(), if due && set.is_some() => {
                     let Some(current) = &set else { continue };
@@ -253,9 +261,8 @@ impl<V: Serve> Session<'_, V> {
                     }
                     None => return Ok(()),
                 },
-                changed = sets.changed() => {
-                    changed.map_err(|_| leaving())?;
-                    if let Some(next) = sets.borrow_and_update().clone() {
+                next = sets.next() => {
+                    if let Some(next) = next.ok_or_else(leaving)? {
                         self.engine.on_resources(&next, Instant::now());
                         set = Some(next);
                         due = true;
@@ -265,7 +272,7 @@ impl<V: Serve> Session<'_, V> {
                     armed = None;
                     due = true;
                 }
-                () = shutdown.wait() => return if served { Ok(()) } else { Err(leaving()) },
+                () = &mut shutdown => return if served { Ok(()) } else { Err(leaving()) },
             }
             // The timer is set anew only for something earlier: after each ACK it would be for nothing.
             if let Some(deadline) = self.engine.deadline()
@@ -298,7 +305,7 @@ impl<V: Serve> Session<'_, V> {
             self.observer.unanswered(V::PROTOCOL, unanswered - self.unanswered);
             self.unanswered = unanswered;
         }
-        self.seat.update(self.engine.status());
+        self.seat.update(|types| self.engine.update_status(types));
     }
 }
 
