@@ -1,9 +1,10 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     catalog::Reader,
@@ -14,6 +15,13 @@ use crate::{
 
 /// Views that may be in use at once. Each costs a rendering of the whole catalog, and a node's metadata may ask for one.
 const MOST: usize = 256;
+
+/// The least time between two publications of a view, for each of its streams: about what it costs to bring a change to one.
+/// Under a storm of changes this leaves the writers half the machine, and what is superseded meanwhile is never sent.
+const PACE: Duration = Duration::from_micros(20);
+
+/// The longest such time.
+const SLOWEST: Duration = Duration::from_millis(50);
 
 pub(super) type Set = Option<Arc<ResourceSet>>;
 
@@ -52,9 +60,16 @@ impl Views {
         let mut set = Arc::new(resources::render(&self.catalog.latest(), &view));
         loop {
             sender.send_replace(Some(Arc::clone(&set)));
+            let streams = u32::try_from(sender.receiver_count()).unwrap_or(u32::MAX);
+            let next = Instant::now() + PACE.saturating_mul(streams).min(SLOWEST);
             tokio::select! {
                 newer = self.catalog.newer_than(set.revision()) => {
-                    let Some((snapshot, changes)) = newer else { return };
+                    if newer.is_none() {
+                        return;
+                    }
+                    // A change by itself goes at once.
+                    tokio::time::sleep_until(next).await;
+                    let (snapshot, changes) = self.catalog.since(set.revision());
                     set = Arc::new(resources::update(&set, &snapshot, &changes, &view));
                 }
                 () = sender.closed() => {

@@ -106,6 +106,8 @@ impl Subscription {
 
     /// A request of SotW, which states everything that is subscribed to (rule W5).
     pub(super) fn replace(&mut self, names: &[String], terms: Terms<'_>) -> Result<Delta, ProtocolError> {
+        // Before anything is made of them.
+        terms.check_count(real(names).count())?;
         let had_wildcard = self.wildcard;
         if names.is_empty() {
             // Rule W3: legacy wildcard until a name was ever sent.
@@ -124,7 +126,6 @@ impl Subscription {
                 added.push(shared);
             }
         }
-        terms.check_count(next.len())?;
         let removed = self.names().iter().filter(|name| !next.contains(name)).cloned().collect();
         self.names = next;
         terms.share_all(&mut self.names);
@@ -145,6 +146,8 @@ impl Subscription {
         first: bool,
         terms: Terms<'_>,
     ) -> Result<Delta, ProtocolError> {
+        // Before anything is made of them.
+        terms.check_count(subscribe.len())?;
         let mut delta = Delta::default();
         if first && subscribe.is_empty() && terms.empty_is_wildcard() {
             self.wildcard = true;
