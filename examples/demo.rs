@@ -31,7 +31,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::Parser;
-use harness::{Disco, Envoy, Greeter, Protocol, free_port, process::descendants, sibling};
+use harness::{Disco, Envoy, Greeter, Protocol, free_port, process::descendants, request, sibling};
 use load::{Counts, Load, Plan};
 use rustix::process::{Signal, getpid, kill_process};
 use tokio::{runtime::Runtime, time::Instant};
@@ -98,10 +98,18 @@ fn show(args: &Args, folder: &Path) -> anyhow::Result<bool> {
     thread::sleep(SCENE);
     board.line(load.counts(), "g1 drained: SIGTERM", &drain.describe());
 
+    let admin = envoy.admin;
+    let retries = thread::spawn(move || watch_retries(admin));
     let crash = change(&disco, || g2.crash())?;
     g2.ended()?;
-    thread::sleep(SCENE);
-    board.line(load.counts(), "g2 crashed: kill -9", &crash.describe());
+    let (retried, last) = retries.join().map_err(|_| anyhow::anyhow!("watching the retries failed"))??;
+    let last = last.map_or(Duration::ZERO, |last| last.saturating_duration_since(crash.begun));
+    let note = format!(
+        "{}\n    {retried} calls that it had were sent to another, the last {} ms after the kill",
+        crash.describe(),
+        ms(last)
+    );
+    board.line(load.counts(), "g2 crashed: kill -9", &note);
 
     let mut g4 = None;
     let added = change(&disco, || {
@@ -171,6 +179,28 @@ fn change(disco: &Disco, act: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Re
         anyhow::ensure!(complete, "revision {after} did not reach Envoy: {status}");
         Ok(Change { begun, accepted, reached_envoy })
     })
+}
+
+/// Follows Envoy's count of retries for a scene: how many there were, and when the last was seen.
+fn watch_retries(admin: SocketAddr) -> anyhow::Result<(u64, Option<Instant>)> {
+    let start = Instant::now();
+    let first = retries(admin)?;
+    let (mut count, mut last) = (first, None);
+    while start.elapsed() < SCENE {
+        let now = retries(admin)?;
+        if now > count {
+            (count, last) = (now, Some(Instant::now()));
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok((count - first, last))
+}
+
+/// How many calls Envoy has sent again to another instance so far.
+fn retries(admin: SocketAddr) -> anyhow::Result<u64> {
+    let stats = request(admin, "GET", "/stats?filter=cluster.greeter.upstream_rq_retry$", b"")?.body;
+    let value = stats.lines().find_map(|line| line.rsplit_once(": "));
+    Ok(value.map(|(_, value)| value.trim().parse()).transpose()?.unwrap_or_default())
 }
 
 /// How long ago an instance registered itself, by the wall clock and to the millisecond.

@@ -9,7 +9,12 @@ use std::{
 use prometheus_client::{
     collector::Collector,
     encoding::text,
-    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
     registry::{Metric, Registry},
 };
 use tracing_subscriber::{
@@ -87,12 +92,39 @@ fn parse(filter: &str) -> Result<EnvFilter, String> {
 
 /// The metrics of this process. Cheap to clone; every name begins with `disco_`.
 #[derive(Debug, Clone)]
-pub struct Metrics(Arc<Mutex<Registry>>);
+pub struct Metrics {
+    registry: Arc<Mutex<Registry>>,
+    propagation: Family<[(&'static str, &'static str); 1], Histogram>,
+}
 
 impl Default for Metrics {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Registry::with_prefix("disco"))))
+        let mut registry = Registry::with_prefix("disco");
+        let propagation = Family::new_with_constructor(seconds as fn() -> Histogram);
+        registry.register(
+            "propagation_seconds",
+            "How long a change took: stored (request to durable), published (durable to ready for proxies), \
+             acknowledged (ready, or asked for, to a proxy's acknowledgement)",
+            propagation.clone(),
+        );
+        Self { registry: Arc::new(Mutex::new(registry)), propagation }
     }
+}
+
+/// A stage of a change on its way from a request to the proxies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// From the request to the durable write.
+    Stored,
+    /// From there to resources that streams can send.
+    Published,
+    /// From there to the acknowledgement of one proxy.
+    Acknowledged,
+}
+
+/// From 0.1 ms to about 26 s, each bound twice the one before.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.0001, 2.0, 18))
 }
 
 impl Metrics {
@@ -108,8 +140,17 @@ impl Metrics {
 
     /// A histogram of seconds from 0.1 ms to about 26 s, each bound twice the one before.
     pub fn seconds(&self, name: &str, help: &str) -> Histogram {
-        let bounds = prometheus_client::metrics::histogram::exponential_buckets(0.0001, 2.0, 18);
-        self.register(name, help, Histogram::new(bounds))
+        self.register(name, help, seconds())
+    }
+
+    /// One stage of the histogram `disco_propagation_seconds`.
+    pub fn propagation(&self, stage: Stage) -> Histogram {
+        let name = match stage {
+            Stage::Stored => "stored",
+            Stage::Published => "published",
+            Stage::Acknowledged => "acknowledged",
+        };
+        self.propagation.get_or_create(&[("stage", name)]).clone()
     }
 
     /// Any metric; keep the returned handle.
@@ -132,7 +173,7 @@ impl Metrics {
     }
 
     fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -153,7 +194,10 @@ mod tests {
         let metrics = Metrics::default();
         metrics.counter("writes", "Accepted changes").inc();
         metrics.seconds("ack_seconds", "To the ACK").observe(0.0015);
+        metrics.propagation(Stage::Published).observe(0.0001);
         let text = metrics.text();
+        let stage = "disco_propagation_seconds_bucket{le=\"0.0001\",stage=\"published\"} 1";
+        assert!(text.contains(stage), "{text}");
         assert!(text.contains("disco_writes_total 1"), "{text}");
         assert!(text.contains("disco_ack_seconds_bucket{le=\"0.0016\"} 1"), "{text}");
     }

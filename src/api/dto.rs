@@ -304,6 +304,10 @@ mod tests {
                 "ttl: \"1y\" is not a duration: want a number and a unit, such as 30s, 5m or 500ms",
             ),
             (
+                r#"{"address":"127.0.0.1","port":1,"ttl":30}"#,
+                "ttl: \"30\" is not a duration: want a number and a unit, such as 30s, 5m or 500ms",
+            ),
+            (
                 r#"{"address":"127.0.0.1","port":1,"locality":{"zoone":"z"}}"#,
                 "locality.zoone: is not a known field; did you mean `zone`?",
             ),

@@ -5,8 +5,11 @@ use std::{future::Future, time::Duration};
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, FromRequest, Path, RawQuery, Request, State, rejection::BytesRejection},
-    http::{StatusCode, header},
+    extract::{
+        self, DefaultBodyLimit, FromRequest, FromRequestParts, RawQuery, Request, State,
+        rejection::BytesRejection,
+    },
+    http::{StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
     routing,
 };
@@ -17,7 +20,7 @@ use super::{
     Api,
     dto::{self, InstanceDto, LeaseDto, ServiceDto},
     error::{ApiError, Kind},
-    proxies,
+    ledger, proxies,
 };
 use crate::{
     model::{
@@ -30,6 +33,9 @@ use crate::{
 /// Longest that a long poll is held.
 const WAIT_MAX: Duration = Duration::from_secs(300);
 
+/// Longest that a body may take to arrive.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
+
 pub(super) type Reply = Result<Response, ApiError>;
 
 /// All routes.
@@ -41,10 +47,13 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
+        .route(&format!("{instance}/explain"), routing::get(ledger::explain))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/proxies", routing::get(proxies::list))
-        .route("/v1/revisions/{revision}", routing::get(proxies::revision))
+        .route("/v1/proxies/{node}", routing::get(proxies::show))
+        .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
+        .route("/v1/revisions/{revision}", routing::get(ledger::revision))
         .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
         .route("/readyz", routing::get(readyz))
         .route("/metrics", routing::get(metrics))
@@ -97,7 +106,12 @@ impl FromRequest<Api> for Body {
         if announced.and_then(|length| length.parse::<usize>().ok()).is_some_and(|length| length > limit) {
             return Err(too_large());
         }
-        match Bytes::from_request(request, api).await {
+        let body = tokio::time::timeout(BODY_WITHIN, Bytes::from_request(request, api)).await;
+        let body = body.map_err(|_| {
+            let message = format!("the body did not arrive within {}", format_duration(BODY_WITHIN));
+            ApiError::new(Kind::Invalid, message)
+        })?;
+        match body {
             Ok(body) => Ok(Self(body)),
             Err(BytesRejection::FailedToBufferBody(error))
                 if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
@@ -105,6 +119,20 @@ impl FromRequest<Api> for Body {
                 Err(too_large())
             }
             Err(error) => Err(ApiError::new(Kind::Invalid, format!("the body did not arrive: {error}"))),
+        }
+    }
+}
+
+/// The variable parts of a path.
+pub(super) struct Path<T>(pub(super) T);
+
+impl<T: serde::de::DeserializeOwned + Send> FromRequestParts<Api> for Path<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        match extract::Path::from_request_parts(parts, api).await {
+            Ok(extract::Path(path)) => Ok(Self(path)),
+            Err(error) => Err(ApiError::new(Kind::Invalid, format!("the path is not text: {error}"))),
         }
     }
 }
@@ -177,7 +205,7 @@ fn service_id(text: &str) -> Result<ServiceId, ApiError> {
     problems.take("service", text.parse()).ok_or_else(|| problems.into())
 }
 
-fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
+pub(super) fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
     let mut problems = Problems::default();
     let service = problems.take("service", service.parse::<ServiceId>());
     let id = problems.take("id", id.parse::<InstanceId>());
@@ -190,7 +218,7 @@ fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
 async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {
     let (index, wait) = read_poll(query.as_deref())?;
     let catalog = api.registry.catalog();
-    wait_at_most(wait, catalog.newer_than(index)).await;
+    wait_at_most(&api, wait, catalog.newer_than(index)).await;
     let snapshot = catalog.latest();
     let services: Vec<_> = snapshot.services().map(|service| ServiceDto::from(&**service)).collect();
     Ok(Json(json!({"revision": snapshot.revision().0, "services": services})).into_response())
@@ -224,7 +252,7 @@ async fn list_instances(
     let (index, wait) = read_poll(query.as_deref())?;
     let id = service_id(&service)?;
     let catalog = api.registry.catalog();
-    wait_at_most(wait, async {
+    wait_at_most(&api, wait, async {
         // A snapshot newer than the service's last change is no news of it.
         let mut seen = Revision::default();
         while let Some((snapshot, _)) = catalog.newer_than(seen).await {
@@ -241,9 +269,14 @@ async fn list_instances(
     Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances})).into_response())
 }
 
-async fn wait_at_most<T>(wait: Duration, event: impl Future<Output = T>) {
-    if !wait.is_zero() {
-        let _ = tokio::time::timeout(wait, event).await;
+/// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
+async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+    if wait.is_zero() {
+        return;
+    }
+    tokio::select! {
+        _ = tokio::time::timeout(wait, event) => {}
+        () = api.tasks.shutdown().wait() => {}
     }
 }
 
@@ -376,15 +409,28 @@ async fn index() -> &'static str {
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
-     GET    /v1/revisions/{revision}                   who has acknowledged it; ?service=NAME&wait=10s\n\
+     GET    /v1/proxies/{node}                         one, with what it rejected\n\
+     GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
+     GET    /v1/revisions/{revision}                   who has acknowledged it, who has not and why; ?service=NAME&wait=10s\n\
      GET    /livez /readyz /metrics\n\
      GET    /debug/catalog /debug/config /debug/log /debug/xds;  PUT /debug/log {\"filter\":\"debug\"}\n"
 }
 
 #[cfg(test)]
 mod tests {
+    use tower::ServiceExt as _;
+
+    use std::sync::Arc;
+
     use super::*;
+    use crate::{
+        rt::{Readiness, Tasks},
+        store::MemoryStore,
+        telemetry::{LogFilter, LogFormat, Metrics},
+        xds::Proxies,
+    };
 
     #[test]
     fn queries_are_read_like_fields() {
@@ -393,6 +439,40 @@ mod tests {
         for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
             assert!(read_poll(Some(bad)).is_err(), "{bad}");
         }
+        let service =
+            Query::of(Some("service=123")).read(|f, p| f.parse("service", p, str::parse::<ServiceId>));
+        assert_eq!(service.unwrap().unwrap().as_str(), "123", "a name of digits is a name");
         assert_eq!(percent_decode("a%20b+c%zz%"), "a b c%zz%");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_is_answered_when_the_server_ends() {
+        let tasks = Tasks::default();
+        let core = Tasks::default();
+        let (writer, reader) = crate::catalog::catalog();
+        let (store, readiness, metrics) =
+            (Arc::new(MemoryStore::default()), Readiness::default(), Metrics::default());
+        let gate = readiness.gate("registry");
+        let config = registry::Config::default();
+        let registry =
+            registry::Registry::start(config, store, writer, reader, &metrics, &core, gate).await.unwrap();
+        let log = LogFilter::start("off", LogFormat::Text).unwrap();
+        let config = super::super::Config { body_limit: 1024, effective: String::new() };
+        let api = Api::new(config, registry, Proxies::default(), readiness, metrics, log, tasks.clone());
+        let body = br#"{"address":"127.0.0.1","port":1}"#;
+        let limits = api.registry.limits();
+        let registration = dto::read_registration("greeter".into(), "a".into(), body, limits).unwrap();
+        api.registry.register(registration).await.unwrap();
+
+        tasks.shutdown().start();
+        for (path, status) in [
+            ("/v1/services?index=9&wait=5m", StatusCode::OK),
+            ("/v1/services/greeter/instances?index=9&wait=5m", StatusCode::OK),
+        ] {
+            let start = tokio::time::Instant::now();
+            let request = Request::get(path).body(axum::body::Body::empty()).unwrap();
+            let response = router(api.clone()).oneshot(request).await.unwrap();
+            assert_eq!((response.status(), start.elapsed()), (status, Duration::ZERO), "{path}");
+        }
     }
 }

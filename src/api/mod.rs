@@ -1,15 +1,21 @@
 //! The edges that people, scripts and instances use: gRPC (`disco.v1`) and HTTP/JSON over the same handlers of
-//! `registry`, the state of the proxies from `xds`, metrics and readiness.
+//! `registry`, the state of the proxies from `xds` (also as CSDS), metrics and readiness.
 //!
 //! Whatever comes in is checked whole before anything is done, and every refusal names the fields at fault.
 
+mod csds;
 mod dto;
 mod error;
 mod grpc;
 mod http;
+mod ledger;
 mod proxies;
 
 use std::sync::Arc;
+
+use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_server::{
+    ClientStatusDiscoveryService, ClientStatusDiscoveryServiceServer,
+};
 
 use crate::{
     proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
@@ -64,6 +70,14 @@ impl Api {
         &self,
     ) -> RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>> {
         RegistryServer::new(grpc::RegistryService::new(self.registry.clone(), self.tasks.clone()))
+            .max_decoding_message_size(self.config.body_limit)
+    }
+
+    /// The client status discovery service, which tells of the proxies in the words of xDS.
+    pub fn client_status_service(
+        &self,
+    ) -> ClientStatusDiscoveryServiceServer<impl ClientStatusDiscoveryService + use<>> {
+        ClientStatusDiscoveryServiceServer::new(csds::ClientStatus::new(self.clone()))
             .max_decoding_message_size(self.config.body_limit)
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::{
     Json,
-    extract::{Path, RawQuery, State},
+    extract::State,
     response::{IntoResponse as _, Response},
 };
 use serde_json::{Value, json};
@@ -12,13 +12,13 @@ use tonic::{Request, Status};
 
 use super::{
     Api, dto,
-    error::ApiError,
-    http::{Query, Reply, read_wait},
+    error::{ApiError, Kind},
+    http::{Path, Reply},
 };
 use crate::{
-    model::{Problems, Revision, ServiceId, excerpt},
+    model::{Problems, Revision, ServiceId, excerpt, nearest},
     proto::v1::{self, proxies_server},
-    xds::{Protocol, ProxyStatus, ResourceType, TypeStatus},
+    xds::{ProxyStatus, ResourceType, TypeStatus},
 };
 
 /// Longest that a wait for acknowledgements is held.
@@ -34,55 +34,27 @@ pub(super) async fn debug(State(api): State<Api>) -> Response {
     Json(json!({"proxies": proxies})).into_response()
 }
 
-pub(super) async fn revision(
-    State(api): State<Api>,
-    Path(revision): Path<String>,
-    RawQuery(query): RawQuery,
-) -> Reply {
-    let (service, wait) = Query::of(query.as_deref()).read(|fields, problems| {
-        (fields.parse("service", problems, str::parse::<ServiceId>), read_wait(fields, problems))
-    })?;
-    let Ok(number) = revision.parse() else {
-        let mut problems = Problems::default();
-        problems.add("revision", format!("{} is not a revision: want a whole number", excerpt(&revision)));
-        return Err(problems.into());
-    };
-    let progress = api.wait_acknowledged(Revision(number), service.as_ref(), wait).await?;
-    Ok(Json(json!({
-        "revision": number,
-        "complete": progress.complete,
-        "acknowledged": progress.acknowledged,
-        "pending": progress.pending,
-    }))
-    .into_response())
+pub(super) async fn show(State(api): State<Api>, Path(node): Path<String>) -> Reply {
+    let proxies: Vec<Value> = streams_of(&api, &node)?.iter().map(detailed).collect();
+    Ok(Json(json!({"proxies": proxies})).into_response())
 }
 
-impl Api {
-    async fn wait_acknowledged(
-        &self,
-        revision: Revision,
-        service: Option<&ServiceId>,
-        wait: Duration,
-    ) -> Result<crate::xds::Progress, ApiError> {
-        let newest = self.registry.catalog().latest().revision();
-        if revision > newest {
-            let mut problems = Problems::default();
-            problems.add("revision", format!("{revision} has not been accepted yet: the newest is {newest}"));
-            return Err(problems.into());
-        }
-        // The EDS name of a service is its name.
-        Ok(self.proxies.wait_acknowledged(revision, service.map(ServiceId::as_str), wait).await)
+/// The streams of a node id.
+pub(super) fn streams_of(api: &Api, node: &str) -> Result<Vec<ProxyStatus>, ApiError> {
+    let all = api.proxies.list();
+    if !all.iter().any(|proxy| proxy.node.id == node) {
+        let hint = match nearest(node, all.iter().map(|proxy| proxy.node.id.as_str())) {
+            Some(near) => format!("did you mean {}?", excerpt(near)),
+            None => "GET /v1/proxies lists those that are".to_owned(),
+        };
+        let message = format!("no proxy with node id {} is connected; {hint}", excerpt(node));
+        return Err(ApiError::new(Kind::NotFound, message));
     }
+    Ok(all.into_iter().filter(|proxy| proxy.node.id == node).collect())
 }
 
-fn protocol(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Delta => "delta",
-        Protocol::Sotw => "sotw",
-    }
-}
-
-fn kind(kind: ResourceType) -> &'static str {
+/// The name of a type in paths and answers.
+pub(super) fn kind(kind: ResourceType) -> &'static str {
     match kind {
         ResourceType::Cluster => "cluster",
         ResourceType::Endpoints => "endpoints",
@@ -96,7 +68,7 @@ fn proxy(status: &ProxyStatus) -> Value {
         "node_id": status.node.id,
         "cluster": status.node.cluster,
         "user_agent": status.node.user_agent(),
-        "protocol": protocol(status.protocol),
+        "protocol": status.protocol.as_str(),
         "peer": status.peer().map(|peer| peer.to_string()).unwrap_or_default(),
         "connected_at": dto::timestamp(status.connected_at),
         "synced": status.synced(),
@@ -120,28 +92,53 @@ fn proxy_type(status: &TypeStatus) -> Value {
     })
 }
 
-/// As [`proxy`], with the names asked for and the rejections.
+/// As [`proxy`], with the rejections and what is on its way.
+fn detailed(status: &ProxyStatus) -> Value {
+    let types = status.types.iter().map(|of| {
+        let mut shown = proxy_type(of);
+        if let Value::Object(fields) = &mut shown {
+            fields.insert("settled".into(), json!(of.settled.0));
+            fields.insert("unanswered".into(), json!(of.unanswered));
+            fields.insert("unanswered_since".into(), json!(of.unanswered_since().map(dto::timestamp)));
+            fields.insert("rejections".into(), rejections(of));
+        }
+        shown
+    });
+    let types: Vec<Value> = types.collect();
+    let mut shown = proxy(status);
+    if let Value::Object(fields) = &mut shown {
+        fields.insert("types".into(), Value::Array(types));
+    }
+    shown
+}
+
+/// The last rejections, oldest first.
+fn rejections(status: &TypeStatus) -> Value {
+    let each = status.rejections.iter().map(|rejection| {
+        json!({
+            "at": dto::timestamp(rejection.at),
+            "revision": rejection.revision.0,
+            "reason": rejection.reason,
+        })
+    });
+    each.collect()
+}
+
+/// With the names asked for and all that the client says of itself.
 fn debug_proxy(status: &ProxyStatus) -> Value {
     let types = status.types.iter().map(|of| {
-        let rejections = of.rejections.iter().map(|rejection| {
-            json!({
-                "at": dto::timestamp(rejection.at),
-                "revision": rejection.revision.0,
-                "reason": rejection.reason,
-            })
-        });
         json!({
             "status": proxy_type(of),
             "names": of.subscription.names().iter().collect::<Vec<_>>(),
             "settled": of.settled.0,
             "unanswered": of.unanswered,
-            "rejections": rejections.collect::<Vec<_>>(),
+            "rejections": rejections(of),
         })
     });
     json!({
         "node_id": status.node.id,
         "user_agent": status.node.user_agent(),
-        "protocol": protocol(status.protocol),
+        "protocol": status.protocol.as_str(),
         "metadata": status.node.metadata,
         "client_features": status.node.client_features,
         "types": types.collect::<Vec<_>>(),
@@ -189,7 +186,7 @@ impl proxies_server::Proxies for ProxiesService {
         if !problems.is_empty() {
             return Err(ApiError::from(problems).into());
         }
-        let progress = self.0.wait_acknowledged(Revision(revision), service.as_ref(), wait).await?;
+        let progress = self.0.delivered(Revision(revision), service.as_ref(), wait).await?;
         Ok(tonic::Response::new(v1::WaitAcknowledgedResponse {
             revision,
             complete: progress.complete,
@@ -215,7 +212,7 @@ fn proxy_message(status: &ProxyStatus) -> v1::Proxy {
         node_id: status.node.id.clone(),
         cluster: status.node.cluster.clone(),
         user_agent: status.node.user_agent(),
-        protocol: protocol(status.protocol).to_owned(),
+        protocol: status.protocol.as_str().to_owned(),
         peer: status.peer().map(|peer| peer.to_string()).unwrap_or_default(),
         connected_at: Some(status.connected_at.into()),
         types: types.collect(),

@@ -1,11 +1,16 @@
 use std::{
     io,
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll},
     time::Duration,
 };
 
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
 use tokio::{
     net::{TcpListener, TcpSocket},
     sync::mpsc,
@@ -29,6 +34,13 @@ const BACKLOG: u32 = 16_384;
 /// How often a silent peer is asked whether it is there, and how long it may take to answer: after both a dead proxy's
 /// stream is dropped. Live clients answer within a round trip.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(10));
+
+/// How long an HTTP client may take from connecting, or from its last answer, to having sent the head of a request. Whoever
+/// sends nothing, or a byte now and then, does not hold a descriptor for ever.
+const HEADERS_WITHIN: Duration = Duration::from_secs(30);
+
+/// After a failed accept, most likely for want of descriptors: time for some to become free.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens, if it is wanted, with a backlog fit for a reconnect storm.
 pub(super) fn bind(
@@ -109,17 +121,41 @@ pub(super) fn serve_grpc(
     });
 }
 
-pub(super) fn serve_http(
-    listener: TcpListener,
-    router: axum::Router,
-    tasks: &Tasks,
-    failed: mpsc::Sender<Error>,
-) {
-    let shutdown = tasks.shutdown().clone();
+pub(super) fn serve_http(listener: TcpListener, router: axum::Router, tasks: &Tasks) {
+    let owner = tasks.clone();
     tasks.spawn("http-server", async move {
-        let server =
-            axum::serve(listener, router).with_graceful_shutdown(async move { shutdown.wait().await });
-        report("http", server.await, &failed);
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
+        let shutdown = owner.shutdown().clone();
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = shutdown.wait() => return,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => TokioIo::new(stream),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            let connection = http.serve_connection(stream, TowerToHyperService::new(router.clone()));
+            let shutdown = shutdown.clone();
+            owner.spawn("http-connection", async move {
+                let mut connection = pin!(connection);
+                let ended = tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    () = shutdown.wait() => {
+                        connection.as_mut().graceful_shutdown();
+                        connection.await
+                    }
+                };
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "an HTTP connection broke off");
+                }
+            });
+        }
     });
 }
 
@@ -127,5 +163,35 @@ fn report(name: &'static str, result: Result<(), impl std::error::Error>, failed
     if let Err(error) = result {
         // One report is enough to end the process.
         let _ = failed.try_send(Error::Server { name, reason: error.to_string() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpStream,
+        time::Instant,
+    };
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_asks_nothing_is_closed() {
+        for sent in ["", "GET / HTTP/1.1\r\nHost: x", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"] {
+            let listener = bind("listen.http", ([127, 0, 0, 1], 0).into(), true).unwrap().unwrap();
+            let address = listener.local_addr().unwrap();
+            let tasks = Tasks::default();
+            serve_http(listener, axum::Router::new(), &tasks);
+            let start = Instant::now();
+            let mut connection = TcpStream::connect(address).await.unwrap();
+            connection.write_all(sent.as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            let ended = tokio::time::timeout(HEADERS_WITHIN * 3, connection.read_to_end(&mut answer)).await;
+            ended.expect("it is closed").unwrap();
+            assert!(start.elapsed() >= HEADERS_WITHIN, "{sent:?}: {:?}", start.elapsed());
+            tasks.shutdown().start();
+            assert_eq!(tasks.join(HEADERS_WITHIN).await, 0);
+        }
     }
 }

@@ -138,7 +138,7 @@ impl Running {
 
         let proxies = Proxies::default();
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader, core.clone()));
+            let views = Arc::new(Views::new(reader, core.clone(), &metrics));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
@@ -159,16 +159,17 @@ impl Running {
             let mut routes = RoutesBuilder::default();
             routes.add_service(health_service).add_service(listen::reflection());
             if let Some(ads) = ads {
-                routes.add_service(ads);
+                ads.add_to(&mut routes);
+                routes.add_service(api.client_status_service());
             }
             if has(Role::Registry) {
                 routes.add_service(api.registry_service());
             }
             routes.add_service(api.proxies_service());
-            listen::serve_grpc(listener, routes.routes(), &edges, failed.clone());
+            listen::serve_grpc(listener, routes.routes(), &edges, failed);
         }
         if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges, failed);
+            listen::serve_http(listener, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());

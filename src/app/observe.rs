@@ -12,7 +12,7 @@ use prometheus_client::{
 
 use crate::{
     store::FileStore,
-    telemetry::Metrics,
+    telemetry::{Metrics, Stage},
     xds::{Observer, Protocol, ResourceType, Response},
 };
 
@@ -33,8 +33,7 @@ impl StreamMetrics {
             sent: metrics.counter("xds_responses", "Responses sent"),
             rejected: metrics.counter("xds_rejections", "Responses that proxies rejected"),
             unanswered: metrics.counter("xds_unanswered", "Responses that were not answered in time"),
-            to_ack: metrics
-                .seconds("xds_propagation_seconds", "From a published change to its acknowledgement"),
+            to_ack: metrics.propagation(Stage::Acknowledged),
         }
     }
 }

@@ -16,6 +16,8 @@ pub(super) fn xds(config: &Config) -> xds::Config {
         warming_timeout: config.xds.warming_timeout,
         reconnect_grace: config.xds.reconnect_grace,
         first_request_timeout: config.xds.first_request_timeout,
+        streams: config.xds.streams,
+        resend_on_reconnect: config.xds.resend_on_reconnect.clone(),
         request_bytes: config.limits.xds_request,
         names_per_stream: config.limits.names_per_stream,
         name_bytes: config.limits.name_bytes,

@@ -4,89 +4,191 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::Instant};
+use prometheus_client::metrics::histogram::Histogram;
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use crate::{
-    catalog::Reader,
-    resources::{self, ClientKind, View},
+    catalog::{Changes, Reader, Snapshot},
+    model::{Locality, Revision},
+    resources::{ClientKind, Places, View, update_beside},
     rt::Tasks,
+    telemetry::{Metrics, Stage},
     xds::{Admit, Admitted, Code, Node, Refusal, ResourceSet, StreamPolicy},
 };
 
-/// Views that may be in use at once. Each costs a rendering of the whole catalog, and a node's metadata may ask for one.
+/// Views of all services that may be in use at once. Each costs a rendering of the whole catalog, and a node may ask for one.
 const MOST: usize = 256;
 
-/// The least time between two publications of a view, for each of its streams: about what it costs to bring a change to one.
-/// Under a storm of changes this leaves the writers half the machine, and what is superseded meanwhile is never sent.
+/// Likewise of some services, which cost what they name.
+const MOST_SCOPED: usize = 4096;
+
+/// The least time between two publications of a view, for each stream that holds it: about what it costs to bring a change
+/// to one. Under a storm of changes this leaves the writers half the machine, and what is superseded meanwhile is never sent.
 const PACE: Duration = Duration::from_micros(20);
 
 /// The longest such time.
 const SLOWEST: Duration = Duration::from_millis(50);
 
+/// How long a view that no stream holds any more is kept at most.
+const IDLE: Duration = Duration::from_secs(10);
+
 pub(super) type Set = Option<Arc<ResourceSet>>;
 
-/// The resource sets in use: one a view, kept up by a task as long as a stream holds it.
+/// The resource sets in use: one a view, kept up as long as a stream holds it.
 #[derive(Debug, Clone)]
 pub(super) struct Views {
     catalog: Reader,
     tasks: Tasks,
-    sets: Arc<Mutex<HashMap<View, Arc<watch::Sender<Set>>>>>,
+    families: Arc<Mutex<HashMap<View, Family>>>,
+    /// From a durable change to its resources.
+    published: Histogram,
+}
+
+/// Views that differ only in where they are, by that. One task keeps up all of them, in step, so that those which see the same
+/// have one and the same set.
+#[derive(Debug, Default)]
+struct Family {
+    members: HashMap<Locality, Arc<watch::Sender<Set>>>,
+    joined: Arc<Notify>,
 }
 
 impl Views {
-    pub(super) fn new(catalog: Reader, tasks: Tasks) -> Self {
-        Self { catalog, tasks, sets: Arc::default() }
+    pub(super) fn new(catalog: Reader, tasks: Tasks, metrics: &Metrics) -> Self {
+        Self { catalog, tasks, families: Arc::default(), published: metrics.propagation(Stage::Published) }
     }
 
-    /// The set of a view, now and as it changes; `None` when too many views are in use.
-    pub(super) fn subscribe(&self, view: View) -> Option<watch::Receiver<Set>> {
-        let mut sets = self.sets();
-        if let Some(set) = sets.get(&view) {
+    /// The set of a view, now and as it changes; `None` when too many views are in use. Where something runs only decides what
+    /// is preferred, so views that differ in nothing else give way to wider ones before any is refused.
+    fn subscribe(&self, view: View) -> Option<watch::Receiver<Set>> {
+        let most = if view.upstreams.is_some() { MOST_SCOPED } else { MOST };
+        let here = view.locality.clone();
+        let in_region = Locality { zone: "".into(), ..here.clone() };
+        let family = View { locality: Locality::default(), ..view };
+        let choices = [(here, most / 2), (in_region, most / 4 * 3), (Locality::default(), most)];
+        choices.into_iter().find_map(|(place, most)| self.subscribe_within(&family, place, most))
+    }
+
+    /// The set of exactly this view, unless that makes more than `most` of its sort.
+    fn subscribe_within(&self, family: &View, place: Locality, most: usize) -> Option<watch::Receiver<Set>> {
+        let mut families = self.families();
+        if let Some(set) = families.get(family).and_then(|family| family.members.get(&place)) {
             return Some(set.subscribe());
         }
-        if sets.len() >= MOST {
-            return None;
+        let of_sort = |view: &View| view.upstreams.is_some() == family.upstreams.is_some();
+        let count = |families: &HashMap<View, Family>| {
+            let families = families.iter().filter(|(view, _)| of_sort(view));
+            families.map(|(_, family)| family.members.len()).sum::<usize>()
+        };
+        if count(&families) >= most {
+            families.values_mut().for_each(Family::forget_unused);
+            if count(&families) >= most {
+                return None;
+            }
         }
+        let known = families.contains_key(family);
+        let members = families.entry(family.clone()).or_default();
         let (sender, receiver) = watch::channel(None);
-        let sender = Arc::new(sender);
-        sets.insert(view.clone(), Arc::clone(&sender));
-        drop(sets);
-        self.tasks.spawn_until_shutdown("view", self.clone().project(view, sender));
+        members.members.insert(place, Arc::new(sender));
+        members.joined.notify_one();
+        if !known {
+            let joined = Arc::clone(&members.joined);
+            self.tasks.spawn_until_shutdown("views", self.clone().project(family.clone(), joined));
+        }
         Some(receiver)
     }
 
-    /// Follows the catalog until no stream holds the view any more.
-    async fn project(self, view: View, sender: Arc<watch::Sender<Set>>) {
-        let mut set = Arc::new(resources::render(&self.catalog.latest(), &view));
+    /// Follows the catalog until no stream holds a view of the family any more.
+    async fn project(self, family: View, joined: Arc<Notify>) {
+        let at = |place: &Locality| View { locality: place.clone(), ..family.clone() };
+        let mut snapshot = self.catalog.latest();
+        let mut places = Places::default();
+        places.follow(&Snapshot::default(), &snapshot, &Changes::Resync, &family);
+        let mut sets: HashMap<Locality, Arc<ResourceSet>> = HashMap::new();
+        let mut calm = Instant::now();
         loop {
-            sender.send_replace(Some(Arc::clone(&set)));
-            let streams = u32::try_from(sender.receiver_count()).unwrap_or(u32::MAX);
-            let next = Instant::now() + PACE.saturating_mul(streams).min(SLOWEST);
-            tokio::select! {
-                newer = self.catalog.newer_than(set.revision()) => {
-                    if newer.is_none() {
-                        return;
-                    }
-                    // A change by itself goes at once.
-                    tokio::time::sleep_until(next).await;
-                    let (snapshot, changes) = self.catalog.since(set.revision());
-                    set = Arc::new(resources::update(&set, &snapshot, &changes, &view));
-                }
-                () = sender.closed() => {
-                    let mut sets = self.sets();
-                    // Somebody may have subscribed since; subscribing holds the same lock.
-                    if sender.receiver_count() == 0 {
-                        sets.remove(&view);
-                        return;
-                    }
-                }
+            let Some(members) = self.members(&family) else { return };
+            sets.retain(|place, _| members.contains_key(place));
+            for (place, sender) in members.iter().filter(|(_, sender)| sender.borrow().is_none()) {
+                let widest = places.widest(place);
+                let same = sets.iter().find(|(other, _)| places.widest(other) == widest);
+                let set = same.map(|(_, set)| Arc::clone(set)).unwrap_or_else(|| {
+                    let none = ResourceSet::default();
+                    let beside = sets.values().next().map(AsRef::as_ref);
+                    let set = update_beside(beside, &none, &snapshot, &Changes::Resync, &at(&widest));
+                    Arc::new(set.with_published(Instant::now()))
+                });
+                sets.insert(place.clone(), Arc::clone(&set));
+                sender.send_replace(Some(set));
+                tokio::task::yield_now().await;
             }
+            let newer = tokio::select! {
+                newer = self.newer_than(snapshot.revision(), calm) => newer,
+                () = joined.notified() => continue,
+                () = tokio::time::sleep(IDLE) => continue,
+            };
+            let Some((next, changes)) = newer else { return };
+            places.follow(&snapshot, &next, &changes, &family);
+            snapshot = next;
+            // Kept until the end, so that an address stands for one of them.
+            let before: Vec<_> = sets.drain().collect();
+            let mut done: HashMap<(usize, Locality), Arc<ResourceSet>> = HashMap::new();
+            let mut last: Option<Arc<ResourceSet>> = None;
+            for (place, set) in &before {
+                let widest = places.widest(place);
+                let view = at(&widest);
+                // From the same set to what looks the same: the same set.
+                let next = done.entry((Arc::as_ptr(set).addr(), widest)).or_insert_with(|| {
+                    let next = update_beside(last.as_deref(), set, &snapshot, &changes, &view);
+                    if let Some(taken) = snapshot.taken() {
+                        self.published.observe(taken.elapsed().as_secs_f64());
+                    }
+                    Arc::new(next.with_published(Instant::now()))
+                });
+                last = Some(Arc::clone(next));
+                if let Some(sender) = members.get(place) {
+                    sender.send_replace(Some(Arc::clone(next)));
+                }
+                sets.insert(place.clone(), Arc::clone(next));
+                tokio::task::yield_now().await;
+            }
+            let streams: usize = members.values().map(|sender| sender.receiver_count()).sum();
+            calm =
+                Instant::now() + PACE.saturating_mul(u32::try_from(streams).unwrap_or(u32::MAX)).min(SLOWEST);
         }
     }
 
-    fn sets(&self) -> MutexGuard<'_, HashMap<View, Arc<watch::Sender<Set>>>> {
+    /// Waits for a change, and until `calm`: one by itself goes at once. Cancel-safe.
+    async fn newer_than(&self, revision: Revision, calm: Instant) -> Option<(Arc<Snapshot>, Changes)> {
+        self.catalog.newer_than(revision).await?;
+        tokio::time::sleep_until(calm).await;
+        Some(self.catalog.since(revision))
+    }
+
+    /// Who is in the family; `None`, and the family is gone, when nobody is.
+    fn members(&self, family: &View) -> Option<HashMap<Locality, Arc<watch::Sender<Set>>>> {
+        let mut families = self.families();
+        let members = families.get_mut(family)?;
+        // Nobody can have subscribed since: that needs the same lock.
+        members.forget_unused();
+        if members.members.is_empty() {
+            families.remove(family);
+            return None;
+        }
+        Some(members.members.clone())
+    }
+
+    fn families(&self) -> MutexGuard<'_, HashMap<View, Family>> {
         // Every change of the map is one call; it is whole even after a panic.
-        self.sets.lock().unwrap_or_else(PoisonError::into_inner)
+        self.families.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Family {
+    fn forget_unused(&mut self) {
+        self.members.retain(|_, set| set.receiver_count() > 0);
     }
 }
 
@@ -101,9 +203,156 @@ impl Admit for Views {
         let set = self.subscribe(view).ok_or_else(|| Refusal {
             code: Code::ResourceExhausted,
             message: format!(
-                "{MOST} different views are in use, the most that there may be: let sidecars share disco.outbound_port"
+                "too many different views are in use ({MOST} of all services, {MOST_SCOPED} of some): let proxies share \
+                 disco.outbound_port and disco.upstreams"
             ),
         })?;
         Ok(Admitted { set, policy })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::{
+        catalog::{self, Writer, catalog},
+        model::{Incarnation, Instance, InstanceKey, Lease, Revision, State},
+        rt::Shutdown,
+        xds::ResourceType,
+    };
+
+    struct Bench {
+        writer: Writer,
+        views: Views,
+        revision: u64,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let (writer, reader) = catalog();
+            Self {
+                writer,
+                views: Views::new(reader, Tasks::new(Shutdown::default()), &Metrics::default()),
+                revision: 0,
+            }
+        }
+
+        /// An instance of `service` by the name of its zone.
+        fn put(&mut self, service: &str, zone: &str) {
+            self.apply(catalog::Change::PutInstance(Instance {
+                key: key(service, zone),
+                incarnation: Incarnation(1),
+                address: [10, 0, 0, zone.as_bytes()[0]].into(),
+                port: 1.try_into().unwrap(),
+                locality: place(zone),
+                weight: 1.try_into().unwrap(),
+                metadata: [].into(),
+                state: State::Serving,
+                lease: Lease::Session,
+                revision: Revision(1),
+                registered_at: SystemTime::UNIX_EPOCH,
+            }));
+        }
+
+        fn remove(&mut self, service: &str, zone: &str) {
+            self.apply(catalog::Change::RemoveInstance(key(service, zone)));
+        }
+
+        fn apply(&mut self, change: catalog::Change) {
+            self.revision += 1;
+            self.writer.apply(Revision(self.revision), vec![change]);
+        }
+
+        fn subscribe(&self, zone: &str) -> Option<watch::Receiver<Set>> {
+            self.views.subscribe(View { locality: place(zone), ..View::envoy(1) })
+        }
+
+        /// What the stream is to be served, once it is up to date.
+        async fn set(&self, stream: &mut watch::Receiver<Set>) -> Arc<ResourceSet> {
+            let now = |set: &Set| set.as_ref().is_some_and(|set| set.revision().0 == self.revision);
+            stream.wait_for(now).await.unwrap().clone().unwrap()
+        }
+
+        fn members(&self) -> usize {
+            self.views.families().values().map(|family| family.members.len()).sum()
+        }
+    }
+
+    fn key(service: &str, id: &str) -> InstanceKey {
+        InstanceKey { service: service.parse().unwrap(), id: id.parse().unwrap() }
+    }
+
+    fn place(zone: &str) -> Locality {
+        Locality { zone: zone.into(), ..Locality::default() }
+    }
+
+    fn digest(set: &ResourceSet) -> Vec<u64> {
+        ResourceType::ALL.map(|kind| set.digest(kind)).into()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn places_that_see_the_same_share_a_set() {
+        let mut bench = Bench::new();
+        for zone in ["a", "x"] {
+            bench.put("one", zone);
+            bench.put("two", zone);
+        }
+        let [mut a, mut b, mut c] = ["a", "b", "c"].map(|zone| bench.subscribe(zone).unwrap());
+        let (at_a, at_b, at_c) = (bench.set(&mut a).await, bench.set(&mut b).await, bench.set(&mut c).await);
+        assert!(Arc::ptr_eq(&at_b, &at_c));
+        assert_ne!(digest(&at_a), digest(&at_b));
+        let bytes = |set: &ResourceSet| {
+            set.get(ResourceType::Cluster, "one").unwrap().resource.delta_field().as_ptr()
+        };
+        assert_eq!(bytes(&at_a), bytes(&at_b), "what does not depend on the place is shared");
+
+        // What b has so far leads on to what it has now.
+        let before = bench.revision;
+        bench.put("two", "b");
+        let (at_b, at_c) = (bench.set(&mut b).await, bench.set(&mut c).await);
+        assert_ne!(digest(&at_b), digest(&at_c));
+        let changed = |set: &ResourceSet| {
+            let names = set.changed_since(ResourceType::Endpoints, Revision(before)).unwrap();
+            names.map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!((changed(&at_b), changed(&at_c)), (vec!["two".to_owned()], vec!["two".to_owned()]));
+
+        bench.remove("two", "b");
+        let (at_b, at_c) = (bench.set(&mut b).await, bench.set(&mut c).await);
+        assert_eq!(digest(&at_b), digest(&at_c));
+        let mut d = bench.subscribe("d").unwrap();
+        let at_d = bench.set(&mut d).await;
+        assert!(Arc::ptr_eq(&at_d, &at_b) || Arc::ptr_eq(&at_d, &at_c));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_places_are_served_as_if_anywhere() {
+        let bench = Bench::new();
+        let streams: Vec<_> = (0..2 * MOST).map(|n| bench.subscribe(&format!("z{n}"))).collect();
+        assert!(streams.iter().all(Option::is_some), "refused for where it is");
+        assert!(bench.members() <= MOST / 2 + 1);
+        // Room is left for those that differ in something that they cannot do without.
+        let ports: Vec<_> = (1..=MOST).map(|n| bench.views.subscribe(View::envoy(n as u16))).collect();
+        let refused = ports.iter().filter(|stream| stream.is_none()).count();
+        assert!(refused > 0 && bench.members() == MOST, "{refused} refused, {} in use", bench.members());
+        let scoped = View { upstreams: Some(Arc::default()), ..View::envoy(1) };
+        assert!(bench.views.subscribe(scoped).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_view_that_nobody_holds_is_forgotten() {
+        let bench = Bench::new();
+        let (mut here, there) = (bench.subscribe("a").unwrap(), bench.subscribe("b").unwrap());
+        bench.set(&mut here).await;
+        drop(there);
+        tokio::time::sleep(IDLE * 2).await;
+        assert_eq!(bench.members(), 1);
+        drop(here);
+        tokio::time::sleep(IDLE * 2).await;
+        assert!(bench.views.families().is_empty());
+        let mut again = bench.subscribe("a").unwrap();
+        bench.set(&mut again).await;
     }
 }

@@ -1,4 +1,4 @@
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
 use tokio::sync::watch;
 
@@ -21,6 +21,8 @@ pub(super) struct State {
     pub(super) log: imbl::Vector<(Revision, ServiceId, Option<InstanceId>)>,
     /// The log holds every change after this.
     pub(super) log_from: Revision,
+    /// When revisions came, oldest first: as many as the log has.
+    pub(super) times: imbl::Vector<(Revision, SystemTime)>,
 }
 
 impl State {
@@ -30,6 +32,20 @@ impl State {
         }
         let newer = self.log.iter().rev().take_while(|(at, ..)| *at > since);
         Changes::Touched(newer.map(|(_, service, id)| (service.clone(), id.clone())).collect::<BTreeSet<_>>())
+    }
+
+    fn changes_of(&self, revision: Revision) -> Option<BTreeSet<(ServiceId, Option<InstanceId>)>> {
+        if revision <= self.log_from {
+            return None;
+        }
+        let until = self.log.iter().rev().skip_while(|(at, ..)| *at > revision);
+        let its = until.take_while(|(at, ..)| *at == revision);
+        Some(its.map(|(_, service, id)| (service.clone(), id.clone())).collect())
+    }
+
+    fn came(&self, revision: Revision) -> Option<SystemTime> {
+        let later = self.times.iter().rev().take_while(|(at, _)| *at >= revision);
+        later.last().map(|(_, time)| *time)
     }
 }
 
@@ -49,6 +65,16 @@ impl Reader {
     pub fn since(&self, since: Revision) -> (Arc<Snapshot>, Changes) {
         let state = Arc::clone(&self.state.borrow());
         (Arc::clone(&state.snapshot), state.changes_since(since))
+    }
+
+    /// What the one change touched; `None` when that is no longer remembered.
+    pub fn changes_of(&self, revision: Revision) -> Option<BTreeSet<(ServiceId, Option<InstanceId>)>> {
+        self.state.borrow().changes_of(revision)
+    }
+
+    /// When the catalog came to `revision`, as far as it remembers; `None` if it has not.
+    pub fn came(&self, revision: Revision) -> Option<SystemTime> {
+        self.state.borrow().came(revision)
     }
 
     /// Waits until the catalog is at `revision` or later. False when the catalog is gone. Cancel-safe.

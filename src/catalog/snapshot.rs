@@ -1,5 +1,7 @@
 use std::sync::Arc;
 
+use tokio::time::Instant;
+
 use crate::model::{Instance, InstanceId, InstanceKey, Revision, ServiceId};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
@@ -8,6 +10,7 @@ pub struct Snapshot {
     revision: Revision,
     services: imbl::OrdMap<ServiceId, Arc<Service>>,
     instances: usize,
+    pub(super) taken: Option<Instant>,
 }
 
 /// A service and its instances. It may have none: a service stays known when its last instance leaves.
@@ -49,6 +52,11 @@ impl Snapshot {
     /// The change that it is the state after.
     pub fn revision(&self) -> Revision {
         self.revision
+    }
+
+    /// When the newest of its changes came to the catalog; `None` for the empty one.
+    pub fn taken(&self) -> Option<Instant> {
+        self.taken
     }
 
     /// A service by name.

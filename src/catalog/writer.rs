@@ -1,12 +1,12 @@
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{
     reader::{Reader, State},
     snapshot::Change,
 };
-use crate::model::Revision;
+use crate::{model::Revision, rt};
 
 /// Changes that the catalog remembers. A reader further behind looks at everything.
 const REMEMBERED: usize = 8192;
@@ -34,6 +34,7 @@ impl Writer {
     pub fn apply_all(&mut self, batches: impl IntoIterator<Item = (Revision, Vec<Change>)>) {
         let now = Arc::clone(&self.state.borrow());
         let (mut snapshot, mut log, mut log_from) = ((*now.snapshot).clone(), now.log.clone(), now.log_from);
+        let (mut times, time) = (now.times.clone(), rt::now());
         for (revision, changes) in batches {
             if revision <= snapshot.revision() {
                 continue;
@@ -47,6 +48,7 @@ impl Writer {
                     Change::RemoveInstance(key) => (revision, key.service.clone(), Some(key.id.clone())),
                 });
             }
+            times.push_back((revision, time));
             snapshot = snapshot.apply(revision, changes);
         }
         while log.len() > REMEMBERED {
@@ -54,8 +56,12 @@ impl Writer {
                 log_from = dropped;
             }
         }
+        while times.len() > REMEMBERED {
+            times.pop_front();
+        }
         if snapshot.revision() > now.snapshot.revision() {
-            self.state.send_replace(Arc::new(State { snapshot: Arc::new(snapshot), log, log_from }));
+            snapshot.taken = Some(Instant::now());
+            self.state.send_replace(Arc::new(State { snapshot: Arc::new(snapshot), log, log_from, times }));
         }
     }
 }
@@ -154,6 +160,11 @@ mod tests {
         assert_eq!(reader.since(Revision(1)).1, Changes::Resync);
         assert!(matches!(reader.since(Revision(2)).1, Changes::Touched(t) if t.len() == 1));
         assert_eq!(reader.since(reader.latest().revision()).1, Changes::Touched(BTreeSet::new()));
+        assert_eq!(reader.changes_of(Revision(2)), None);
+        assert_eq!(reader.changes_of(Revision(3)).map(|touched| touched.len()), Some(1));
+        assert_eq!(reader.changes_of(Revision(REMEMBERED as u64 * 2)), Some(BTreeSet::new()));
+        assert!(reader.came(Revision(3)) <= reader.came(Revision(REMEMBERED as u64)));
+        assert_eq!(reader.came(Revision(REMEMBERED as u64 * 2)), None);
         assert!(reader.reached(Revision(5)).await);
         writer.apply(Revision(3), vec![Change::RemoveService(key(0, 0).service)]);
         assert_eq!(reader.latest().instances(), 1);

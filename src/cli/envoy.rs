@@ -14,7 +14,7 @@ use super::{Failure, Global, run::host};
 use crate::{
     client::Servers,
     model::{Locality, ServiceId},
-    resources::{Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT},
+    resources::{Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT, MAX_UPSTREAMS, Protocol},
 };
 
 /// Where the tests and the demo install it, seen from the top of the checkout.
@@ -76,6 +76,12 @@ pub(super) struct Sidecar {
     /// gRPC address of a Disco server, never a host name; may be given several times [default: that of --grpc]
     #[arg(long, value_name = "IP:PORT")]
     server: Vec<String>,
+    /// A service that it may call; may be given several times [default: all services]
+    #[arg(long, value_name = "NAME")]
+    upstream: Vec<ServiceId>,
+    /// Start with no clusters and take each when it is first called, for meshes of very many services
+    #[arg(long, conflicts_with = "sotw")]
+    on_demand: bool,
     /// Speak state-of-the-world xDS in place of delta
     #[arg(long)]
     sotw: bool,
@@ -111,7 +117,18 @@ pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failur
 
 impl Sidecar {
     fn bootstrap(self, global: &Global, host: &str) -> Result<Bootstrap, Failure> {
-        let Self { service, zone, region, node_id, admin_port, outbound_port, server, sotw } = self;
+        let Self {
+            service,
+            zone,
+            region,
+            node_id,
+            admin_port,
+            outbound_port,
+            server,
+            upstream,
+            on_demand,
+            sotw,
+        } = self;
         let (flag, servers) =
             if server.is_empty() { ("--grpc", global.grpc.clone()) } else { ("--server", server.join(",")) };
         let servers = Servers::parse(&servers, None)
@@ -126,6 +143,12 @@ impl Sidecar {
         if node_id.is_empty() || node_id.chars().any(char::is_control) {
             return Err(Failure::usage("--node-id: want plain text, such as web-1"));
         }
+        if upstream.len() > MAX_UPSTREAMS {
+            return Err(Failure::usage(format!(
+                "--upstream is given {} times: want at most {MAX_UPSTREAMS}, or none for all services",
+                upstream.len()
+            )));
+        }
         Ok(Bootstrap {
             node_id,
             cluster: group.to_owned(),
@@ -134,7 +157,12 @@ impl Sidecar {
             admin_port,
             outbound_port,
             servers,
-            delta: !sotw,
+            upstreams: upstream,
+            protocol: match (on_demand, sotw) {
+                (true, _) => Protocol::OnDemand,
+                (false, true) => Protocol::Sotw,
+                (false, false) => Protocol::Delta,
+            },
         })
     }
 }
@@ -202,7 +230,7 @@ mod tests {
         let got = bootstrap("").unwrap();
         assert_eq!((got.node_id.as_str(), got.cluster.as_str()), ("sidecar-box-10000", "sidecar"));
         assert_eq!(got.servers, ["127.0.0.1:18000".parse().unwrap()]);
-        assert_eq!((got.admin_port, got.outbound_port, got.delta), (19_000, 10_000, true));
+        assert_eq!((got.admin_port, got.outbound_port, got.protocol), (19_000, 10_000, Protocol::Delta));
     }
 
     #[test]
@@ -215,8 +243,11 @@ mod tests {
         assert_eq!((got.node_id.as_str(), got.cluster.as_str()), ("n", "web.prod"));
         assert_eq!((&*got.locality.region, &*got.locality.zone), ("r", "z"));
         assert_eq!(got.servers, ["10.0.0.1:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
-        assert_eq!((got.admin_port, got.outbound_port, got.delta), (0, 2, false));
+        assert_eq!((got.admin_port, got.outbound_port, got.protocol), (0, 2, Protocol::Sotw));
         assert_eq!(bootstrap("--service web --outbound-port 7").unwrap().node_id, "web-box-7");
+        let scoped = bootstrap("--on-demand --upstream a --upstream b.c").unwrap();
+        assert_eq!(scoped.protocol, Protocol::OnDemand);
+        assert_eq!(scoped.upstreams, ["a".parse().unwrap(), "b.c".parse().unwrap()]);
     }
 
     #[test]
@@ -229,6 +260,8 @@ mod tests {
             ("--admin-port 70000", "--admin-port"),
             ("--admin-port 10000", "are both 10000"),
             ("--node-id=", "--node-id"),
+            ("--upstream A", "is not a service name"),
+            ("--on-demand --sotw", "cannot be used with"),
         ] {
             let message = bootstrap(flags).unwrap_err();
             assert!(message.contains(wanted), "{wanted} in {message}");

@@ -52,6 +52,15 @@ pub(super) enum Command {
         #[command(flatten)]
         options: ShowOptions,
     },
+    /// Tell who holds an instance, and which proxies see it or why not
+    #[command(after_help = "Example:\n  disco instance explain greeter/a")]
+    Explain {
+        /// Which instance, e.g. greeter/a
+        #[arg(value_name = KEY, value_parser = parse_key)]
+        instance: InstanceKey,
+        #[command(flatten)]
+        options: ShowOptions,
+    },
     /// Register an instance, or renew and update it
     #[command(
         long_about = "Register an instance, or renew and update it.\n\nIt is forgotten after its TTL unless it is registered \
@@ -153,6 +162,10 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
         Command::Show { instance, options } => {
             let document = http.get(&path(&instance, "", None), Duration::ZERO).await?;
             View { document, items: None, table: instance_table, empty: "" }.print(options.output)
+        }
+        Command::Explain { instance, options } => {
+            let document = http.get(&path(&instance, "/explain", None), Duration::ZERO).await?;
+            View { document, items: None, table: explain_table, empty: "" }.print(options.output)
         }
         Command::Register(register) => register_one(&http, &register).await,
         Command::Drain(arguments) => drain(&http, &arguments).await,
@@ -298,6 +311,73 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
     rows.iter().map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
 }
 
+fn explain_table(document: &Value, width: Option<usize>) -> String {
+    let empty = Value::Null;
+    let instance = document.get("instance").unwrap_or(&empty);
+    let abandoned = document.get("abandoned").and_then(Value::as_bool).unwrap_or_default();
+    let ttl = instance.pointer("/lease/ttl").is_some();
+    let held = match (ttl, abandoned) {
+        (true, _) => format!("by renewals, at least every {}", lease(instance)),
+        (false, false) => "by the open session of its owner, such as `disco run`".to_owned(),
+        (false, true) => {
+            "by nobody: its owner's session is lost, and it is removed unless the owner comes back".to_owned()
+        }
+    };
+    let state = match cell(instance, "/state").as_str() {
+        "draining" => "draining: no new calls".to_owned(),
+        other => other.to_owned(),
+    };
+    let list = |name: &str| document.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
+    let (views, proxies) = (list("views"), list("proxies"));
+    let total = |field: &str| views.iter().map(|view| number(view, field)).sum::<u64>();
+    let each = views
+        .iter()
+        .map(|view| {
+            format!("{} of {} {}", number(view, "/see"), number(view, "/proxies"), cell(view, "/client"))
+        })
+        .collect::<Vec<_>>();
+    let seen = match views.as_slice() {
+        [] => "no proxy is connected".to_owned(),
+        _ => format!(
+            "{} of {}; by view: {}",
+            total("/see"),
+            count(total("/proxies"), "proxy"),
+            each.join(", ")
+        ),
+    };
+    let age = age(instance, "/registered_at", rt::now());
+    let rows = [
+        (
+            "Instance",
+            format!("{}/{} at {}", cell(instance, "/service"), cell(instance, "/id"), endpoint(instance)),
+        ),
+        ("Registered", format!("{age} ago, incarnation {}", cell(instance, "/incarnation"))),
+        ("Held", held),
+        ("State", state),
+        ("Changed", format!("at revision {}", cell(instance, "/revision"))),
+        ("Seen by", seen),
+    ];
+    let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
+    let columns = [
+        Column::new("NODE"),
+        Column::new("SEES IT"),
+        Column::new("WHY"),
+        Column::wide("PEER"),
+        Column::wide("PROTOCOL"),
+    ];
+    let rows: Vec<_> = proxies
+        .iter()
+        .map(|proxy| {
+            ["/node_id", "/sees", "/why", "/peer", "/protocol"].map(|field| cell(proxy, field)).to_vec()
+        })
+        .collect();
+    if !rows.is_empty() {
+        text.push('\n');
+        text.push_str(&render(&columns, &rows, width));
+    }
+    text
+}
+
 async fn register_one(http: &Http, register: &Register) -> Result<(), Failure> {
     let answer = http
         .send(Method::PUT, &path(&register.instance, "", None), Some(&body(register)), Duration::ZERO)
@@ -361,10 +441,11 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
         if left.is_zero() || started.elapsed() >= drain.wait {
             return Err(Failure::not_yet(format!(
                 "{instance} drains from revision {revision}, but not all proxies acknowledged it within {}: {} did; \
-                 not yet: {}\n  `disco proxy list` shows what keeps them",
+                 not yet: {}\n  `disco rollout status {revision} --service {}` shows since when and why",
                 format_duration(drain.wait),
                 acknowledged,
-                some_of(&pending(&delivery))
+                some_of(&pending(&delivery)),
+                instance.service
             )));
         }
         tokio::time::sleep_until(asked + PAUSE.min(left)).await;

@@ -10,11 +10,13 @@ mod failure;
 mod instance;
 mod output;
 mod proxy;
+mod rollout;
 mod run;
 mod server;
 mod service;
 #[cfg(test)]
 mod tests;
+mod xds;
 
 use std::{ffi::OsString, fmt, process::ExitCode};
 
@@ -108,12 +110,18 @@ enum Command {
     /// Services: list, show, remove
     #[command(subcommand, visible_alias = "services")]
     Service(service::Command),
-    /// Instances of services: list, show, register, drain, deregister
+    /// Instances of services: list, show, explain, register, drain, deregister
     #[command(subcommand, visible_alias = "instances")]
     Instance(instance::Command),
-    /// Connected proxies: list, show
+    /// Connected proxies: list, status, resources, diff
     #[command(subcommand, visible_alias = "proxies")]
     Proxy(proxy::Command),
+    /// Changes on their way to the proxies: status
+    #[command(subcommand)]
+    Rollout(rollout::Command),
+    /// Speak xDS to any server: watch
+    #[command(subcommand)]
+    Xds(xds::Command),
     /// Envoy sidecars: bootstrap, run
     #[command(subcommand)]
     Envoy(envoy::EnvoyCommand),
@@ -176,6 +184,8 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Service(command) => service::run(command, &global).await?,
         Command::Instance(command) => instance::run(command, &global).await?,
         Command::Proxy(command) => proxy::run(command, &global).await?,
+        Command::Rollout(command) => rollout::run(command, &global).await?,
+        Command::Xds(command) => xds::run(command, &global).await?,
         Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
         Command::Config(command) => configuration::run(command)?,
         Command::Completions { shell } => {

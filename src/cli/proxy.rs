@@ -1,13 +1,15 @@
 use std::time::Duration;
 
-use clap::Subcommand;
-use serde_json::{Value, json};
+use clap::{Subcommand, ValueEnum};
+use serde_json::Value;
 
 use super::{
     Failure, Global,
-    output::{Column, ListOptions, ShowOptions, View, age, cell, list, number, render},
+    output::{
+        Column, Format, ListOptions, ShowOptions, View, age, cell, clean, count, list, number, print, render,
+    },
 };
-use crate::{client::Http, model::nearest, rt};
+use crate::{client::Http, rt};
 
 /// Verbs of `disco proxy`.
 #[derive(Debug, Subcommand)]
@@ -16,8 +18,31 @@ pub(super) enum Command {
     #[command(visible_alias = "ls", after_help = "Example:\n  disco proxy list --watch")]
     List(ListOptions),
     /// Show what one proxy was sent, has acknowledged and has rejected
-    #[command(after_help = "Example:\n  disco proxy show greeter-sidecar -o yaml")]
-    Show {
+    #[command(visible_alias = "show", after_help = "Example:\n  disco proxy status greeter-sidecar -o yaml")]
+    Status {
+        /// Its node id
+        node: String,
+        #[command(flatten)]
+        options: ShowOptions,
+    },
+    /// Show the resources of one proxy: each with its version and whether the proxy has it
+    #[command(
+        long_about = "Show the resources of one proxy: each with its version and whether the proxy has it.\n\nIn the formats \
+                      for programs with their content.",
+        after_help = "Examples:\n  disco proxy resources greeter-sidecar\n  disco proxy resources greeter-sidecar cluster -o yaml"
+    )]
+    Resources {
+        /// Its node id
+        node: String,
+        /// Only this type
+        #[arg(value_name = "TYPE")]
+        kind: Option<Kind>,
+        #[command(flatten)]
+        options: ShowOptions,
+    },
+    /// Compare what one proxy holds with what it is to hold; ends with 79 when they differ
+    #[command(after_help = "Example:\n  disco proxy diff greeter-sidecar && echo in sync")]
+    Diff {
         /// Its node id
         node: String,
         #[command(flatten)]
@@ -25,12 +50,142 @@ pub(super) enum Command {
     },
 }
 
+/// The types of resource that Disco has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Kind {
+    /// CDS
+    #[value(aliases = ["clusters", "cds"])]
+    Cluster,
+    /// EDS
+    #[value(aliases = ["endpoint", "eds"])]
+    Endpoints,
+    /// LDS
+    #[value(aliases = ["listeners", "lds"])]
+    Listener,
+    /// RDS
+    #[value(aliases = ["routes", "rds"])]
+    Route,
+}
+
 pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure> {
     let http = global.client()?;
     match command {
         Command::List(options) => list(&options, async |_| proxies(&http).await).await,
-        Command::Show { node, options } => show(&http, &node).await?.print(options.output),
+        Command::Status { node, options } => {
+            let document = http.get(&path(&node, ""), Duration::ZERO).await?;
+            View { document, items: Some("proxies"), table: proxy_tables, empty: "" }.print(options.output)
+        }
+        Command::Resources { node, kind, options } => {
+            let body = !matches!(options.output, Format::Table | Format::Wide);
+            let only = match kind {
+                None => "",
+                Some(Kind::Cluster) => "&type=cluster",
+                Some(Kind::Endpoints) => "&type=endpoints",
+                Some(Kind::Listener) => "&type=listener",
+                Some(Kind::Route) => "&type=route",
+            };
+            let path = path(&node, &format!("/resources?body={body}{only}"));
+            let document = http.get(&path, Duration::ZERO).await?;
+            View { document, items: Some("streams"), table: resource_tables, empty: "" }.print(options.output)
+        }
+        Command::Diff { node, options } => diff(&http, &node, options.output).await,
     }
+}
+
+/// A node id may have any characters.
+fn path(node: &str, rest: &str) -> String {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~".contains(byte);
+    let escape = |byte: u8| if plain(&byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") };
+    format!("/v1/proxies/{}{rest}", node.bytes().map(escape).collect::<String>())
+}
+
+async fn diff(http: &Http, node: &str, format: Format) -> Result<(), Failure> {
+    let mut document = http.get(&path(node, "/resources"), Duration::ZERO).await?;
+    let mut differences = 0u64;
+    for stream in document.get_mut("streams").and_then(Value::as_array_mut).into_iter().flatten() {
+        if let Some(resources) = stream.get_mut("resources").and_then(Value::as_array_mut) {
+            // What does not exist is held by nobody.
+            resources
+                .retain(|resource| !matches!(cell(resource, "/state").as_str(), "acknowledged" | "absent"));
+            differences += u64::try_from(resources.len()).unwrap_or(u64::MAX);
+        }
+    }
+    if differences == 0 && matches!(format, Format::Table | Format::Wide) {
+        return print(&format!("{} holds what it is to hold\n", clean(node)));
+    }
+    View { document, items: Some("streams"), table: diff_tables, empty: "" }.print(format)?;
+    match differences {
+        0 => Ok(()),
+        _ => Err(Failure::findings(format!("{} found", count(differences, "difference")))),
+    }
+}
+
+fn resource_tables(document: &Value, width: Option<usize>) -> String {
+    let columns = [
+        Column::new("TYPE"),
+        Column::new("NAME"),
+        Column::new("VERSION"),
+        Column::new("REVISION"),
+        Column::new("STATE"),
+        Column::wide("ERROR"),
+    ];
+    stream_tables(document, &columns, width, |resource| {
+        let state = match (cell(resource, "/removed").as_str(), cell(resource, "/state")) {
+            ("yes", state) => format!("removal {state}"),
+            (_, state) => state,
+        };
+        let field = |name| cell(resource, name);
+        vec![field("/type"), field("/name"), field("/version"), field("/revision"), state, field("/error")]
+    })
+}
+
+fn diff_tables(document: &Value, width: Option<usize>) -> String {
+    let columns = [
+        Column::new("TYPE"),
+        Column::new("NAME"),
+        Column::new("IS TO HOLD"),
+        Column::new("HOLDS"),
+        Column::new("WHY"),
+        Column::new("ERROR"),
+    ];
+    stream_tables(document, &columns, width, |resource| {
+        let field = |name| cell(resource, name);
+        let removed = field("/removed") == "yes";
+        let wanted = match removed {
+            true => format!("nothing@{}", field("/revision")),
+            false => format!("{}@{}", field("/version"), field("/revision")),
+        };
+        let holds = match (removed, field("/earlier") == "yes") {
+            (true, _) => field("/version"),
+            (false, true) => "older".to_owned(),
+            (false, false) => "nothing".to_owned(),
+        };
+        let why = match field("/state").as_str() {
+            "sent" => "sent, not answered".to_owned(),
+            "pending" => "not sent yet".to_owned(),
+            other => other.to_owned(),
+        };
+        vec![field("/type"), field("/name"), wanted, holds, why, field("/error")]
+    })
+}
+
+/// A table of the resources of each stream.
+fn stream_tables(
+    document: &Value,
+    columns: &[Column],
+    width: Option<usize>,
+    row: impl Fn(&Value) -> Vec<String>,
+) -> String {
+    let streams = document.get("streams").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let tables = streams.iter().map(|stream| {
+        let resources = stream.get("resources").and_then(Value::as_array).into_iter().flatten();
+        let table = render(columns, &resources.map(&row).collect::<Vec<_>>(), width);
+        match streams {
+            [_] => table,
+            _ => format!("Stream from {}\n{table}", cell(stream, "/peer")),
+        }
+    });
+    tables.collect::<Vec<_>>().join("\n")
 }
 
 async fn proxies(http: &Http) -> Result<View, Failure> {
@@ -44,21 +199,6 @@ async fn proxies(http: &Http) -> Result<View, Failure> {
 
 fn each(document: &Value) -> impl Iterator<Item = &Value> {
     document.get("proxies").and_then(Value::as_array).into_iter().flatten()
-}
-
-async fn show(http: &Http, node: &str) -> Result<View, Failure> {
-    let all = http.get("/v1/proxies", Duration::ZERO).await?;
-    let id = |proxy: &Value| proxy.get("node_id").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let streams: Vec<&Value> = each(&all).filter(|proxy| id(proxy) == node).collect();
-    if streams.is_empty() {
-        let ids: Vec<String> = each(&all).map(id).collect();
-        let hint = match nearest(node, ids.iter().map(String::as_str)) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => "`disco proxy list` shows those that are".to_owned(),
-        };
-        return Err(Failure::failed(format!("no proxy with node id `{node}` is connected; {hint}")));
-    }
-    Ok(View { document: json!({"proxies": streams}), items: Some("proxies"), table: proxy_tables, empty: "" })
 }
 
 fn proxies_table(document: &Value, width: Option<usize>) -> String {
@@ -172,11 +312,29 @@ fn proxy_table(proxy: &Value, width: Option<usize>) -> String {
         text.push('\n');
         text.push_str(&render(&columns, &rows, width));
     }
+    text.push_str(&rejections(proxy, width));
     text
+}
+
+fn rejections(proxy: &Value, width: Option<usize>) -> String {
+    let columns =
+        [Column::new("REJECTED"), Column::new("REVISION"), Column::new("AGO"), Column::new("REASON")];
+    let rows: Vec<_> = types(proxy)
+        .flat_map(|kind| {
+            let each = kind.get("rejections").and_then(Value::as_array).into_iter().flatten();
+            each.map(|rejection| {
+                let ago = age(rejection, "/at", rt::now());
+                vec![cell(kind, "/type"), cell(rejection, "/revision"), ago, cell(rejection, "/reason")]
+            })
+        })
+        .collect();
+    if rows.is_empty() { String::new() } else { format!("\n{}", render(&columns, &rows, width)) }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn document(error: &str) -> Value {

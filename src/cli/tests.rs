@@ -148,6 +148,7 @@ async fn commands_end_well() {
         "instance drain greeter/a",
         "instance deregister greeter/a",
         "proxy list",
+        "rollout status 5 --wait",
         "check",
     ] {
         against(address, line).await.unwrap_or_else(|failure| panic!("{line}: {failure}"));
@@ -160,6 +161,11 @@ async fn a_drain_that_is_not_acknowledged_names_the_proxies() {
     let failure = against(address, "instance drain greeter/a --wait 20ms").await.unwrap_err();
     assert_eq!(failure.code, failure::NOT_YET);
     assert!(failure.message.contains("not yet: edge\\u{1b}-7"), "{failure}");
+    for line in ["rollout status 5", "rollout status 5 --wait --timeout 20ms"] {
+        let failure = against(address, line).await.unwrap_err();
+        assert_eq!(failure.code, failure::NOT_YET, "{line}");
+        assert!(failure.message.contains("1 of 2 proxies acknowledged revision 5"), "{failure}");
+    }
     against(address, "instance drain greeter/a --wait 0s").await.unwrap();
     let for_ever = against(address, "instance drain greeter/a --wait 9999999999999999s");
     assert!(tokio::time::timeout(std::time::Duration::from_millis(150), for_ever).await.is_err());
@@ -174,7 +180,13 @@ async fn exit_codes() {
     let empty = answer(json!({"services": [{"name": "greeter", "serving": 0}]}));
     let router = mesh(true)
         .route("/v1/services/bad/instances", refuse(400, "invalid"))
-        .route("/v1/services/gone/instances", refuse(404, "not_found"));
+        .route("/v1/services/gone/instances", refuse(404, "not_found"))
+        .route("/v1/proxies/no%2Fbody", refuse(404, "not_found"))
+        .route("/v1/proxies/late/resources", answer(json!({"streams": [{"resources": [{"state": "sent"}]}]})))
+        .route(
+            "/v1/proxies/fine/resources",
+            answer(json!({"streams": [{"resources": [{"state": "absent"}]}]})),
+        );
     let (address, _tasks) = server(router).await;
     let sad = Router::new()
         .route("/readyz", answer(json!({})))
@@ -184,7 +196,8 @@ async fn exit_codes() {
     let cases = [
         (address, "instance list bad", failure::BAD_DATA, "so it is"),
         (address, "instance list gone", failure::FAILED, "so it is"),
-        (address, "proxy show nobody", failure::FAILED, "no proxy with node id `nobody` is connected"),
+        (address, "proxy show no/body", failure::FAILED, "so it is"),
+        (address, "proxy diff late", failure::FINDINGS, "1 difference found"),
         (address, "serve", failure::USAGE, "registry"),
         (
             address,
@@ -195,6 +208,7 @@ async fn exit_codes() {
         (address, "dev --grpc-listen 0.0.0.0:0", failure::BAD_DATA, "listens beyond loopback"),
         (sad, "check", failure::FINDINGS, "1 problem found"),
     ];
+    against(address, "proxy diff fine").await.unwrap();
     for (address, line, code, want) in cases {
         let failure = against(address, line).await.unwrap_err();
         assert_eq!((failure.code, failure.message.contains(want)), (code, true), "{line}: {failure}");

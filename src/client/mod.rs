@@ -1,13 +1,16 @@
-//! Speaks to Disco servers: HTTP/JSON for the command line, gRPC for the session that holds a registration.
+//! Speaks to Disco servers: HTTP/JSON for the command line, gRPC for the session that holds a
+//! registration, xDS to look at what any server sends.
 //!
 //! Servers are named by IP and port, never by a host name. Holds no state of the mesh: whatever it learns it hands to its
 //! caller. Errors say what to do next.
 
+mod ads;
 mod http;
 mod proxies;
 mod servers;
 mod session;
 
+pub use ads::{Ads, Answer, Ask};
 pub use http::{FieldError, Http, HttpError};
 pub use proxies::{Acknowledged, wait_acknowledged};
 pub use servers::Servers;

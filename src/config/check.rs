@@ -3,8 +3,9 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{Config, ConfigError, LogFormat, Overrides, Role, Store, yaml};
-use crate::model::{
-    Fields, Node, Problem, Problems, Value, excerpt, format_duration, nearest, parse_duration,
+use crate::{
+    model::{Fields, Node, Problem, Problems, Value, excerpt, format_duration, nearest, parse_duration},
+    xds::ResourceType,
 };
 
 /// Roles of the design that this version does not have.
@@ -109,6 +110,16 @@ impl Reader<'_> {
             self.duration(&mut xds, "reconnect_grace", &mut settings.reconnect_grace, Duration::ZERO, DAY);
             let first_request = &mut settings.first_request_timeout;
             self.duration(&mut xds, "first_request_timeout", first_request, SECOND, DAY);
+            let streams = xds.integer("streams", 1..=10_000_000, &mut self.problems);
+            if let Some(streams) = streams.and_then(|streams| usize::try_from(streams).ok()) {
+                settings.streams = streams;
+            }
+            for item in xds.list("resend_on_reconnect", &mut self.problems).unwrap_or_default() {
+                match resource_type(&item.value) {
+                    Ok(kind) => settings.resend_on_reconnect.push(kind),
+                    Err(message) => self.problems.add_at("xds.resend_on_reconnect", message, item.at),
+                }
+            }
             xds.finish(&mut self.problems);
         }
         fields.finish(&mut self.problems);
@@ -365,6 +376,13 @@ fn role(text: &str) -> Result<Role, String> {
         .map(|near| format!("; did you mean `{near}`?"))
         .unwrap_or_default();
     Err(format!("{} is not a role{hint}; available: {}", excerpt(text), available()))
+}
+
+fn resource_type(value: &Value) -> Result<ResourceType, String> {
+    let known = ResourceType::ALL.map(ResourceType::name).join(", ");
+    let Value::Text(text) = value else { return Err(format!("is not the name of a type; want {known}")) };
+    let found = ResourceType::ALL.into_iter().find(|kind| kind.name() == text);
+    found.ok_or_else(|| format!("{} is not a type; want {known}", excerpt(text)))
 }
 
 const BYTES: &str = "want a number of bytes, or one with a unit such as 64KiB or 1MiB";

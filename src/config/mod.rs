@@ -23,7 +23,7 @@ use std::{
 pub use crate::telemetry::LogFormat;
 pub use problem::ConfigError;
 
-use crate::model;
+use crate::{model, xds::ResourceType};
 
 /// What one process does. It runs nothing that it was not told to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,6 +199,10 @@ pub struct Xds {
     pub reconnect_grace: Duration,
     /// How long a new stream may take to send its first request.
     pub first_request_timeout: Duration,
+    /// Streams at the same time; further ones are turned away.
+    pub streams: usize,
+    /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
+    pub resend_on_reconnect: Vec<ResourceType>,
 }
 
 impl Default for Xds {
@@ -208,6 +212,8 @@ impl Default for Xds {
             warming_timeout: Duration::from_secs(20),
             reconnect_grace: Duration::from_secs(5),
             first_request_timeout: Duration::from_secs(30),
+            streams: 50_000,
+            resend_on_reconnect: Vec::new(),
         }
     }
 }

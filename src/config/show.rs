@@ -19,6 +19,7 @@ pub(super) fn yaml(config: &Config) -> String {
         LogFormat::Text => "text",
         LogFormat::Json => "json",
     };
+    let resend: Vec<&str> = xds.resend_on_reconnect.iter().map(|kind| kind.name()).collect();
     let registration = &limits.registration;
     let blocks = [
         (
@@ -60,6 +61,8 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("warming_timeout", format_duration(xds.warming_timeout)),
                 ("reconnect_grace", format_duration(xds.reconnect_grace)),
                 ("first_request_timeout", format_duration(xds.first_request_timeout)),
+                ("streams", xds.streams.to_string()),
+                ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
             ],
         ),
     ];

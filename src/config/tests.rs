@@ -38,7 +38,7 @@ limits:
 shutdown: {drain: 3s}
 log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
-xds: {ack_timeout: 5s}
+xds: {ack_timeout: 5s, streams: 9, resend_on_reconnect: [endpoints, route]}
 ";
     let config = parse(text).unwrap();
     assert_eq!(config.roles, Role::ALL.into());
@@ -50,7 +50,8 @@ xds: {ack_timeout: 5s}
     assert_eq!((config.limits.body, config.limits.name_bytes), (64 << 10, 99));
     assert_eq!(config.log, Log { filter: "warn,disco::xds=debug".into(), format: LogFormat::Json });
     assert_eq!(config.registry.session_grace, Duration::ZERO);
-    assert_eq!(config.xds.ack_timeout, Duration::from_secs(5));
+    assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
+    assert_eq!(config.xds.resend_on_reconnect, [ResourceType::Endpoints, ResourceType::Route]);
     assert_eq!(parse(&config.to_yaml()).unwrap(), config, "{}", config.to_yaml());
 }
 
@@ -126,7 +127,14 @@ fn every_problem_names_its_place() {
             "roles: [registry]\nlisten: {grpc: localhost:18000}",
             "2:16 listen.grpc: \"localhost:18000\" is not an address to listen on: want IP:PORT",
         ),
-        ("roles: [registry]\nlisten: {grpc: 18000}", "2:16 listen.grpc: is a whole number: want text"),
+        (
+            "roles: [registry]\nlisten: {grpc: 18000}",
+            "2:16 listen.grpc: \"18000\" is not an address to listen on: want IP:PORT",
+        ),
+        (
+            "roles: [registry]\nxds: {resend_on_reconnect: [eds]}",
+            "2:29 xds.resend_on_reconnect: \"eds\" is not a type; want cluster, endpoints, listener, route",
+        ),
         (
             "roles: [registry]\nlisten:\n  grpc: 0.0.0.0:18000\n",
             "3:9 listen.grpc: 0.0.0.0:18000 listens beyond loopback without TLS",

@@ -176,16 +176,24 @@ impl<'a> Fields<'a> {
         None
     }
 
-    /// A text that parses as `T`; the parser's message should say what would be right.
+    /// A text, or a whole number as it was written, that parses as `T`; the parser's message should say what would be
+    /// right.
     pub fn parse<T, E: fmt::Display>(
         &mut self,
         name: &'static str,
         problems: &mut Problems,
         parse: impl FnOnce(&str) -> Result<T, E>,
     ) -> Option<T> {
-        let at = self.entries.iter().find(|(key, _)| *key == name).and_then(|(_, node)| node.at);
-        let text = self.text(name, problems)?;
-        parse(text).map_err(|e| problems.add_at(self.path(name), e.to_string(), at)).ok()
+        let node = self.node(name)?;
+        let parsed = match &node.value {
+            Value::Text(text) => parse(text),
+            Value::Int(number) => parse(&number.to_string()),
+            _ => {
+                self.wrong(name, node, "text", problems);
+                return None;
+            }
+        };
+        parsed.map_err(|e| problems.add_at(self.path(name), e.to_string(), node.at)).ok()
     }
 
     /// A whole number within `range`.

@@ -26,6 +26,15 @@ pub(super) enum Holder {
     Nobody,
 }
 
+/// What a renewal came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Renewal {
+    /// The lease lasts this long from now.
+    Extended(Duration),
+    /// It has no deadline to move.
+    NotNeeded,
+}
+
 #[derive(Debug)]
 pub(super) struct Leases {
     table: Mutex<Table>,
@@ -59,9 +68,17 @@ impl Leases {
         self.table().sessions.insert(session, BTreeSet::new());
     }
 
-    /// Notes who holds the instance from now on. A session that is over by now holds nothing.
-    pub(super) fn hold(&self, key: InstanceKey, incarnation: Incarnation, holder: Holder, now: Instant) {
+    /// Notes who holds the instance from now on, and returns whether that incarnation had a lease until now. A session that
+    /// is over by now holds nothing.
+    pub(super) fn hold(
+        &self,
+        key: InstanceKey,
+        incarnation: Incarnation,
+        holder: Holder,
+        now: Instant,
+    ) -> bool {
         let mut table = self.table();
+        let held = table.held.get(&key).is_some_and(|held| held.incarnation == incarnation);
         let (holder, deadline) = match holder {
             Holder::Ttl(ttl) => (holder, Some(now + ttl)),
             Holder::Session(session) if table.sessions.contains_key(&session) => (holder, None),
@@ -72,26 +89,52 @@ impl Leases {
         if first {
             self.earlier.notify_one();
         }
+        held
     }
 
-    /// Moves a TTL lease's deadline. `None` when that incarnation holds no such lease.
-    pub(super) fn renew(
+    /// Gives an instance that nobody holds, although it `is_there`, the grace.
+    pub(super) fn abandon(
+        &self,
+        key: InstanceKey,
+        incarnation: Incarnation,
+        now: Instant,
+        is_there: impl FnOnce() -> bool,
+    ) {
+        let mut table = self.table();
+        if !table.held.contains_key(&key) && is_there() {
+            table.hold(key, incarnation, Holder::Nobody, Some(now + self.grace));
+            drop(table);
+            self.earlier.notify_one();
+        }
+    }
+
+    /// Moves a TTL lease's deadline. `None` when that incarnation has no lease: it is over, and its removal under way.
+    pub(super) fn renew(&self, key: &InstanceKey, incarnation: Incarnation, now: Instant) -> Option<Renewal> {
+        let mut table = self.table();
+        let held = table.held.get_mut(key).filter(|held| held.incarnation == incarnation)?;
+        let Holder::Ttl(ttl) = held.holder else { return Some(Renewal::NotNeeded) };
+        // The heap keeps the old deadline; it is looked up again when that comes.
+        held.deadline = Some(now + ttl);
+        Some(Renewal::Extended(ttl))
+    }
+
+    /// Whether that incarnation has a lease that is not over.
+    pub(super) fn held(&self, key: &InstanceKey, incarnation: Incarnation) -> bool {
+        self.table().held.get(key).is_some_and(|held| held.incarnation == incarnation)
+    }
+
+    /// Forgets an instance that was removed, unless `is_back`: it was registered again in between, and that lease counts.
+    pub(super) fn release(
         &self,
         key: &InstanceKey,
         incarnation: Incarnation,
-        now: Instant,
-    ) -> Option<Duration> {
+        is_back: impl FnOnce() -> bool,
+    ) {
         let mut table = self.table();
-        let held = table.held.get_mut(key).filter(|held| held.incarnation == incarnation)?;
-        let Holder::Ttl(ttl) = held.holder else { return None };
-        // The heap keeps the old deadline; it is looked up again when that comes.
-        held.deadline = Some(now + ttl);
-        Some(ttl)
-    }
-
-    /// Forgets an instance that was removed.
-    pub(super) fn release(&self, key: &InstanceKey, incarnation: Incarnation) {
-        self.table().release(key, incarnation);
+        // Asked within the lock: who comes back later notes its lease later.
+        if !is_back() {
+            table.release(key, incarnation);
+        }
     }
 
     /// Whether nobody has held the instance since its session was lost.
@@ -99,8 +142,8 @@ impl Leases {
         self.table().held.get(key).is_none_or(|held| held.holder == Holder::Nobody)
     }
 
-    /// A session is over: its instances are held by nobody, and returned.
-    pub(super) fn session_over(&self, session: SessionId, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
+    /// A session was lost: its instances are held by nobody, and returned.
+    pub(super) fn session_lost(&self, session: SessionId, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
         let mut table = self.table();
         let keys = table.sessions.remove(&session).unwrap_or_default();
         let deadline = now + self.grace;
@@ -118,7 +161,20 @@ impl Leases {
         over
     }
 
-    /// Waits until leases are over and returns them. Each is returned once, until it is held again.
+    /// A session was closed: its leases are over, and returned as by [`Leases::next_due`].
+    pub(super) fn session_closed(&self, session: SessionId) -> Vec<(InstanceKey, Incarnation)> {
+        let mut table = self.table();
+        let mut over = Vec::new();
+        for key in table.sessions.remove(&session).unwrap_or_default() {
+            if let Some(held) = table.held.remove(&key) {
+                over.push((key, held.incarnation));
+            }
+        }
+        over
+    }
+
+    /// Waits until leases are over and returns them. They are gone from here: a registration that comes before the instance
+    /// is removed has to make it anew.
     pub(super) async fn next_due(&self) -> Vec<(InstanceKey, Incarnation)> {
         loop {
             let now = Instant::now();
@@ -206,7 +262,11 @@ impl Table {
             let Some(held) = self.held.get_mut(&key).filter(|held| held.queued == Some(at)) else { continue };
             held.queued = None;
             match held.deadline {
-                Some(deadline) if deadline <= now => due.push((key, held.incarnation)),
+                Some(deadline) if deadline <= now => {
+                    let incarnation = held.incarnation;
+                    self.held.remove(&key);
+                    due.push((key, incarnation));
+                }
                 Some(deadline) => {
                     held.queued = Some(deadline);
                     self.queue.push(Reverse((deadline, key)));
@@ -241,7 +301,7 @@ mod tests {
         leases.hold(key("a"), ONE, Holder::Ttl(TTL), start);
         leases.hold(key("b"), ONE, Holder::Ttl(TTL), start);
         tokio::time::advance(Duration::from_secs(9)).await;
-        assert_eq!(leases.renew(&key("a"), ONE, Instant::now()), Some(TTL));
+        assert_eq!(leases.renew(&key("a"), ONE, Instant::now()), Some(Renewal::Extended(TTL)));
         assert_eq!(leases.renew(&key("a"), Incarnation(2), Instant::now()), None);
         assert_eq!(due_after(&leases, start).await, (vec!["b".to_owned()], 10));
         assert_eq!(due_after(&leases, start).await, (vec!["a".to_owned()], 19));
@@ -257,11 +317,11 @@ mod tests {
             leases.hold(key(id), ONE, Holder::Session(SessionId(1)), start);
         }
         assert!(!leases.abandoned(&key("a")));
-        assert_eq!(leases.session_over(SessionId(1), start).len(), 2);
+        assert_eq!(leases.session_lost(SessionId(1), start).len(), 2);
         assert!(leases.abandoned(&key("a")));
         leases.hold(key("a"), ONE, Holder::Session(SessionId(2)), start);
         assert_eq!(due_after(&leases, start).await, (vec!["b".to_owned()], 10));
-        assert_eq!(leases.session_over(SessionId(1), start), []);
+        assert_eq!(leases.session_lost(SessionId(1), start), []);
         leases.hold(key("late"), ONE, Holder::Session(SessionId(1)), start);
         assert!(leases.abandoned(&key("late")), "a session that is over holds nothing");
     }
@@ -272,7 +332,8 @@ mod tests {
         let start = Instant::now();
         leases.hold(key("late"), ONE, Holder::Ttl(TTL * 5), start);
         leases.hold(key("gone"), ONE, Holder::Ttl(TTL), start);
-        leases.release(&key("gone"), ONE);
+        leases.release(&key("gone"), ONE, || false);
+        leases.release(&key("late"), ONE, || true);
         let (due, ()) = tokio::join!(due_after(&leases, start), async {
             tokio::task::yield_now().await;
             leases.hold(key("soon"), ONE, Holder::Ttl(TTL * 2), start);

@@ -23,10 +23,10 @@ pub use write::Accepted;
 
 use crate::{
     catalog,
-    model::Limits,
+    model::{InstanceKey, Limits},
     rt::{Gate, Tasks},
     store::Store,
-    telemetry::Metrics,
+    telemetry::{Metrics, Stage},
 };
 use leases::Leases;
 
@@ -71,6 +71,7 @@ struct Inner {
 #[derive(Debug)]
 struct RegistryMetrics {
     writes: prometheus_client::metrics::counter::Counter,
+    stored: prometheus_client::metrics::histogram::Histogram,
     refused: prometheus_client::metrics::counter::Counter,
     renewals: prometheus_client::metrics::counter::Counter,
     expired: prometheus_client::metrics::counter::Counter,
@@ -80,6 +81,7 @@ impl RegistryMetrics {
     fn new(metrics: &Metrics) -> Self {
         Self {
             writes: metrics.counter("registry_writes", "Accepted and durable changes"),
+            stored: metrics.propagation(Stage::Stored),
             refused: metrics.counter("registry_refused", "Requests that were refused"),
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
@@ -128,6 +130,11 @@ impl Registry {
     /// What is registered.
     pub fn catalog(&self) -> &catalog::Reader {
         &self.inner.catalog
+    }
+
+    /// Whether nobody holds the instance's lease any more, so that it ends after the grace unless its owner comes back.
+    pub fn is_abandoned(&self, key: &InstanceKey) -> bool {
+        self.inner.leases.abandoned(key)
     }
 
     /// Bounds on what may be registered.

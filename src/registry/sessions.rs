@@ -50,31 +50,21 @@ impl Session {
 
     /// Ends the session. What it holds is removed at once when it was [`Ended::Closed`], after the grace otherwise.
     pub async fn end(self, how: Ended) {
-        let over = self.inner.leases.session_over(self.id, Instant::now());
         if how == Ended::Lost {
-            for (key, _) in over {
+            for (key, _) in self.inner.leases.session_lost(self.id, Instant::now()) {
                 let grace = self.inner.config.session_grace;
                 tracing::info!(instance = %key, ?grace, "its session was lost: it is removed after the grace unless its owner comes back");
             }
             return;
         }
-        let removals = over.into_iter().map(|(key, incarnation)| {
-            let registry = self.registry.clone();
-            async move {
-                match registry.deregister(key.clone(), Some(incarnation)).await {
-                    Ok(revision) => tracing::info!(instance = %key, %revision, "removed: its session was closed"),
-                    // The lease with nobody to hold it ends by itself.
-                    Err(error) => tracing::warn!(instance = %key, %error, "its session was closed but it could not be removed yet"),
-                }
-            }
-        });
-        futures_util::future::join_all(removals).await;
+        let over = self.inner.leases.session_closed(self.id);
+        self.registry.remove_over(over, "removed: its session was closed").await;
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
         // After `end` nothing is held any more.
-        self.inner.leases.session_over(self.id, Instant::now());
+        self.inner.leases.session_lost(self.id, Instant::now());
     }
 }

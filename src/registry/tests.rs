@@ -3,10 +3,12 @@ use std::{sync::Arc, time::Duration};
 use super::*;
 use crate::{
     catalog::{self, Reader},
-    model::{Incarnation, InstanceKey, RawRegistration, Registration, State, Update},
+    model::{Incarnation, InstanceKey, RawRegistration, Registration, Revision, State, Update},
     rt::{Readiness, Shutdown},
-    store::{MemoryStore, Store},
+    store::{Listing, MemoryStore, Op, Store, StoreError, Watch},
 };
+use futures_util::future::BoxFuture;
+use tokio::sync::Semaphore;
 
 const GRACE: Duration = Duration::from_secs(10);
 const TTL: Duration = Duration::from_secs(30);
@@ -36,6 +38,69 @@ impl Node {
 
 async fn node() -> Node {
     Node::start(Arc::new(MemoryStore::default())).await
+}
+
+/// A store whose commits wait, in order, until they are let through.
+#[derive(Debug)]
+struct Gated {
+    store: MemoryStore,
+    gate: Semaphore,
+    waiting: tokio::sync::watch::Sender<usize>,
+}
+
+impl Gated {
+    fn open() -> Arc<Self> {
+        Arc::new(Self {
+            store: MemoryStore::default(),
+            gate: Semaphore::new(Semaphore::MAX_PERMITS),
+            waiting: tokio::sync::watch::Sender::default(),
+        })
+    }
+
+    fn close_gate(&self) {
+        self.gate.forget_permits(Semaphore::MAX_PERMITS);
+    }
+
+    fn let_through(&self, commits: usize) {
+        self.gate.add_permits(commits);
+    }
+
+    async fn until_waiting(&self, commits: usize) {
+        let mut waiting = self.waiting.subscribe();
+        let reached = waiting.wait_for(|waiting| *waiting == commits);
+        tokio::time::timeout(TTL * 2, reached).await.expect("not so many commits").unwrap();
+    }
+}
+
+impl Store for Gated {
+    fn commit(&self, ops: Vec<Op>) -> BoxFuture<'_, Result<Revision, StoreError>> {
+        Box::pin(async {
+            self.waiting.send_modify(|waiting| *waiting += 1);
+            self.gate.acquire().await.unwrap().forget();
+            self.waiting.send_modify(|waiting| *waiting -= 1);
+            self.store.commit(ops).await
+        })
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<crate::store::Entry>, StoreError>> {
+        self.store.get(key)
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Listing, StoreError>> {
+        self.store.list(prefix)
+    }
+
+    fn watch<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Revision,
+    ) -> BoxFuture<'a, Result<Box<dyn Watch>, StoreError>> {
+        self.store.watch(prefix, after)
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.store.close()
+    }
 }
 
 fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
@@ -211,4 +276,88 @@ async fn an_empty_service_is_forgotten_after_its_retention() {
     let after = start.elapsed();
     assert!((3600..=4000).contains(&after.as_secs()), "{after:?}");
     assert!(matches!(registry.remove_service(key("a").service).await, Err(Error::NoService(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answered_registration_outlives_the_removal_that_was_under_way() {
+    for session in [false, true] {
+        let store = Gated::open();
+        let registry = Node::start(Arc::clone(&store) as Arc<dyn Store>).await.registry;
+        let ends = registry.session();
+        if session {
+            ends.register(registration("a", 1, Some(1))).await.unwrap();
+        } else {
+            registry.register(registration("a", 1, Some(1))).await.unwrap();
+        }
+        store.close_gate();
+        let (removal, (registered, renewed)) = tokio::join!(
+            async {
+                if session {
+                    ends.end(Ended::Closed).await;
+                }
+            },
+            async {
+                store.until_waiting(1).await;
+                let renewed = registry.renew(&key("a"), None);
+                let again = tokio::spawn({
+                    let registry = registry.clone();
+                    async move { registry.register(registration("a", 1, Some(1))).await }
+                });
+                store.until_waiting(2).await;
+                store.let_through(10);
+                (again.await.unwrap(), renewed)
+            },
+        );
+        let () = removal;
+        assert_eq!(refused(renewed), "not found greeter/a", "its removal was under way");
+        assert_eq!(registered.unwrap().instance.incarnation, Incarnation(1));
+        assert_eq!(ids(registry.catalog()), ["a"], "session: {session}");
+        registry.renew(&key("a"), None).unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_is_not_removed_under_a_registration() {
+    let store = Gated::open();
+    let registry = Node::start(Arc::clone(&store) as Arc<dyn Store>).await.registry;
+    registry.register(registration("a", 1, None)).await.unwrap();
+    registry.deregister(key("a"), None).await.unwrap();
+    store.close_gate();
+    let (registered, removed, ()) = tokio::join!(
+        registry.register(registration("b", 2, None)),
+        async {
+            store.until_waiting(1).await;
+            registry.remove_service(key("b").service).await
+        },
+        async {
+            store.until_waiting(2).await;
+            store.let_through(10);
+        },
+    );
+    registered.unwrap();
+    assert_eq!(refused(removed), "conflict service");
+    assert_eq!(ids(registry.catalog()), ["b"]);
+    registry.deregister(key("b"), None).await.unwrap();
+    assert!(store.list("instances/").await.unwrap().entries.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_that_lost_to_a_removal_waits_until_it_is_seen() {
+    let store = Gated::open();
+    let registry = Node::start(Arc::clone(&store) as Arc<dyn Store>).await.registry;
+    registry.register(registration("a", 1, None)).await.unwrap();
+    store.close_gate();
+    let (removed, moved, ()) = tokio::join!(
+        registry.deregister(key("a"), None),
+        async {
+            store.until_waiting(1).await;
+            registry.register(registration("a", 2, None)).await
+        },
+        async {
+            store.until_waiting(2).await;
+            store.let_through(10);
+        },
+    );
+    removed.unwrap();
+    assert_eq!(moved.unwrap().instance.port.get(), 2);
 }

@@ -2,7 +2,11 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Error, Inner, Registry, leases::Holder, record};
+use super::{
+    Error, Inner, Registry,
+    leases::{Holder, Renewal},
+    record,
+};
 use crate::{
     model::{Incarnation, Instance, InstanceKey, Lease, Registration, Revision, ServiceId, State, Update},
     rt,
@@ -165,25 +169,35 @@ impl Registry {
     pub(super) async fn expire(self) {
         loop {
             let due = self.inner.leases.next_due().await;
-            let removals = due.into_iter().map(|(key, incarnation)| {
-                let inner = Arc::clone(&self.inner);
-                async move {
-                    match inner.remove(&key, Some(incarnation)).await {
-                        Ok(revision) => {
-                            inner.metrics.expired.inc();
-                            tracing::info!(instance = %key, %revision, "removed: its lease ended without a renewal");
-                        }
-                        // It was replaced in the meantime.
-                        Err(Error::Conflict(_)) => {}
-                        Err(error) => {
-                            tracing::warn!(instance = %key, %error, "its lease is over but it could not be removed; trying again");
-                            inner.leases.hold(key, incarnation, Holder::Nobody, Instant::now());
-                        }
+            let removed = self.remove_over(due, "removed: its lease ended without a renewal").await;
+            self.inner.metrics.expired.inc_by(removed);
+        }
+    }
+
+    /// Removes instances whose lease is over, and returns how many. One whose owner comes back meanwhile stays.
+    pub(super) async fn remove_over(&self, over: Vec<(InstanceKey, Incarnation)>, why: &'static str) -> u64 {
+        let removals = over.into_iter().map(|(key, incarnation)| {
+            let inner = Arc::clone(&self.inner);
+            self.detached(async move {
+                match inner.remove_without_lease(&key, incarnation).await {
+                    Ok(Some(revision)) => {
+                        tracing::info!(instance = %key, %revision, "{why}");
+                        return Ok(1);
+                    }
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::warn!(instance = %key, %error, "its lease is over but it could not be removed; trying again");
                     }
                 }
-            });
-            futures_util::future::join_all(removals).await;
-        }
+                let is_there = || {
+                    let snapshot = inner.catalog.latest();
+                    snapshot.instance(&key).is_some_and(|present| present.incarnation == incarnation)
+                };
+                inner.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
+                Ok(0)
+            })
+        });
+        futures_util::future::join_all(removals).await.into_iter().flatten().sum()
     }
 
     /// Forgets services that have had no instance for long.
@@ -219,18 +233,18 @@ impl Inner {
         let accepted = self
             .write(&key, |present| {
                 self.admit(&registration, present)?;
-                let next = merge(&registration, present, holder);
-                let mut comparable = next.clone();
-                Ok(match present {
-                    Some(present) => {
-                        comparable.revision = present.revision;
-                        if comparable == **present {
-                            Decision::Keep(Arc::clone(present))
-                        } else {
-                            Decision::Put(next)
-                        }
-                    }
-                    None => Decision::Put(next),
+                let mut next = merge(&registration, present, holder);
+                let Some(present) = present.filter(|present| present.incarnation == next.incarnation) else {
+                    return Ok(Decision::Put(next));
+                };
+                // The lease comes before the write, so that a removal under way sees it or loses to the write. Where the old
+                // lease was over there has to be a write for it to lose to.
+                let held = self.leases.hold(key.clone(), next.incarnation, holder, Instant::now());
+                next.revision = present.revision;
+                Ok(if held && next == **present {
+                    Decision::Keep(Arc::clone(present))
+                } else {
+                    Decision::Put(next)
                 })
             })
             .await?;
@@ -307,8 +321,9 @@ impl Inner {
         let present = snapshot.instance(key).ok_or_else(|| Error::NotFound(key.clone()))?;
         expect_incarnation(present, incarnation)?;
         match self.leases.renew(key, present.incarnation, Instant::now()) {
-            Some(ttl) => Ok((ttl, snapshot.revision())),
-            None => Err(Error::conflict(
+            Some(Renewal::Extended(ttl)) => Ok((ttl, snapshot.revision())),
+            None => Err(Error::NotFound(key.clone())),
+            Some(Renewal::NotNeeded) => Err(Error::conflict(
                 "instance",
                 format!(
                     "instance {key} is held by a session, which needs no renewals; only a TTL lease is renewed"
@@ -324,9 +339,9 @@ impl Inner {
             expect_incarnation(present, incarnation)?;
             let op =
                 Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-            match self.commit(vec![op]).await {
+            match self.commit(vec![op], snapshot.revision()).await {
                 Ok(revision) => {
-                    self.leases.release(key, present.incarnation);
+                    self.released(key, present.incarnation);
                     return Ok(revision);
                 }
                 Err(Some(error)) => return Err(error),
@@ -336,21 +351,55 @@ impl Inner {
         Err(contended(key))
     }
 
-    async fn remove_service(&self, id: &ServiceId) -> Result<Revision, Error> {
+    /// Removes an instance whose lease is over, unless its owner came back: the snapshot is older than the look at the
+    /// lease, so whoever takes the lease after that writes after the snapshot.
+    async fn remove_without_lease(
+        &self,
+        key: &InstanceKey,
+        incarnation: Incarnation,
+    ) -> Result<Option<Revision>, Error> {
         let snapshot = self.catalog.latest();
-        let service = snapshot.service(id).ok_or_else(|| Error::NoService(id.clone()))?;
-        let instances = service.instances().len();
-        if instances > 0 {
-            return Err(Error::conflict(
-                "service",
-                format!("{id} has {instances} instances: deregister them first"),
-            ));
+        let present = snapshot.instance(key).filter(|present| present.incarnation == incarnation);
+        let Some(present) = present.filter(|_| !self.leases.held(key, incarnation)) else { return Ok(None) };
+        let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
+        match self.commit(vec![op], snapshot.revision()).await {
+            Ok(revision) => {
+                self.released(key, incarnation);
+                Ok(Some(revision))
+            }
+            Err(Some(error)) => Err(error),
+            Err(None) => Ok(None),
         }
+    }
+
+    fn released(&self, key: &InstanceKey, incarnation: Incarnation) {
+        self.leases.release(key, incarnation, || self.catalog.latest().instance(key).is_some());
+    }
+
+    async fn remove_service(&self, id: &ServiceId) -> Result<Revision, Error> {
+        let unknown = || Error::NoService(id.clone());
         let key = record::service_key(id);
-        let entry =
-            self.store.get(&key).await.map_err(Error::Store)?.ok_or_else(|| Error::NoService(id.clone()))?;
-        let op = Op::Delete { key, when: Condition::Unchanged(entry.revision) };
-        self.commit(vec![op]).await.map_err(|error| error.unwrap_or_else(|| Error::NoService(id.clone())))
+        for _ in 0..ATTEMPTS {
+            // Before the look at its instances: one that is registered after that look writes the service, too.
+            let entry = self.store.get(&key).await.map_err(Error::Store)?.ok_or_else(unknown)?;
+            self.catalog.reached(entry.revision).await;
+            let snapshot = self.catalog.latest();
+            let instances = snapshot.service(id).ok_or_else(unknown)?.instances().len();
+            if instances > 0 {
+                let noun = if instances == 1 { "instance" } else { "instances" };
+                return Err(Error::conflict(
+                    "service",
+                    format!("{id} has {instances} {noun}: deregister what is left first"),
+                ));
+            }
+            let op = Op::Delete { key: Arc::clone(&key), when: Condition::Unchanged(entry.revision) };
+            match self.commit(vec![op], snapshot.revision()).await {
+                Ok(revision) => return Ok(revision),
+                Err(Some(error)) => return Err(error),
+                Err(None) => {}
+            }
+        }
+        Err(Error::conflict("service", format!("{id} is being written by many at once: try again")))
     }
 
     /// Reads, decides, and commits what was decided if nobody else wrote the instance in between; else again.
@@ -367,7 +416,8 @@ impl Inner {
                 Decision::Put(next) => next,
             };
             let mut ops = Vec::with_capacity(2);
-            if snapshot.service(&key.service).is_none() {
+            // With each new instance, also where the service is known: a removal of the empty service then loses to it.
+            if present.is_none() {
                 ops.push(Op::Put {
                     key: record::service_key(&key.service),
                     value: bytes::Bytes::new(),
@@ -376,7 +426,7 @@ impl Inner {
             }
             let when = present.map_or(Condition::Absent, |present| Condition::Unchanged(present.revision));
             ops.push(Op::Put { key: record::instance_key(key), value: record::encode(&next), when });
-            match self.commit(ops).await {
+            match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     next.revision = revision;
                     return Ok(Accepted { revision, instance: Arc::new(next) });
@@ -388,11 +438,14 @@ impl Inner {
         Err(contended(key))
     }
 
-    /// Commits and waits until the catalog shows it. `Err(None)` is a lost race: the catalog has caught up with the winner.
-    async fn commit(&self, ops: Vec<Op>) -> Result<Revision, Option<Error>> {
+    /// Commits what was decided on the snapshot at `seen`, and waits until the catalog shows it. `Err(None)` is a lost race:
+    /// the catalog has caught up with the winner.
+    async fn commit(&self, ops: Vec<Op>, seen: Revision) -> Result<Revision, Option<Error>> {
+        let received = Instant::now();
         match self.store.commit(ops).await {
             Ok(revision) => {
                 self.metrics.writes.inc();
+                self.metrics.stored.observe(received.elapsed().as_secs_f64());
                 self.catalog.reached(revision).await;
                 Ok(revision)
             }
@@ -401,8 +454,10 @@ impl Inner {
                     Some(actual) => {
                         self.catalog.reached(actual).await;
                     }
-                    // Removed by somebody; the mirror is about to show it.
-                    None => tokio::task::yield_now().await,
+                    // Removed by somebody since then; the mirror is about to show it.
+                    None => {
+                        self.catalog.newer_than(seen).await;
+                    }
                 }
                 Err(None)
             }

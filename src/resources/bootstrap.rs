@@ -22,14 +22,33 @@ pub struct Bootstrap {
     pub outbound_port: u16,
     /// The gRPC addresses of the Disco servers. Envoy spreads its streams over them and goes on to the next when one fails.
     pub servers: Vec<SocketAddr>,
-    /// Delta (incremental) xDS, or else state of the world.
-    pub delta: bool,
+    /// The only services that it is to be told of; all if there are none here.
+    pub upstreams: Vec<ServiceId>,
+    /// How it asks for what it needs.
+    pub protocol: Protocol,
+}
+
+/// How a sidecar asks for its resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Protocol {
+    /// Delta (incremental) xDS: everything at the start, then what changes.
+    #[default]
+    Delta,
+    /// State of the world: all clusters again whenever one changes.
+    Sotw,
+    /// Delta; starts with no clusters and asks for each when it is first called.
+    OnDemand,
 }
 
 impl Bootstrap {
     /// The configuration file, for Envoy 1.40.
     pub fn to_yaml(&self) -> String {
-        let api_type = if self.delta { "DELTA_GRPC" } else { "GRPC" };
+        let api_type = if self.protocol == Protocol::Sotw { "GRPC" } else { "DELTA_GRPC" };
+        let clusters = if self.protocol == Protocol::OnDemand {
+            "  # No cds_config: a cluster is asked for when it is first called."
+        } else {
+            "  cds_config: { ads: {}, resource_api_version: V3 }"
+        };
         let node = self.node();
         let endpoints = self.endpoints();
         let admin_port = self.admin_port;
@@ -54,7 +73,7 @@ dynamic_resources:
         # After a server is lost, the next one is tried soon, and all proxies of a mesh are back within seconds.
         retry_policy:
           retry_back_off: {{ base_interval: 0.25s, max_interval: 5s }}
-  cds_config: {{ ads: {{}}, resource_api_version: V3 }}
+{clusters}
   lds_config: {{ ads: {{}}, resource_api_version: V3 }}
 
 static_resources:
@@ -114,6 +133,13 @@ overload_manager:
             let _ = writeln!(node, "    disco.service: {}", quoted(service.as_str()));
         }
         let _ = writeln!(node, "    disco.outbound_port: {}", self.outbound_port);
+        if self.protocol == Protocol::OnDemand {
+            node.push_str("    disco.on_demand: true\n");
+        }
+        if !self.upstreams.is_empty() {
+            let names: Vec<_> = self.upstreams.iter().map(|name| quoted(name.as_str())).collect();
+            let _ = writeln!(node, "    disco.upstreams: [{}]", names.join(", "));
+        }
         node
     }
 
@@ -161,7 +187,8 @@ mod tests {
             admin_port: DEFAULT_ADMIN_PORT,
             outbound_port: 10_000,
             servers: vec!["127.0.0.1:18000".parse().unwrap()],
-            delta: true,
+            upstreams: vec![],
+            protocol: Protocol::Delta,
         }
     }
 
@@ -176,7 +203,8 @@ mod tests {
             admin_port: 1,
             outbound_port: 2,
             servers: vec!["10.0.0.1:3".parse().unwrap(), "[::1]:4".parse().unwrap()],
-            delta: false,
+            upstreams: vec!["a".parse().unwrap(), "b.c".parse().unwrap()],
+            protocol: Protocol::Sotw,
             ..bootstrap()
         });
         assert_eq!(
@@ -185,7 +213,9 @@ mod tests {
                 "id": "web-1",
                 "cluster": "web",
                 "locality": { "region": "r", "zone": "z" },
-                "metadata": { "disco.service": "web", "disco.outbound_port": 2 },
+                "metadata": {
+                    "disco.service": "web", "disco.outbound_port": 2, "disco.upstreams": ["a", "b.c"]
+                },
             })
         );
         assert_eq!(
@@ -206,6 +236,16 @@ mod tests {
         assert_eq!(yaml["node"].get("locality"), None);
         assert_eq!(yaml["node"]["metadata"], json!({ "disco.outbound_port": 10_000 }));
         assert_eq!(yaml["dynamic_resources"]["ads_config"]["api_type"], "DELTA_GRPC");
+        assert!(yaml["dynamic_resources"]["cds_config"].is_object());
+    }
+
+    #[test]
+    fn on_demand_it_asks_for_no_clusters() {
+        let yaml = parsed(&Bootstrap { protocol: Protocol::OnDemand, ..bootstrap() });
+        assert_eq!(yaml["node"]["metadata"]["disco.on_demand"], true);
+        assert_eq!(yaml["dynamic_resources"]["ads_config"]["api_type"], "DELTA_GRPC");
+        assert_eq!(yaml["dynamic_resources"].get("cds_config"), None);
+        assert!(yaml["dynamic_resources"]["lds_config"].is_object());
     }
 
     proptest! {

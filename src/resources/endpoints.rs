@@ -13,7 +13,7 @@ use envoy_types::pb::envoy::config::{
     },
 };
 
-use super::wire::number;
+use super::{View, wire::number};
 use crate::{
     catalog::Service,
     model::{Instance, Locality, State},
@@ -21,16 +21,16 @@ use crate::{
 };
 
 /// With the draining instances, marked so: Envoy sends them no new calls and lets those that run finish.
-pub(super) fn for_envoy(service: &Service) -> Resource {
-    resource(service, &instances(service))
+pub(super) fn for_envoy(service: &Service, view: &View) -> Resource {
+    resource(service, &instances(service), view)
 }
 
 /// Without the draining instances, which gRPC clients skip in any case: a locality that had no others would still get its share
 /// of the calls from those that honour locality weights.
-pub(super) fn for_grpc(service: &Service) -> Resource {
+pub(super) fn for_grpc(service: &Service, view: &View) -> Resource {
     let mut instances = instances(service);
     instances.retain(|instance| instance.state == State::Serving);
-    resource(service, &instances)
+    resource(service, &instances, view)
 }
 
 /// One for each address, because gRPC clients refuse a set that has an address twice. Where two instances claim one, the one
@@ -44,19 +44,21 @@ fn instances(service: &Service) -> Vec<&Instance> {
     instances
 }
 
-fn resource(service: &Service, instances: &[&Instance]) -> Resource {
+fn resource(service: &Service, instances: &[&Instance], view: &View) -> Resource {
     // Clients refuse weights whose sum does not fit 32 bits (gRPC A27).
     let total: u64 = instances.iter().map(|instance| u64::from(instance.weight.get())).sum();
     let scale = u32::try_from(total / u64::from(u32::MAX)).unwrap_or(u32::MAX).saturating_add(1);
     let weight = |instance: &Instance| (instance.weight.get() / scale).max(1);
 
-    let mut localities: BTreeMap<&Locality, Vec<&Instance>> = BTreeMap::new();
+    let priority = priorities(instances, view);
+    let mut localities: BTreeMap<(u32, &Locality), Vec<&Instance>> = BTreeMap::new();
     for instance in instances {
-        localities.entry(&instance.locality).or_default().push(instance);
+        localities.entry((priority(instance), &instance.locality)).or_default().push(instance);
     }
-    let endpoints = localities.into_iter().map(|(locality, instances)| {
+    let endpoints = localities.into_iter().map(|((priority, locality), instances)| {
         let serving = instances.iter().filter(|instance| instance.state == State::Serving);
-        // gRPC clients skip a locality without a weight.
+        // gRPC clients skip a locality without a weight, and share calls out by these. Envoy looks at the weights of the
+        // endpoints alone, which comes to the same, since these are their sums.
         let sum = serving.map(|instance| weight(instance)).fold(0, u32::saturating_add).max(1);
         LocalityLbEndpoints {
             locality: Some(ProtoLocality {
@@ -65,6 +67,7 @@ fn resource(service: &Service, instances: &[&Instance]) -> Resource {
                 sub_zone: locality.sub_zone.to_string(),
             }),
             load_balancing_weight: number(sum),
+            priority,
             lb_endpoints: instances
                 .into_iter()
                 .map(|instance| endpoint(instance, weight(instance)))
@@ -78,6 +81,19 @@ fn resource(service: &Service, instances: &[&Instance]) -> Resource {
         ..ClusterLoadAssignment::default()
     };
     Resource::new(ResourceType::Endpoints, service.id.shared(), &message, [])
+}
+
+/// The nearest come first: each distance at which somebody serves is a level, counted from 0 without gaps, which gRPC clients
+/// insist on (A27). A draining instance stands in the level that it would serve in, or else in the next: Envoy leaves it out when it
+/// counts how much of a level is healthy, so its drain sends no calls on to the next level.
+fn priorities(instances: &[&Instance], view: &View) -> impl Fn(&Instance) -> u32 {
+    let serving = instances.iter().filter(|instance| instance.state == State::Serving);
+    let distances: BTreeSet<u8> = serving.map(|instance| view.distance(&instance.locality)).collect();
+    let last = distances.len().saturating_sub(1);
+    move |instance| {
+        let nearer = distances.range(..view.distance(&instance.locality)).count();
+        u32::try_from(nearer.min(last)).unwrap_or(u32::MAX)
+    }
 }
 
 fn endpoint(instance: &Instance, weight: u32) -> LbEndpoint {

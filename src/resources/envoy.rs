@@ -1,10 +1,12 @@
 //! For Envoy sidecars: a cluster per service, one listener on loopback, and one route table that sends each call by its
-//! `:authority` to the cluster of that name.
+//! `:authority` to the cluster of that name. On demand, a call waits until Envoy has asked for its cluster (rule L1); the table
+//! tells beforehand which names there are.
 
 use std::{collections::HashMap, net::Ipv4Addr, sync::Arc};
 
 use envoy_types::pb::envoy::{
     config::{
+        accesslog::v3::{AccessLogFilter, ResponseFlagFilter, access_log_filter::FilterSpecifier},
         cluster::v3::{
             Cluster, OutlierDetection, UpstreamConnectionOptions,
             circuit_breakers::thresholds::RetryBudget,
@@ -18,14 +20,25 @@ use envoy_types::pb::envoy::{
         },
         listener::v3::{Filter, FilterChain, Listener, filter::ConfigType},
         route::v3::{
-            DirectResponseAction, RetryPolicy, RouteConfiguration, VirtualHost,
-            retry_policy::{RetryHostPredicate, retry_host_predicate},
+            DirectResponseAction, HeaderMatcher, RetryPolicy, Route, RouteConfiguration, VirtualHost,
+            header_matcher::HeaderMatchSpecifier,
+            retry_policy::{RetryHostPredicate, RetryPriority, retry_host_predicate, retry_priority},
             route::Action,
+            route_action::ClusterSpecifier,
         },
     },
     extensions::{
-        filters::network::http_connection_manager::v3::HttpConnectionManager,
-        retry::host::previous_hosts::v3::PreviousHostsPredicate,
+        filters::{
+            http::on_demand::v3::{OnDemand, OnDemandCds},
+            network::http_connection_manager::v3::{
+                HttpConnectionManager, HttpFilter, LocalReplyConfig, ResponseMapper,
+                http_connection_manager::StripPortMode,
+            },
+        },
+        retry::{
+            host::previous_hosts::v3::PreviousHostsPredicate,
+            priority::previous_priorities::v3::PreviousPrioritiesConfig,
+        },
         upstreams::http::v3::{
             HttpProtocolOptions,
             http_protocol_options::{
@@ -33,12 +46,15 @@ use envoy_types::pb::envoy::{
             },
         },
     },
+    r#type::matcher::v3::{RegexMatcher, StringMatcher, string_matcher::MatchPattern},
 };
 
 use super::{
+    View,
     endpoints::socket,
     wire::{
-        all_paths, any, circuit_breakers, eds, number, percent, rds, retries, router, seconds, virtual_host,
+        ads, all_paths, any, circuit_breakers, eds, forward, http_filter, number, percent, rds, retries,
+        router, seconds, virtual_host,
     },
 };
 use crate::xds::{Resource, ResourceType};
@@ -53,6 +69,8 @@ const STREAMS_PER_CONNECTION: u32 = 1_000_000;
 /// Retries that may always run at once, whatever the load: enough for all calls in flight of a service whose only other instance
 /// just crashed.
 const RETRIES_AT_ONCE: u32 = 1_000;
+
+const AUTHORITY: &str = ":authority";
 
 pub(super) fn cluster(service: &Arc<str>) -> Resource {
     let message = Cluster {
@@ -76,8 +94,8 @@ pub(super) fn cluster(service: &Arc<str>) -> Resource {
         })),
         outlier_detection: Some(outlier_detection()),
         common_lb_config: Some(CommonLbConfig {
-            // Only when no instance at all is healthy are the others tried: with the default of 50 % the calls of a service
-            // that lost two of three instances would go to all three.
+            // Only when no instance at all is healthy, near or far, are the others tried: with the default of 50 % the calls of
+            // a service that lost two of three instances would go to all three.
             healthy_panic_threshold: percent(1.0),
             // Envoy collects changes of health and weight for up to 1 s by default: a drained instance would be sent new
             // calls after the drain was acknowledged, and a crashed one after it was put aside.
@@ -145,11 +163,11 @@ fn http2() -> HttpProtocolOptions {
 }
 
 /// Depends on nothing that changes: a changed listener drains its connections.
-pub(super) fn listener(port: u16) -> Resource {
-    let manager = HttpConnectionManager {
+pub(super) fn listener(view: &View) -> Resource {
+    let mut manager = HttpConnectionManager {
         stat_prefix: OUTBOUND.to_owned(),
         route_specifier: rds(OUTBOUND),
-        http_filters: router(),
+        http_filters: vec![router()],
         http2_protocol_options: Some(Http2ProtocolOptions {
             max_concurrent_streams: number(STREAMS_PER_CONNECTION),
             ..Http2ProtocolOptions::default()
@@ -158,13 +176,19 @@ pub(super) fn listener(port: u16) -> Resource {
         stream_idle_timeout: seconds(0),
         ..HttpConnectionManager::default()
     };
+    if view.on_demand {
+        manager.http_filters.insert(0, on_demand());
+        // The cluster is named by the `:authority`, so that has to be the name alone: `greeter` for `greeter:50051`.
+        manager.strip_port_mode = Some(StripPortMode::StripAnyHostPort(true));
+        manager.local_reply_config = Some(cluster_not_found());
+    }
     let filter = Filter {
         name: "envoy.filters.network.http_connection_manager".to_owned(),
         config_type: Some(ConfigType::TypedConfig(any(&manager))),
     };
     let message = Listener {
         name: OUTBOUND.to_owned(),
-        address: Some(socket(Ipv4Addr::LOCALHOST.into(), port)),
+        address: Some(socket(Ipv4Addr::LOCALHOST.into(), view.outbound_port)),
         filter_chains: vec![FilterChain { filters: vec![filter], ..FilterChain::default() }],
         traffic_direction: TrafficDirection::Outbound.into(),
         ..Listener::default()
@@ -172,15 +196,63 @@ pub(super) fn listener(port: u16) -> Resource {
     Resource::new(ResourceType::Listener, OUTBOUND, &message, [])
 }
 
-/// One table for all services, so it changes only when a service comes or goes.
-pub(super) fn routes<'a>(services: impl Iterator<Item = &'a str>) -> Resource {
+/// Holds a call until Envoy has its cluster or knows that there is none.
+fn on_demand() -> HttpFilter {
+    let odcds = OnDemandCds {
+        source: ads(),
+        // Until a server that is out of reach is back, or another one is found.
+        timeout: seconds(5),
+        ..OnDemandCds::default()
+    };
+    http_filter("envoy.filters.http.on_demand", &OnDemand { odcds: Some(odcds) })
+}
+
+/// Says what is wrong where Envoy by itself says nothing: the service is just going, or no server of Disco can be asked.
+fn cluster_not_found() -> LocalReplyConfig {
+    let no_cluster = ResponseFlagFilter { flags: vec!["NC".to_owned()] };
+    let mapper = ResponseMapper {
+        filter: Some(AccessLogFilter {
+            filter_specifier: Some(FilterSpecifier::ResponseFlagFilter(no_cluster)),
+        }),
+        body_format_override: text(&format!("{NOT_KNOWN} could be had from Disco")),
+        ..ResponseMapper::default()
+    };
+    LocalReplyConfig { mappers: vec![mapper], body_format: None }
+}
+
+/// One table for all services of the view, so it changes only when one of them comes or goes.
+pub(super) fn routes<'a>(services: impl Iterator<Item = &'a str>, view: &View) -> Resource {
     let retry_policy = retry_policy();
-    let mut virtual_hosts: Vec<_> =
-        services.map(|service| virtual_host(service, retry_policy.clone())).collect();
-    virtual_hosts.push(no_such_service());
+    let mut virtual_hosts: Vec<_> = if view.on_demand {
+        on_demand_host(services.map(str::to_owned).collect(), retry_policy, view).into_iter().collect()
+    } else {
+        services.map(|service| virtual_host(service, retry_policy.clone())).collect()
+    };
+    // No service can have this name.
+    virtual_hosts.push(host("*", vec!["*".to_owned()], vec![no_such_service(view)]));
     let message =
         RouteConfiguration { name: OUTBOUND.to_owned(), virtual_hosts, ..RouteConfiguration::default() };
     Resource::new(ResourceType::Route, OUTBOUND, &message, [])
+}
+
+/// One for all services: little more than a list of names. Without that list every name would be asked for, and Envoy asks only
+/// once: it has calls to a name that it knows to be missing wait for the whole time-out.
+fn on_demand_host(services: Vec<String>, retry_policy: RetryPolicy, view: &View) -> Option<VirtualHost> {
+    // Domains match in any case, clusters do not.
+    let lower_case = RegexMatcher { regex: "[-.a-z0-9]+".to_owned(), ..RegexMatcher::default() };
+    let mut route = forward(ClusterSpecifier::ClusterHeader(AUTHORITY.to_owned()), retry_policy);
+    if let Some(condition) = &mut route.r#match {
+        condition.headers.push(HeaderMatcher {
+            name: AUTHORITY.to_owned(),
+            header_match_specifier: Some(HeaderMatchSpecifier::StringMatch(StringMatcher {
+                match_pattern: Some(MatchPattern::SafeRegex(lower_case)),
+                ..StringMatcher::default()
+            })),
+            ..HeaderMatcher::default()
+        });
+    }
+    // Envoy refuses a host without domains.
+    (!services.is_empty()).then(|| host("services", services, vec![route, no_such_service(view)]))
 }
 
 /// Calls that got no answer go to another instance: whether they could not be sent, were refused by a server that shuts down, lost
@@ -195,30 +267,43 @@ fn retry_policy() -> RetryPolicy {
         // Crashed instances have no open calls and so are picked with preference until they are put aside; with a few tries a
         // retry could land on one again.
         host_selection_retry_max_attempts: 20,
+        // Likewise the last local instances, when they crash, take all calls until they are put aside: a retry goes on to the next
+        // zone at once. Where there is none it stays.
+        retry_priority: Some(RetryPriority {
+            name: "envoy.retry_priorities.previous_priorities".to_owned(),
+            config_type: Some(retry_priority::ConfigType::TypedConfig(any(&PreviousPrioritiesConfig {
+                update_frequency: 1,
+            }))),
+        }),
         ..retries("connect-failure,refused-stream,reset,unavailable")
     }
 }
 
+/// How a call to nobody is answered; what follows says where it was looked for.
+const NOT_KNOWN: &str = "disco: no service named %REQ(:AUTHORITY)%";
+
 /// Fails the call at once with what is wrong. Envoy makes 503 into gRPC's UNAVAILABLE, as for a name that does not resolve: the
 /// service may be about to register.
-fn no_such_service() -> VirtualHost {
-    let text = "disco: no service named %REQ(:AUTHORITY)% is registered";
+fn no_such_service(view: &View) -> Route {
+    let place = if view.upstreams.is_some() { " among those of disco.upstreams" } else { "" };
     let action = DirectResponseAction {
         status: 503,
-        body_format: Some(SubstitutionFormatString {
-            format: Some(Format::TextFormatSource(DataSource {
-                specifier: Some(Specifier::InlineString(text.to_owned())),
-                ..DataSource::default()
-            })),
-            ..SubstitutionFormatString::default()
-        }),
+        body_format: text(&format!("{NOT_KNOWN}{place} is registered")),
         ..DirectResponseAction::default()
     };
-    VirtualHost {
-        // No service can have this name.
-        name: "*".to_owned(),
-        domains: vec!["*".to_owned()],
-        routes: vec![all_paths(Action::DirectResponse(action))],
-        ..VirtualHost::default()
-    }
+    all_paths(Action::DirectResponse(action))
+}
+
+fn host(name: &str, domains: Vec<String>, routes: Vec<Route>) -> VirtualHost {
+    VirtualHost { name: name.to_owned(), domains, routes, ..VirtualHost::default() }
+}
+
+fn text(format: &str) -> Option<SubstitutionFormatString> {
+    Some(SubstitutionFormatString {
+        format: Some(Format::TextFormatSource(DataSource {
+            specifier: Some(Specifier::InlineString(format.to_owned())),
+            ..DataSource::default()
+        })),
+        ..SubstitutionFormatString::default()
+    })
 }

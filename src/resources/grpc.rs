@@ -21,8 +21,11 @@ use crate::xds::{Resource, ResourceType};
 
 /// `xds:///service` is the name of a Listener (A27).
 pub(super) fn listener(service: &Arc<str>) -> Resource {
-    let manager =
-        HttpConnectionManager { http_filters: router(), route_specifier: rds(service), ..Default::default() };
+    let manager = HttpConnectionManager {
+        http_filters: vec![router()],
+        route_specifier: rds(service),
+        ..Default::default()
+    };
     let message = Listener {
         name: service.to_string(),
         api_listener: Some(ApiListener { api_listener: Some(any(&manager)) }),

@@ -10,6 +10,7 @@ mod bootstrap;
 mod endpoints;
 mod envoy;
 mod grpc;
+mod places;
 mod view;
 mod wire;
 
@@ -18,9 +19,10 @@ mod tests;
 
 use std::{collections::BTreeSet, sync::Arc};
 
-pub use bootstrap::{Bootstrap, DEFAULT_ADMIN_PORT};
+pub use bootstrap::{Bootstrap, DEFAULT_ADMIN_PORT, Protocol};
 pub use envoy::OUTBOUND;
-pub use view::{ClientKind, DEFAULT_OUTBOUND_PORT, NodeError, View};
+pub use places::Places;
+pub use view::{ClientKind, DEFAULT_OUTBOUND_PORT, MAX_UPSTREAMS, NodeError, View};
 
 use crate::{
     catalog::{Changes, Service, Snapshot},
@@ -35,8 +37,20 @@ pub fn render(snapshot: &Snapshot, view: &View) -> ResourceSet {
 /// The resources of a view after `changes`, which lead from `old` to `snapshot`; equal to [`render`] of the snapshot. Only the
 /// services that the changes name are generated again, and what comes out the same keeps its version and place.
 pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &View) -> ResourceSet {
+    update_beside(None, old, snapshot, changes, view)
+}
+
+/// As [`update`]; what is generated and equal in `other` takes no memory of its own. Views that differ only in where they are
+/// have all but some endpoints in common.
+pub fn update_beside(
+    other: Option<&ResourceSet>,
+    old: &ResourceSet,
+    snapshot: &Snapshot,
+    changes: &Changes,
+    view: &View,
+) -> ResourceSet {
     let mut out = Vec::new();
-    // Every service has a cluster of its name in every view, so the clusters of a set say which services it knows.
+    // Every service that a view includes has a cluster of its name, so the clusters of a set say which services it knows.
     let known = |name: &str| old.get(ResourceType::Cluster, name).is_some();
     let mut services_changed = false;
     let mut put = |service: &Service, out: &mut Vec<Change>| {
@@ -49,14 +63,16 @@ pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &
             let services: BTreeSet<_> = touched.iter().map(|(service, _)| service).collect();
             for id in services {
                 match snapshot.service(id) {
+                    _ if !view.includes(id) => {}
                     Some(service) => put(service, &mut out),
                     None => gone.push(id.shared()),
                 }
             }
         }
         Changes::Resync => {
-            snapshot.services().for_each(|service| put(service, &mut out));
-            let present: BTreeSet<&str> = snapshot.services().map(|service| service.id.as_str()).collect();
+            services(snapshot, view).for_each(|service| put(service, &mut out));
+            let present: BTreeSet<&str> =
+                services(snapshot, view).map(|service| service.id.as_str()).collect();
             let names = old.iter(ResourceType::Cluster).map(|(name, _)| name);
             gone.extend(names.filter(|name| !present.contains(name.as_ref())).cloned());
         }
@@ -66,22 +82,44 @@ pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &
 
     if view.kind == ClientKind::Envoy {
         if old.get(ResourceType::Listener, OUTBOUND).is_none() {
-            out.push(Change::Put(envoy::listener(view.outbound_port)));
+            out.push(Change::Put(envoy::listener(view)));
         }
         if services_changed || old.get(ResourceType::Route, OUTBOUND).is_none() {
-            out.push(Change::Put(envoy::routes(snapshot.services().map(|service| service.id.as_str()))));
+            let names = services(snapshot, view).map(|service| service.id.as_str());
+            out.push(Change::Put(envoy::routes(names, view)));
         }
     }
+    if let Some(other) = other {
+        out.iter_mut().for_each(|change| share(change, other));
+    }
     old.apply(snapshot.revision(), out)
+}
+
+/// Equal versions are equal contents.
+fn share(change: &mut Change, other: &ResourceSet) {
+    if let Change::Put(resource) = change
+        && let Some(entry) = other.get(resource.kind, &resource.name)
+        && entry.resource.version == resource.version
+    {
+        resource.clone_from(&entry.resource);
+    }
+}
+
+/// What the view includes, by name.
+fn services<'a>(snapshot: &'a Snapshot, view: &'a View) -> Box<dyn Iterator<Item = &'a Arc<Service>> + 'a> {
+    match &view.upstreams {
+        None => Box::new(snapshot.services()),
+        Some(names) => Box::new(names.iter().filter_map(|name| snapshot.service(name))),
+    }
 }
 
 fn service_resources(service: &Service, view: &View) -> Vec<Change> {
     let name = service.id.shared();
     let resources = match view.kind {
-        ClientKind::Envoy => vec![envoy::cluster(&name), endpoints::for_envoy(service)],
+        ClientKind::Envoy => vec![envoy::cluster(&name), endpoints::for_envoy(service, view)],
         ClientKind::Grpc => vec![
             grpc::cluster(&name),
-            endpoints::for_grpc(service),
+            endpoints::for_grpc(service, view),
             grpc::listener(&name),
             grpc::routes(&name),
         ],

@@ -23,7 +23,7 @@ use crate::{
     model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
 };
 
-/// `id, address, zone, weight, state` of an instance of `greeter`.
+/// `id, address, zone or region/zone, weight, state` of an instance of `greeter`.
 type Row<'a> = (&'a str, &'a str, &'a str, u32, State);
 
 use State::{Draining, Serving};
@@ -35,7 +35,7 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         incarnation: Incarnation(1),
         address: address.ip(),
         port: address.port().try_into().unwrap(),
-        locality: Locality { zone: zone.into(), ..Locality::default() },
+        locality: place(zone),
         weight: weight.try_into().unwrap(),
         metadata: BTreeMap::new(),
         state,
@@ -43,6 +43,24 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
     }
+}
+
+/// From `zone` or `region/zone`.
+fn place(text: &str) -> Locality {
+    let (region, zone) = text.split_once('/').unwrap_or(("", text));
+    Locality { region: region.into(), zone: zone.into(), ..Locality::default() }
+}
+
+fn near(place_of_proxy: &str, view: View) -> View {
+    View { locality: place(place_of_proxy), ..view }
+}
+
+fn only(upstreams: &[&str], view: View) -> View {
+    View { upstreams: Some(Arc::new(upstreams.iter().map(|name| name.parse().unwrap()).collect())), ..view }
+}
+
+fn on_demand() -> View {
+    View { on_demand: true, ..View::envoy(1) }
 }
 
 fn greeters(rows: &[Row<'_>]) -> Snapshot {
@@ -141,6 +159,152 @@ fn endpoints_by_case() {
     }
 }
 
+/// The ports of each level, by priority; a draining endpoint in parentheses.
+fn levels(set: &ResourceSet) -> Vec<String> {
+    let mut levels: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    for locality in load_assignment(set, "greeter").endpoints {
+        for endpoint in &locality.lb_endpoints {
+            let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
+                panic!("no endpoint")
+            };
+            let Some(address::Address::SocketAddress(socket)) =
+                &host.address.as_ref().and_then(|address| address.address.as_ref())
+            else {
+                panic!("no address")
+            };
+            let Some(PortSpecifier::PortValue(port)) = socket.port_specifier else { panic!("no port") };
+            let draining = endpoint.health_status() == HealthStatus::Draining;
+            let shown = if draining { format!("({port})") } else { port.to_string() };
+            levels.entry(locality.priority).or_default().push(shown);
+        }
+    }
+    assert!(levels.keys().copied().eq(0..u32::try_from(levels.len()).unwrap()), "a gap: {levels:?}");
+    levels
+        .into_values()
+        .map(|mut ports| {
+            ports.sort();
+            ports.join(" ")
+        })
+        .collect()
+}
+
+#[test]
+fn what_is_near_comes_first() {
+    type Case<'a> = (&'a str, &'a str, &'a [(u16, &'a str, State)], &'a [&'a str], &'a [&'a str]);
+    let everywhere: &[(u16, &str, State)] =
+        &[(1, "r1/a", Serving), (2, "r1/b", Serving), (3, "r2/c", Serving), (4, "", Serving)];
+    let zones: &[(u16, &str, State)] = &[(1, "a", Serving), (2, "b", Serving), (3, "r1/a", Serving)];
+    let local_drains: &[(u16, &str, State)] = &[(1, "a", Draining), (2, "a", Serving), (3, "b", Serving)];
+    let zone_drains: &[(u16, &str, State)] =
+        &[(1, "r1/a", Draining), (2, "r1/b", Serving), (3, "r2/c", Serving)];
+    let far_drains: &[(u16, &str, State)] =
+        &[(1, "r2/c", Serving), (2, "r1/b", Serving), (3, "r1/a", Draining), (4, "r1/a", Serving)];
+    let last_drains: &[(u16, &str, State)] = &[(1, "r2/c", Draining), (2, "r1/b", Serving)];
+    let cases: [Case<'_>; 14] = [
+        ("zone, region, rest", "r1/a", everywhere, &["1", "2", "3 4"], &["1", "2", "3 4"]),
+        ("no one in the zone", "r1/x", everywhere, &["1 2", "3 4"], &["1 2", "3 4"]),
+        ("no zone", "r1/", everywhere, &["1 2", "3 4"], &["1 2", "3 4"]),
+        ("no one near", "r9/x", everywhere, &["1 2 3 4"], &["1 2 3 4"]),
+        ("nowhere", "", everywhere, &["1 2 3 4"], &["1 2 3 4"]),
+        ("a zone of a region only", "r2/c", everywhere, &["3", "1 2 4"], &["3", "1 2 4"]),
+        ("the zone's name in another region", "r2/a", everywhere, &["3", "1 2 4"], &["3", "1 2 4"]),
+        ("the proxy knows no region", "a", zones, &["1 3", "2"], &["1 3", "2"]),
+        ("an instance knows no region", "r2/a", zones, &["1", "2 3"], &["1", "2 3"]),
+        ("one of the zone drains", "a", local_drains, &["(1) 2", "3"], &["2", "3"]),
+        ("the last of the zone drains", "r1/a", zone_drains, &["(1) 2", "3"], &["2", "3"]),
+        ("one far away drains", "r1/b", far_drains, &["2", "(3) 4", "1"], &["2", "4", "1"]),
+        ("the last far away drains", "r1/b", last_drains, &["(1) 2"], &["2"]),
+        ("all drain", "r1/a", &[(1, "r1/a", Draining), (2, "r2/b", Draining)], &["(1) (2)"], &[]),
+    ];
+    for (case, proxy, rows, envoy, grpc) in cases {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|(port, place, state)| (format!("i{port}"), format!("10.0.0.1:{port}"), *place, *state))
+            .collect();
+        let rows: Vec<Row<'_>> = rows
+            .iter()
+            .map(|(id, address, place, state)| (id.as_str(), address.as_str(), *place, 1, *state))
+            .collect();
+        let snapshot = greeters(&rows);
+        assert_eq!(levels(&render(&snapshot, &near(proxy, View::envoy(1)))), envoy, "{case}: Envoy");
+        assert_eq!(levels(&render(&snapshot, &near(proxy, View::grpc()))), grpc, "{case}: gRPC");
+    }
+}
+
+#[test]
+fn places_that_see_the_same_get_the_same_bytes() {
+    let snapshot =
+        greeters(&[("a", "10.0.0.1:1", "r1/a", 1, Serving), ("b", "10.0.0.2:1", "r2/b", 1, Serving)]);
+    let set = |proxy: &str| contents(&render(&snapshot, &near(proxy, View::envoy(1))));
+    assert_eq!(set("r1/x"), set("r1/y"));
+    assert_eq!(set("r9/x"), set(""));
+    assert_ne!(set("r1/a"), set(""));
+}
+
+#[test]
+fn only_upstreams_are_sent() {
+    let put = |service: &str| catalog::Change::PutService(service.parse().unwrap());
+    let snapshot = Snapshot::default().apply(Revision(1), ["a", "b", "b.c"].map(put));
+    let names = |view: &View, kind| {
+        let set = render(&snapshot, view);
+        set.iter(kind).map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+    };
+    for (upstreams, want) in
+        [(&[] as &[&str], &[] as &[&str]), (&["b"], &["b"]), (&["b.c", "unknown", "a"], &["a", "b.c"])]
+    {
+        let envoy = only(upstreams, View::envoy(1));
+        assert_eq!(names(&envoy, ResourceType::Cluster), want);
+        assert_eq!(names(&envoy, ResourceType::Endpoints), want);
+        assert_eq!(names(&only(upstreams, on_demand()), ResourceType::Cluster), want);
+        for kind in ResourceType::ALL {
+            assert_eq!(names(&only(upstreams, View::grpc()), kind), want, "{kind:?}");
+        }
+        let routes: RouteConfiguration = decode(&render(&snapshot, &envoy), ResourceType::Route, OUTBOUND);
+        let hosts: Vec<_> = routes.virtual_hosts.iter().map(|host| host.name.as_str()).collect();
+        assert_eq!(hosts, [want, &["*"]].concat());
+    }
+}
+
+#[test]
+fn an_upstream_appears_when_it_registers_and_others_change_nothing() {
+    let (mut writer, reader) = catalog();
+    let view = only(&["late"], View::envoy(1));
+    let one = render(&reader.latest(), &view);
+    let apply = |writer: &mut catalog::Writer, revision, service: &str| {
+        writer.apply(Revision(revision), vec![catalog::Change::PutService(service.parse().unwrap())]);
+    };
+    apply(&mut writer, 1, "other");
+    let (snapshot, changes) = reader.since(Revision(0));
+    let two = update(&one, &snapshot, &changes, &view);
+    assert_eq!(contents(&two), contents(&one));
+    assert_eq!(two.revision(), Revision(1));
+    apply(&mut writer, 2, "late");
+    let (snapshot, changes) = reader.since(Revision(1));
+    let three = update(&two, &snapshot, &changes, &view);
+    assert!(three.get(ResourceType::Cluster, "late").is_some());
+    assert_eq!(three.get(ResourceType::Route, OUTBOUND).unwrap().changed, Revision(2));
+}
+
+#[test]
+fn on_demand_a_call_asks_for_its_cluster() {
+    let set = render(&greeters(&[]), &on_demand());
+    let manager = http_connection_manager(&decode(&set, ResourceType::Listener, OUTBOUND));
+    let filters: Vec<_> = manager.http_filters.iter().map(|filter| filter.name.as_str()).collect();
+    assert_eq!(filters, ["envoy.filters.http.on_demand", "envoy.filters.http.router"]);
+    let routes: RouteConfiguration = decode(&set, ResourceType::Route, OUTBOUND);
+    // The names are there, so that a call to another one fails at once.
+    let domains: Vec<_> = routes.virtual_hosts.iter().map(|host| host.domains.clone()).collect();
+    assert_eq!(domains, [vec!["greeter"], vec!["*"]]);
+    let routes = &routes.virtual_hosts[0].routes;
+    let Some(Action::Route(action)) = &routes[0].action else { panic!("no route") };
+    assert_eq!(action.cluster_specifier, Some(ClusterSpecifier::ClusterHeader(":authority".into())));
+    assert!(matches!(routes[1].action, Some(Action::DirectResponse(_))));
+
+    let routes: RouteConfiguration =
+        decode(&render(&Snapshot::default(), &on_demand()), ResourceType::Route, OUTBOUND);
+    assert!(routes.virtual_hosts.iter().all(|host| !host.domains.is_empty()), "Envoy refuses it: {routes:?}");
+}
+
 #[test]
 fn a_sidecar_listens_on_its_port() {
     let set = render(&greeters(&[]), &View::envoy(12_345));
@@ -162,6 +326,11 @@ fn a_call_is_routed_by_authority_and_retried_elsewhere() {
     let retry = action.retry_policy.as_ref().unwrap();
     assert_eq!(retry.retry_on, "connect-failure,refused-stream,reset,unavailable");
     assert_eq!(retry.retry_host_predicate.len(), 1);
+    assert_eq!(
+        retry.retry_priority.as_ref().map(|priority| priority.name.as_str()),
+        Some("envoy.retry_priorities.previous_priorities"),
+        "the last local instance may be up and turn calls away"
+    );
     let Some(Action::DirectResponse(answer)) = &routes.virtual_hosts[1].routes[0].action else {
         panic!("no answer")
     };
@@ -251,9 +420,10 @@ fn route_name(manager: &HttpConnectionManager) -> String {
 }
 
 /// Every name that a resource refers to exists, and nothing exists that none refers to.
-fn check_references(set: &ResourceSet, snapshot: &Snapshot) {
+fn check_references(set: &ResourceSet, snapshot: &Snapshot, view: &View) {
     let names = |kind| set.iter(kind).map(|(name, _)| name.to_string()).collect::<BTreeSet<_>>();
-    let services: BTreeSet<_> = snapshot.services().map(|service| service.id.to_string()).collect();
+    let services = snapshot.services().filter(|service| view.includes(&service.id));
+    let services: BTreeSet<_> = services.map(|service| service.id.to_string()).collect();
 
     let mut routes = BTreeSet::new();
     for name in names(ResourceType::Listener) {
@@ -264,12 +434,16 @@ fn check_references(set: &ResourceSet, snapshot: &Snapshot) {
     let mut clusters = BTreeSet::new();
     for name in routes {
         let routes: RouteConfiguration = decode(set, ResourceType::Route, &name);
-        for route in routes.virtual_hosts.into_iter().flat_map(|host| host.routes) {
-            if let Some(Action::Route(action)) = route.action {
-                let Some(ClusterSpecifier::Cluster(cluster)) = action.cluster_specifier else {
-                    panic!("{action:?}")
-                };
-                clusters.insert(cluster);
+        for (host, route) in
+            routes.virtual_hosts.iter().flat_map(|host| host.routes.iter().map(move |route| (host, route)))
+        {
+            if let Some(Action::Route(action)) = &route.action {
+                match &action.cluster_specifier {
+                    Some(ClusterSpecifier::Cluster(cluster)) => clusters.extend([cluster.clone()]),
+                    // Named as the domain is.
+                    Some(ClusterSpecifier::ClusterHeader(_)) => clusters.extend(host.domains.iter().cloned()),
+                    other => panic!("{other:?}"),
+                }
             }
         }
     }
@@ -320,7 +494,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         1 => (0..4u8).prop_map(Op::PutService),
         1 => (0..4u8).prop_map(Op::RemoveService),
-        4 => (0..4u8, 0..5u8, 1..5u16, 0..3u8, 1..4u32, any::<bool>()).prop_map(
+        4 => (0..4u8, 0..5u8, 1..5u16, 0..6u8, 1..4u32, any::<bool>()).prop_map(
             |(service, id, port, zone, weight, draining)| Op::PutInstance { service, id, port, zone, weight, draining }
         ),
         2 => (0..4u8, 0..5u8).prop_map(|(service, id)| Op::RemoveInstance(service, id)),
@@ -328,15 +502,19 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// Where instances run, with zones of one name in several regions or none.
+const PLACES: [&str; 6] = ["r0/z0", "r0/z1", "r1/z0", "r1/z2", "z1", ""];
+
 fn change(op: &Op) -> Option<catalog::Change> {
     let service = |service: &u8| format!("s{service}");
     Some(match op {
         Op::PutService(s) => catalog::Change::PutService(service(s).parse().unwrap()),
         Op::RemoveService(s) => catalog::Change::RemoveService(service(s).parse().unwrap()),
         Op::PutInstance { service: s, id, port, zone, weight, draining } => {
-            let (id, address, zone) = (format!("i{id}"), format!("10.0.0.1:{port}"), format!("z{zone}"));
+            let (id, address, zone) =
+                (format!("i{id}"), format!("10.0.0.1:{port}"), PLACES[usize::from(*zone)]);
             let state = if *draining { Draining } else { Serving };
-            catalog::Change::PutInstance(instance(&service(s), (&id, &address, &zone, *weight, state)))
+            catalog::Change::PutInstance(instance(&service(s), (&id, &address, zone, *weight, state)))
         }
         Op::RemoveInstance(s, id) => catalog::Change::RemoveInstance(InstanceKey {
             service: service(s).parse().unwrap(),
@@ -346,15 +524,28 @@ fn change(op: &Op) -> Option<catalog::Change> {
     })
 }
 
+fn view() -> impl Strategy<Value = View> {
+    let kind = prop_oneof![Just(View::envoy(10_000)), Just(on_demand()), Just(View::grpc())];
+    let place = prop::sample::select(vec![
+        "", "z0", "z1", "r0/", "r0/z0", "r0/z1", "r1/z1", "r1/z9", "r9/z1", "r9/z9",
+    ]);
+    let upstreams = prop::option::of(prop::sample::subsequence(vec!["s0", "s1", "s2", "s9"], 0..=4));
+    (kind, place, upstreams).prop_map(|(view, place, upstreams)| {
+        let view = near(place, view);
+        upstreams.map_or(view.clone(), |upstreams| only(&upstreams, view))
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Any history: an updated set is what is rendered anew, all its references hold, and a removed resource is remembered.
+    /// Any history: an updated set is what is rendered anew, all its references hold, a removed resource is remembered, and the
+    /// widest place that is the same is.
     #[test]
-    fn update_equals_render(history in proptest::collection::vec(op(), 1..60), grpc in any::<bool>()) {
-        let view = if grpc { View::grpc() } else { View::envoy(10_000) };
+    fn update_equals_render(history in proptest::collection::vec(op(), 1..60), view in view()) {
         let (mut writer, reader) = catalog();
         let mut set = render(&reader.latest(), &view);
+        let (mut places, mut seen) = (Places::default(), reader.latest());
         for (n, op) in history.iter().enumerate() {
             if let Some(change) = change(op) {
                 writer.apply(Revision(n as u64 + 1), vec![change]);
@@ -369,8 +560,16 @@ proptest! {
                     let live = next.get(ResourceType::Cluster, name).is_some();
                     prop_assert!(live || next.gone(ResourceType::Endpoints, name).is_some());
                 }
-                check_references(&next, &snapshot);
+                check_references(&next, &snapshot, &view);
                 set = next;
+
+                places.follow(&seen, &snapshot, &changes, &view);
+                let mut counted = Places::default();
+                counted.follow(&Snapshot::default(), &snapshot, &Changes::Resync, &view);
+                prop_assert_eq!(&places, &counted);
+                let widest = View { locality: places.widest(&view.locality), ..view.clone() };
+                prop_assert_eq!(contents(&render(&snapshot, &widest)), contents(&set), "{:?}", widest);
+                seen = snapshot;
             }
         }
     }
@@ -383,7 +582,7 @@ fn equal_snapshots_give_equal_bytes() {
         ("b", "10.0.0.2:1", "z2", 1, Serving),
         ("c", "10.0.0.3:1", "z1", 1, Draining),
     ];
-    for view in [View::envoy(1), View::grpc()] {
+    for view in [View::envoy(1), View::grpc(), near("z2", View::envoy(1)), on_demand()] {
         let want = contents(&render(&greeters(&rows), &view));
         for n in 0..100 {
             let mut rows = rows;

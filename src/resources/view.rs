@@ -1,9 +1,17 @@
+use std::{collections::BTreeSet, sync::Arc};
+
 use serde_json::Value;
 
-use crate::{model::excerpt, xds::Node};
+use crate::{
+    model::{Locality, ServiceId, excerpt},
+    xds::Node,
+};
 
 /// Where a sidecar listens for its service's calls, unless its node metadata says otherwise.
 pub const DEFAULT_OUTBOUND_PORT: u16 = 10_000;
+
+/// The most names that `disco.upstreams` may have. A proxy that calls more services wants all of them.
+pub const MAX_UPSTREAMS: usize = 1_000;
 
 /// What of a proxy changes its resources. Streams of equal views share one resource set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -12,6 +20,12 @@ pub struct View {
     pub kind: ClientKind,
     /// The loopback port of its outbound listener; [`DEFAULT_OUTBOUND_PORT`] for clients that have no such listener.
     pub outbound_port: u16,
+    /// Whether it asks for each cluster by name when a call needs it. Never for clients that always do.
+    pub on_demand: bool,
+    /// Where it runs, as far as it knows; the sub-zone decides nothing and is left out.
+    pub locality: Locality,
+    /// The services that it is told of, registered or not; `None` for all.
+    pub upstreams: Option<Arc<BTreeSet<ServiceId>>>,
 }
 
 /// The sorts of xDS client that need different resources.
@@ -35,20 +49,28 @@ pub struct NodeError {
 
 const CLIENT: &str = "disco.client";
 const OUTBOUND_PORT: &str = "disco.outbound_port";
+const ON_DEMAND: &str = "disco.on_demand";
+const UPSTREAMS: &str = "disco.upstreams";
 
 impl View {
-    /// A sidecar that listens on this loopback port.
+    /// A sidecar that listens on this loopback port, runs anywhere and is told of everything.
     pub fn envoy(outbound_port: u16) -> Self {
-        Self { kind: ClientKind::Envoy, outbound_port }
+        Self {
+            kind: ClientKind::Envoy,
+            outbound_port,
+            on_demand: false,
+            locality: Locality::default(),
+            upstreams: None,
+        }
     }
 
-    /// A proxyless gRPC client.
+    /// A proxyless gRPC client that runs anywhere and is told of everything.
     pub fn grpc() -> Self {
-        Self { kind: ClientKind::Grpc, outbound_port: DEFAULT_OUTBOUND_PORT }
+        Self { kind: ClientKind::Grpc, ..Self::envoy(DEFAULT_OUTBOUND_PORT) }
     }
 
-    /// The view of a node, by its user agent and the metadata keys `disco.client` and `disco.outbound_port`, each absent or
-    /// usable.
+    /// The view of a node, by its user agent, its locality, and the metadata keys `disco.client`, `disco.outbound_port`,
+    /// `disco.on_demand` and `disco.upstreams`, each absent or usable.
     pub fn of(node: &Node) -> Result<Self, NodeError> {
         let value = |key: &str| node.metadata.get(key);
         let kind = match value(CLIENT) {
@@ -62,8 +84,13 @@ impl View {
                 }
             },
         };
+        let view = Self {
+            locality: locality(node),
+            upstreams: value(UPSTREAMS).map(upstreams).transpose()?,
+            ..Self::grpc()
+        };
         if kind == ClientKind::Grpc {
-            return Ok(Self::grpc());
+            return Ok(view);
         }
         let outbound_port = match value(OUTBOUND_PORT).map(text) {
             None => DEFAULT_OUTBOUND_PORT,
@@ -76,8 +103,70 @@ impl View {
                 }
             },
         };
-        Ok(Self::envoy(outbound_port))
+        let on_demand = match value(ON_DEMAND).map(text).as_deref() {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(other) => {
+                let problem = format!("{} is neither true nor false", excerpt(other));
+                return Err(NodeError { key: ON_DEMAND, problem });
+            }
+        };
+        Ok(Self { kind, outbound_port, on_demand, ..view })
     }
+
+    /// Whether it is told of this service.
+    pub fn includes(&self, service: &ServiceId) -> bool {
+        self.upstreams.as_ref().is_none_or(|upstreams| upstreams.contains(service))
+    }
+
+    /// How far away something is: 0 in its zone, 1 in its region, 2 elsewhere. Everything is near to who does not know where it
+    /// is itself. Zones of one name are one zone unless both are known to be in different regions.
+    pub(super) fn distance(&self, other: &Locality) -> u8 {
+        let Locality { region, zone, .. } = &self.locality;
+        let known = |part: &Arc<str>| !part.is_empty();
+        let same_region = *region == other.region;
+        match () {
+            () if !known(region) && !known(zone) => 0,
+            () if known(zone)
+                && *zone == other.zone
+                && (same_region || !known(region) || !known(&other.region)) =>
+            {
+                0
+            }
+            () if known(region) && same_region => 1,
+            () => 2,
+        }
+    }
+}
+
+/// Longest part of a locality that counts, in bytes. An instance cannot have a longer one, so nothing would be near.
+const LONGEST_PART: usize = 4096;
+
+fn locality(node: &Node) -> Locality {
+    let part = |text: &str| if text.len() > LONGEST_PART { "".into() } else { text.into() };
+    Locality { region: part(&node.locality.region), zone: part(&node.locality.zone), ..Locality::default() }
+}
+
+/// From a list of names, or from text with commas between them.
+fn upstreams(value: &Value) -> Result<Arc<BTreeSet<ServiceId>>, NodeError> {
+    let bad = |problem: String| NodeError { key: UPSTREAMS, problem };
+    let names = match value {
+        Value::Array(list) => list.iter().map(text).collect(),
+        Value::String(text) => text.split(',').map(|name| name.trim().to_owned()).collect(),
+        other => {
+            let problem = format!("{} is no list of service names", excerpt(&text(other)));
+            return Err(bad(problem));
+        }
+    };
+    let names: Vec<String> = names;
+    if names.len() > MAX_UPSTREAMS {
+        let count = names.len();
+        return Err(bad(format!(
+            "{count} names are too many: want at most {MAX_UPSTREAMS}, or leave it out for all"
+        )));
+    }
+    let names: Result<BTreeSet<ServiceId>, String> = names.iter().map(|name| name.parse()).collect();
+    names.map(Arc::new).map_err(bad)
 }
 
 impl ClientKind {
@@ -153,6 +242,39 @@ mod tests {
     }
 
     #[test]
+    fn upstreams_and_on_demand() {
+        let only = |names: &[&str]| Some(Arc::new(names.iter().map(|name| name.parse().unwrap()).collect()));
+        for (key, value, upstreams, on_demand) in [
+            ("disco.upstreams", json!(["b.c", "a", "a"]), only(&["a", "b.c"]), false),
+            ("disco.upstreams", json!("a, b.c"), only(&["a", "b.c"]), false),
+            ("disco.upstreams", json!("a"), only(&["a"]), false),
+            ("disco.upstreams", json!([]), only(&[]), false),
+            ("disco.on_demand", json!(true), None, true),
+            ("disco.on_demand", json!("true"), None, true),
+            ("disco.on_demand", json!(false), None, false),
+        ] {
+            let want = View { upstreams, on_demand, ..View::envoy(10_000) };
+            assert_eq!(View::of(&node("envoy", &[(key, value.clone())])), Ok(want), "{key}: {value}");
+        }
+        // A gRPC client always asks by name, and may be kept to its upstreams all the same.
+        let grpc = node("gRPC Go", &[("disco.on_demand", json!(true)), ("disco.upstreams", json!("a"))]);
+        assert_eq!(View::of(&grpc), Ok(View { upstreams: only(&["a"]), ..View::grpc() }));
+    }
+
+    #[test]
+    fn where_a_proxy_runs_is_part_of_its_view() {
+        let at = |region: &str, zone: &str, sub_zone: &str| {
+            let locality =
+                crate::xds::Locality { region: region.into(), zone: zone.into(), sub_zone: sub_zone.into() };
+            View::of(&Node { locality, ..Node::default() }).unwrap()
+        };
+        assert_eq!(at("", "", "rack"), View::envoy(10_000));
+        assert_eq!(at("r", "z", "rack"), at("r", "z", ""));
+        assert_ne!(at("r", "z", ""), at("r", "y", ""));
+        assert_eq!(at("r", &"z".repeat(5000), ""), at("r", "", ""));
+    }
+
+    #[test]
     fn unusable_metadata_is_named() {
         for (key, value, want) in [
             ("disco.outbound_port", json!(70_000.0), "\"70000\" is no port"),
@@ -160,6 +282,13 @@ mod tests {
             ("disco.outbound_port", json!(0.0), "\"0\" is no port"),
             ("disco.outbound_port", json!("http"), "\"http\" is no port"),
             ("disco.outbound_port", Value::Null, "\"null\" is no port"),
+            ("disco.on_demand", json!("yes"), "\"yes\" is neither true nor false"),
+            ("disco.upstreams", json!(""), "an empty text is not a service name"),
+            ("disco.upstreams", json!("a,,b"), "an empty text is not a service name"),
+            ("disco.upstreams", json!(["a", "B"]), "\"B\" is not a service name"),
+            ("disco.upstreams", json!([["a"]]), "\"[…]\" is not a service name"),
+            ("disco.upstreams", json!({ "a": 1 }), "\"{…}\" is no list"),
+            ("disco.upstreams", json!(vec!["a"; 1001]), "1001 names are too many"),
             ("disco.client", json!("Envoy\n"), "\"Envoy\\n\" is no client kind"),
         ] {
             let message = View::of(&node("envoy", &[(key, value)])).unwrap_err().to_string();

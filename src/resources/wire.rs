@@ -78,13 +78,17 @@ pub(super) fn rds(route_config_name: &str) -> Option<RouteSpecifier> {
     Some(RouteSpecifier::Rds(Rds { config_source: ads(), route_config_name: route_config_name.to_owned() }))
 }
 
-/// The router alone, which must come last.
-pub(super) fn router() -> Vec<HttpFilter> {
-    vec![HttpFilter {
-        name: "envoy.filters.http.router".to_owned(),
-        config_type: Some(ConfigType::TypedConfig(any(&Router::default()))),
+/// Must come last.
+pub(super) fn router() -> HttpFilter {
+    http_filter("envoy.filters.http.router", &Router::default())
+}
+
+pub(super) fn http_filter<M: Message + Name>(name: &str, config: &M) -> HttpFilter {
+    HttpFilter {
+        name: name.to_owned(),
+        config_type: Some(ConfigType::TypedConfig(any(config))),
         ..HttpFilter::default()
-    }]
+    }
 }
 
 /// Clients come with limits (1,024 requests and connections, 3 retries) that turn a busy service into failed calls. How much a
@@ -119,19 +123,23 @@ pub(super) fn retries(conditions: &str) -> RetryPolicy {
 
 /// Everything addressed to a service, with or without a port, goes to the cluster of its name.
 pub(super) fn virtual_host(service: &str, retry_policy: RetryPolicy) -> VirtualHost {
-    let action = RouteAction {
-        cluster_specifier: Some(ClusterSpecifier::Cluster(service.to_owned())),
+    VirtualHost {
+        name: service.to_owned(),
+        domains: vec![service.to_owned(), format!("{service}:*")],
+        routes: vec![forward(ClusterSpecifier::Cluster(service.to_owned()), retry_policy)],
+        ..VirtualHost::default()
+    }
+}
+
+/// All calls go to that cluster.
+pub(super) fn forward(cluster: ClusterSpecifier, retry_policy: RetryPolicy) -> Route {
+    all_paths(Action::Route(RouteAction {
+        cluster_specifier: Some(cluster),
         // The call's own deadline counts; the default of 15 s would cut server streams.
         timeout: seconds(0),
         retry_policy: Some(retry_policy),
         ..RouteAction::default()
-    };
-    VirtualHost {
-        name: service.to_owned(),
-        domains: vec![service.to_owned(), format!("{service}:*")],
-        routes: vec![all_paths(Action::Route(action))],
-        ..VirtualHost::default()
-    }
+    }))
 }
 
 pub(super) fn all_paths(action: Action) -> Route {

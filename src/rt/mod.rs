@@ -18,6 +18,15 @@ pub fn now() -> SystemTime {
     SystemTime::now()
 }
 
+/// The wall clock at `instant`, as it is set now.
+pub fn at(instant: tokio::time::Instant) -> SystemTime {
+    let now = tokio::time::Instant::now();
+    match now.checked_duration_since(instant) {
+        Some(ago) => self::now() - ago,
+        None => self::now() + instant.duration_since(now),
+    }
+}
+
 /// The innermost error, which is the one that tells something: the outer ones read "transport error".
 pub fn root_cause(error: &dyn Error) -> String {
     let mut cause = error;

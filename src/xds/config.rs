@@ -1,5 +1,7 @@
 use std::{sync::Arc, time::Duration};
 
+use super::ResourceType;
+
 /// Limits and times of the xDS server.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -14,6 +16,13 @@ pub struct Config {
     pub reconnect_grace: Duration,
     /// How long a new stream may take to send its first request.
     pub first_request_timeout: Duration,
+    /// Types that are sent anew to a client that reconnects, whatever it says that it holds (rule D10). Empty, because a
+    /// proxy that holds everything is to be sent nothing; for clients that stall without it.
+    pub resend_on_reconnect: Vec<ResourceType>,
+    /// Streams at the same time; further ones are turned away.
+    pub streams: usize,
+    /// First requests that are worked on at the same time; further ones wait.
+    pub arrivals: usize,
     /// Responses are split so that they stay below this where the protocol allows it, in bytes (rules D18, K5).
     pub response_bytes: usize,
     /// The largest request that is decoded, in bytes.
@@ -38,6 +47,9 @@ impl Default for Config {
             warming_timeout: Duration::from_secs(20),
             reconnect_grace: Duration::from_secs(5),
             first_request_timeout: Duration::from_secs(30),
+            resend_on_reconnect: Vec::new(),
+            streams: 50_000,
+            arrivals: 64,
             // gRPC clients take at most 4 MiB.
             response_bytes: 3 << 20,
             // A reconnect with a hundred thousand names and versions fits.

@@ -115,6 +115,8 @@ pub(super) struct Built {
 pub(super) struct Engine<V> {
     config: Arc<Config>,
     policy: StreamPolicy,
+    /// The one type of a stream that is not aggregated (rule G3).
+    only: Option<ResourceType>,
     node_id: String,
     tracks: [Track; 4],
     nonce: u64,
@@ -130,12 +132,20 @@ pub(super) struct Engine<V> {
 }
 
 impl<V: Variant> Engine<V> {
-    pub(super) fn new(node_id: String, policy: StreamPolicy, config: Arc<Config>) -> Self {
+    /// A stream of one node; with `only`, of that type alone.
+    pub(super) fn new(
+        node_id: String,
+        policy: StreamPolicy,
+        only: Option<ResourceType>,
+        config: Arc<Config>,
+    ) -> Self {
+        let track = |kind| Track::new(kind, config.resend_on_reconnect.contains(&kind));
         Self {
+            tracks: ResourceType::ALL.map(track),
             config,
             policy,
+            only,
             node_id,
-            tracks: ResourceType::ALL.map(Track::new),
             nonce: 0,
             current: Revision(0),
             looked: None,
@@ -157,13 +167,18 @@ impl<V: Variant> Engine<V> {
             return Err(ProtocolError::NodeChanged { was: self.node_id.clone(), now: id.to_owned() });
         }
         let (len, limit) = (ask.type_url.len(), self.config.type_url_bytes);
-        if len == 0 {
-            return Err(ProtocolError::NoType);
-        }
         if len > limit {
             return Err(ProtocolError::LongType { len, limit });
         }
-        let Some(kind) = ResourceType::from_url(ask.type_url) else {
+        let known = match (self.only, ask.type_url) {
+            (Some(only), "") => Some(only),
+            (Some(only), url) if url != only.url() => {
+                return Err(ProtocolError::OtherType { want: only.url(), got: url.to_owned() });
+            }
+            (None, "") => return Err(ProtocolError::NoType),
+            (_, url) => ResourceType::from_url(url),
+        };
+        let Some(kind) = known else {
             self.variant.on_unknown(request);
             return Ok(Heard::Request);
         };
@@ -327,11 +342,13 @@ impl<V: Variant> Engine<V> {
         };
         track.owes = false;
         let more = !track.due.is_empty();
+        let unanswered_since = track.outstanding.as_ref().map_or(now, |before| before.unanswered_since);
         track.outstanding = Some(Outstanding {
             nonce,
-            names: mem::take(&mut built.names),
+            names: Arc::new(mem::take(&mut built.names)),
             completes: (!more && track.held.is_empty()).then(|| set.revision()),
             sent: now,
+            unanswered_since,
             since,
             adds: track.adds,
             expired: false,
@@ -339,7 +356,7 @@ impl<V: Variant> Engine<V> {
         track.adds &= more;
         track.report.responses += 1;
         track.report.sent = set.revision();
-        if kind == ResourceType::Cluster && self.policy.repush_endpoints {
+        if kind == ResourceType::Cluster && self.policy.repush_endpoints && self.only.is_none() {
             self.repush_endpoints(set);
         }
         Ok(Some(self.respond(Some(kind), kind.url(), built, set)))
@@ -349,7 +366,7 @@ impl<V: Variant> Engine<V> {
     /// endpoints yet may be about to say that it holds them.
     fn repush_endpoints(&mut self, set: &ResourceSet) {
         let [clusters, endpoints, ..] = &mut self.tracks;
-        let sent = clusters.outstanding.iter().flat_map(|outstanding| &outstanding.names);
+        let sent = clusters.outstanding.iter().flat_map(|outstanding| outstanding.names.iter());
         for name in sent {
             let Some(entry) = set.get(ResourceType::Cluster, name) else { continue };
             for need in entry.resource.needs.iter() {
@@ -459,7 +476,7 @@ fn answer(track: &mut Track, ask: &Ask<'_>, config: &Config, now: Instant) -> He
     };
     let reason = ask.error.map(|error| error.get(..error.floor_char_boundary(REASON)).unwrap_or(error));
     if let Some(reason) = reason {
-        track.reject(outstanding.names);
+        track.reject(&outstanding.names);
         track.report.rejected += 1;
         track.report.rejections.push_back(Arc::new(Rejection {
             at: rt::now(),

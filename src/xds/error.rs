@@ -52,6 +52,16 @@ pub enum ProtocolError {
     /// Rule G3.
     #[error("`type_url` is empty; every request on an aggregated stream must name the resource type")]
     NoType,
+    /// Rule G3.
+    #[error(
+        "this service serves {want} only, not {got:?}; leave `type_url` empty here, or use the aggregated service"
+    )]
+    OtherType {
+        /// What it serves.
+        want: &'static str,
+        /// What was asked for.
+        got: String,
+    },
     /// Rule K2.
     #[error("`type_url` has {len} bytes; at most {limit} are allowed")]
     LongType {
@@ -98,6 +108,7 @@ impl ProtocolError {
             | Self::OddNode { .. }
             | Self::NodeChanged { .. }
             | Self::NoType
+            | Self::OtherType { .. }
             | Self::LongType { .. } => Code::InvalidArgument,
             Self::LargeNode { .. } | Self::ManyNames { .. } | Self::LongName { .. } => {
                 Code::ResourceExhausted

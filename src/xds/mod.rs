@@ -5,9 +5,10 @@
 //! differs in `delta` and `sotw`), which is plain code without IO or clock. The machine keeps no list of what its client
 //! holds: a cursor into the set's changes says it, and what was held at an earlier connection the client says itself.
 //! Responses are a few bytes of their own and the shared bytes of the resources down to the socket. Streams write
-//! [`Proxies`]; `api` and the registry read it.
+//! [`Proxies`]; `api` and the registry read it; what a stream holds is derived from that when somebody asks (`ledger`).
 //!
-//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them.
+//! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them;
+//! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.
 
 mod admit;
 mod config;
@@ -16,10 +17,17 @@ mod convergence;
 mod delta;
 mod engine;
 mod error;
+#[cfg(test)]
+mod fuzz;
+mod ledger;
 mod names;
 mod observe;
+#[cfg(test)]
+mod pitfalls;
 mod resource;
 mod response;
+#[cfg(test)]
+mod rules;
 mod server;
 mod sotw;
 mod status;
@@ -33,6 +41,7 @@ pub use admit::{Admit, Admitted, Locality, Node, Refusal, StreamPolicy};
 pub use config::Config;
 pub use engine::{Heard, Protocol};
 pub use error::{Code, ProtocolError};
+pub use ledger::{Concern, Delivery, Held, Lack, Why};
 pub use observe::{Observer, Unobserved};
 pub use resource::{Change, Entry, Gone, Resource, ResourceSet, ResourceType, Version};
 pub use response::Response;

@@ -36,6 +36,16 @@ impl ResourceType {
         }
     }
 
+    /// As people write it, e.g. in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cluster => "cluster",
+            Self::Endpoints => "endpoints",
+            Self::Listener => "listener",
+            Self::Route => "route",
+        }
+    }
+
     /// The type of a URL, `None` for one that Disco does not generate.
     pub fn from_url(url: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.url() == url)
@@ -218,9 +228,11 @@ struct TypeSet {
     gone_from: Revision,
     /// Wrapping sum over name and version of all live resources: a hash of the set, kept up at the cost of the change.
     digest: u64,
+    /// What the digest was since when, oldest first.
+    digests: imbl::Vector<(Revision, u64)>,
 }
 
-/// Changes that a set remembers, per type. A stream further behind looks at everything instead.
+/// Changes, and digests, that a set remembers, per type. A stream further behind looks at everything instead.
 const LOG: usize = 4096;
 
 /// Removed resources that a set remembers, per type. A stream further behind must reconnect and say what it holds.
@@ -279,6 +291,19 @@ impl ResourceSet {
         self.of(kind).digest
     }
 
+    /// The last revision at which all resources of a type had this digest, if that is remembered.
+    pub(super) fn revision_of(&self, kind: ResourceType, digest: u64) -> Option<Revision> {
+        let digests = &self.of(kind).digests;
+        let mut until = self.revision;
+        for (since, known) in digests.iter().rev() {
+            if *known == digest {
+                return Some(until);
+            }
+            until = Revision(since.0.saturating_sub(1));
+        }
+        None
+    }
+
     /// The part of a digest that one resource makes up; sum them, wrapping, for a subset's.
     pub fn digest_of(resource: &Resource) -> u64 {
         // Mixed together so that two resources that swap their contents change the sum.
@@ -315,6 +340,9 @@ impl ResourceSet {
                 Change::Put(resource) => next.of_mut(resource.kind).put(revision, resource),
                 Change::Remove(kind, name) => next.of_mut(kind).remove(revision, &name),
             }
+        }
+        for types in &mut next.types {
+            types.note_digest(revision);
         }
         next
     }
@@ -379,6 +407,15 @@ impl TypeSet {
             }
         }
         self.note(revision, Arc::clone(name));
+    }
+
+    fn note_digest(&mut self, revision: Revision) {
+        if self.digests.last().map_or(0, |(_, digest)| *digest) != self.digest {
+            self.digests.push_back((revision, self.digest));
+            while self.digests.len() > LOG {
+                self.digests.pop_front();
+            }
+        }
     }
 
     fn note(&mut self, revision: Revision, name: Arc<str>) {

@@ -2,7 +2,7 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
@@ -10,9 +10,15 @@ use std::{
 
 use dashmap::DashMap;
 use imbl::OrdSet;
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
-use super::{Node, Protocol, ResourceType, Subscription};
+use super::{
+    Node, Protocol, ResourceSet, ResourceType, Subscription,
+    ledger::{Concern, Flight, Lack, Relevant},
+};
 use crate::{model::Revision, rt};
 
 /// Everybody who is connected, one entry per stream. Written by the streams; a clone is the same table.
@@ -63,6 +69,8 @@ struct Stream {
     protocol: Protocol,
     connected_at: SystemTime,
     types: Mutex<Vec<TypeStatus>>,
+    /// What it is served.
+    set: OnceLock<watch::Receiver<Option<Arc<ResourceSet>>>>,
 }
 
 /// A connected xDS client, as of when it was asked for.
@@ -76,6 +84,8 @@ pub struct ProxyStatus {
     pub connected_at: SystemTime,
     /// The types that it asked for, in push order.
     pub types: Vec<TypeStatus>,
+    /// What it is to hold, as far as it asked for it; `None` until that is known.
+    pub set: Option<Arc<ResourceSet>>,
 }
 
 impl ProxyStatus {
@@ -121,6 +131,7 @@ pub struct TypeStatus {
     pub unaccepted: Vec<OrdSet<Arc<str>>>,
     /// The last rejections, oldest first.
     pub rejections: Vec<Arc<Rejection>>,
+    pub(super) flight: Flight,
 }
 
 impl TypeStatus {
@@ -132,7 +143,12 @@ impl TypeStatus {
         }
     }
 
-    fn has(&self, revision: Revision, name: Option<&str>) -> bool {
+    /// Since when a response has been waiting for an answer.
+    pub fn unanswered_since(&self) -> Option<SystemTime> {
+        self.flight.unanswered.as_ref().map(|(since, _)| rt::at(*since))
+    }
+
+    pub(super) fn has(&self, revision: Revision, name: Option<&str>) -> bool {
         match name {
             None => self.acknowledged >= revision && self.unaccepted.is_empty(),
             Some(name) => {
@@ -154,7 +170,7 @@ pub struct Rejection {
 }
 
 /// How far a revision has got.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Progress {
     /// Everybody has it.
     pub complete: bool,
@@ -162,6 +178,8 @@ pub struct Progress {
     pub acknowledged: usize,
     /// Node ids of those that have not, in order.
     pub pending: Vec<String>,
+    /// What each of those lacks, in the same order.
+    pub lacking: Vec<Lack>,
 }
 
 /// The least time between two looks at many streams by one waiter.
@@ -182,6 +200,7 @@ impl Proxies {
                 protocol: stream.protocol,
                 connected_at: stream.connected_at,
                 types: stream.types().clone(),
+                set: stream.set(),
             })
             .collect()
     }
@@ -196,12 +215,11 @@ impl Proxies {
         self.table.streams.is_empty()
     }
 
-    /// Waits until everybody has acknowledged `revision`, at most `timeout` (zero: look once). With `endpoints`, only
-    /// streams that are sent the endpoints of that name count, and only this type of theirs.
+    /// Waits until everybody whom it concerns has acknowledged `revision`, at most `timeout` (zero: look once).
     pub async fn wait_acknowledged(
         &self,
         revision: Revision,
-        endpoints: Option<&str>,
+        concern: &Concern,
         timeout: Duration,
     ) -> Progress {
         let end = Instant::now() + timeout;
@@ -212,7 +230,7 @@ impl Proxies {
             // Counts from here, so that nothing that happens during the look is missed.
             changed.as_mut().enable();
             let looked = Instant::now();
-            let progress = self.progress(revision, endpoints);
+            let progress = self.progress(revision, concern);
             if progress.complete || Instant::now() >= end {
                 return progress;
             }
@@ -224,25 +242,54 @@ impl Proxies {
     }
 
     /// How far `revision` has got now; see [`Proxies::wait_acknowledged`].
-    pub fn progress(&self, revision: Revision, endpoints: Option<&str>) -> Progress {
+    pub fn progress(&self, revision: Revision, concern: &Concern) -> Progress {
+        let mut relevant = Relevant::new(revision, concern);
         let mut acknowledged = 0;
-        let mut pending = Vec::new();
+        let mut behind = Vec::new();
         for stream in self.streams() {
-            match stream.has(revision, endpoints) {
+            let set = match concern {
+                Concern::Change { .. } => stream.set(),
+                Concern::All | Concern::Endpoints(_) => None,
+            };
+            let lacks = relevant.lacks(&stream.types(), set.as_ref());
+            match lacks {
                 None => {}
-                Some(true) => acknowledged += 1,
-                Some(false) => pending.push(stream.node.id.clone()),
+                Some(lacks) if lacks.is_empty() => acknowledged += 1,
+                Some(lacks) => behind.push((stream, lacks)),
             }
         }
-        pending.sort();
-        Progress { complete: pending.is_empty(), acknowledged, pending }
+        behind.sort_by(|(a, _), (b, _)| (&a.node.id, a.id).cmp(&(&b.node.id, b.id)));
+        Progress {
+            complete: behind.is_empty(),
+            acknowledged,
+            pending: behind.iter().map(|(stream, _)| stream.node.id.clone()).collect(),
+            lacking: behind
+                .into_iter()
+                .flat_map(|(stream, lacks)| {
+                    lacks.into_iter().map(move |(kind, why)| Lack {
+                        node_id: stream.node.id.clone(),
+                        peer: stream.node.peer,
+                        protocol: stream.protocol,
+                        connected_at: stream.connected_at,
+                        kind,
+                        why,
+                    })
+                })
+                .collect(),
+        }
     }
 
     /// Adds a stream; it leaves when the seat is dropped.
     pub(super) fn join(&self, node: Node, protocol: Protocol) -> Seat {
         let id = self.table.next.fetch_add(1, Ordering::Relaxed);
-        let stream =
-            Arc::new(Stream { id, node, protocol, connected_at: rt::now(), types: Mutex::default() });
+        let stream = Arc::new(Stream {
+            id,
+            node,
+            protocol,
+            connected_at: rt::now(),
+            types: Mutex::default(),
+            set: OnceLock::new(),
+        });
         self.table.streams.insert(id, Arc::clone(&stream));
         Seat { table: Arc::clone(&self.table), stream }
     }
@@ -258,14 +305,8 @@ impl Stream {
         self.types.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it has acknowledged `revision`; `None` if that does not concern it.
-    fn has(&self, revision: Revision, endpoints: Option<&str>) -> Option<bool> {
-        let types = self.types();
-        let Some(name) = endpoints else {
-            return Some(types.iter().all(|kind| kind.has(revision, None)));
-        };
-        let kind = types.iter().find(|kind| kind.kind == ResourceType::Endpoints)?;
-        kind.subscription.covers(name).then(|| kind.has(revision, Some(name)))
+    fn set(&self) -> Option<Arc<ResourceSet>> {
+        self.set.get().and_then(|set| set.borrow().clone())
     }
 }
 
@@ -278,6 +319,12 @@ pub(super) struct Seat {
 impl Seat {
     pub(super) fn node_id(&self) -> &str {
         &self.stream.node.id
+    }
+
+    /// Says what the stream is served, once.
+    pub(super) fn serve(&self, set: watch::Receiver<Option<Arc<ResourceSet>>>) {
+        // A second one would be a second admission, which there is not.
+        let _ = self.stream.set.set(set);
     }
 
     pub(super) fn update(&self, update: impl FnOnce(&mut Vec<TypeStatus>)) {
@@ -328,7 +375,7 @@ mod tests {
         bad.settle();
         let _seats = [join(&proxies, "good", &good), join(&proxies, "bad", &bad)];
         let check = |revision, name, acknowledged, pending: &[&str]| {
-            let progress = proxies.progress(Revision(revision), name);
+            let progress = proxies.progress(Revision(revision), &Concern::of(name));
             assert_eq!(progress.acknowledged, acknowledged, "{progress:?}");
             assert_eq!(progress.pending, pending, "{progress:?}");
             assert_eq!(progress.complete, pending.is_empty());
@@ -351,7 +398,8 @@ mod tests {
         bench.request(delta(EDS, &["a"], &[]));
         bench.settle();
         let (first, second) = (join(&proxies, "first", &bench), join(&proxies, "second", &bench));
-        let wait = |seconds| proxies.wait_acknowledged(Revision(2), Some("a"), Duration::from_secs(seconds));
+        let concern = Concern::of(Some("a"));
+        let wait = |seconds| proxies.wait_acknowledged(Revision(2), &concern, Duration::from_secs(seconds));
         assert_eq!(wait(1).await.pending, ["first", "second"]);
         bench.apply([put(EDS, "a", "2")]);
         bench.settle();

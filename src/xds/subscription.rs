@@ -84,6 +84,11 @@ impl Subscription {
         self.wildcard
     }
 
+    /// Whether everything is subscribed to, and no name was ever sent.
+    pub(super) fn is_legacy_wildcard(&self) -> bool {
+        self.wildcard && !self.named
+    }
+
     /// The names that were asked for by name.
     pub fn names(&self) -> &OrdSet<Arc<str>> {
         self.names.as_set()

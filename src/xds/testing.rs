@@ -14,6 +14,10 @@ use envoy_types::pb::{
     },
     google::rpc::Status,
 };
+use proptest::{
+    strategy::Strategy,
+    test_runner::{Config as ProptestConfig, RngSeed, TestError, TestRunner},
+};
 use prost::Message as _;
 use tokio::time::Instant;
 
@@ -79,6 +83,36 @@ pub(super) fn version(kind: ResourceType, name: &str, text: &str) -> String {
 
 pub(super) fn strings(list: &[&str]) -> Vec<String> {
     list.iter().map(|&text| text.into()).collect()
+}
+
+/// Checks `cases` random values, the same each time; a failure is shrunk and printed. With `DISCO_FUZZ_SECONDS` in the
+/// environment it goes on with others for that long.
+#[allow(clippy::disallowed_methods, reason = "a setting of the tests, not of Disco")]
+pub(super) fn random<S: Strategy>(cases: u32, strategy: S, check: impl Fn(S::Value)) {
+    let seconds = std::env::var("DISCO_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok());
+    let until = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
+    for seed in 1.. {
+        let mut runner = TestRunner::new(ProptestConfig {
+            cases,
+            rng_seed: RngSeed::Fixed(seed),
+            failure_persistence: None,
+            max_shrink_iters: 20_000,
+            ..ProptestConfig::default()
+        });
+        let result = runner.run(&strategy, |value| {
+            check(value);
+            Ok(())
+        });
+        match result {
+            Ok(()) => {}
+            // On one line: it is a script to read.
+            Err(TestError::Fail(reason, value)) => panic!("seed {seed}: {reason}\n{value:?}"),
+            Err(TestError::Abort(reason)) => panic!("seed {seed}: {reason}"),
+        }
+        if Instant::now() >= until {
+            return;
+        }
+    }
 }
 
 /// A decoded response.
@@ -231,6 +265,13 @@ pub(super) struct Bench<V: Variant> {
 }
 
 impl<V: Speak> Bench<V> {
+    /// As a server that has just started has it: the same content without a history.
+    pub(super) fn fresh(set: &ResourceSet) -> Arc<ResourceSet> {
+        let all = ResourceType::ALL.into_iter().flat_map(|kind| set.iter(kind));
+        let all = all.map(|(_, entry)| Change::Put((*entry.resource).clone()));
+        Arc::new(ResourceSet::default().apply(set.revision(), all))
+    }
+
     /// A stream of an Envoy that is served `changes` as revision 1.
     pub(super) fn new(changes: impl IntoIterator<Item = Change>) -> Self {
         Self::with(StreamPolicy::ENVOY, Config::default(), changes)
@@ -246,7 +287,7 @@ impl<V: Speak> Bench<V> {
 
     pub(super) fn on(policy: StreamPolicy, config: Config, set: Option<Arc<ResourceSet>>) -> Self {
         Self {
-            engine: Engine::new("n".into(), policy, Arc::new(config)),
+            engine: Engine::new("n".into(), policy, None, Arc::new(config)),
             set,
             now: Instant::now(),
             last: BTreeMap::new(),
@@ -255,6 +296,12 @@ impl<V: Speak> Bench<V> {
             nonces: Default::default(),
             status: Vec::new(),
         }
+    }
+
+    /// Likewise, on a service of one type.
+    pub(super) fn only(kind: ResourceType, changes: impl IntoIterator<Item = Change>) -> Self {
+        let engine = Engine::new("n".into(), StreamPolicy::ENVOY, Some(kind), Arc::new(Config::default()));
+        Self { engine, ..Self::new(changes) }
     }
 
     pub(super) fn request(&mut self, request: V::Request) -> Heard {

@@ -8,7 +8,7 @@ use imbl::OrdSet;
 use tokio::time::Instant;
 
 use super::{
-    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus,
+    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus, ledger::Flight,
     subscription::Delta,
 };
 use crate::model::Revision;
@@ -18,6 +18,8 @@ use crate::model::Revision;
 #[derive(Debug)]
 pub(super) struct Track {
     pub kind: ResourceType,
+    /// What the client says that it holds is not believed (rule D10).
+    pub resend: bool,
     /// Whether it ever asked for the type.
     pub seen: bool,
     pub subscription: Subscription,
@@ -71,10 +73,12 @@ pub(super) enum Held {
 pub(super) struct Outstanding {
     pub nonce: u64,
     /// What was in it, removals too.
-    pub names: Vec<Arc<str>>,
+    pub names: Arc<Vec<Arc<str>>>,
     /// Its ACK means that everything up to here is acknowledged; `None` when more is to follow.
     pub completes: Option<Revision>,
     pub sent: Instant,
+    /// When the first response was sent since the last answer: responses that were not answered in time are superseded.
+    pub unanswered_since: Instant,
     /// When the change behind it was published.
     pub since: Instant,
     /// It has clusters that are new to the client.
@@ -98,9 +102,10 @@ pub(super) struct Report {
 }
 
 impl Track {
-    pub(super) fn new(kind: ResourceType) -> Self {
+    pub(super) fn new(kind: ResourceType, resend: bool) -> Self {
         Self {
             kind,
+            resend,
             seen: false,
             subscription: Subscription::default(),
             claim: None,
@@ -175,9 +180,9 @@ impl Track {
     }
 
     /// A response was rejected, maybe with names of others that were: any of all those may be the bad one.
-    pub(super) fn reject(&mut self, names: Vec<Arc<str>>) {
+    pub(super) fn reject(&mut self, names: &[Arc<str>]) {
         let mut joined: OrdSet<Arc<str>> =
-            names.into_iter().filter(|name| self.subscription.covers(name)).collect();
+            names.iter().filter(|name| self.subscription.covers(name)).cloned().collect();
         for group in mem::take(&mut self.rejected) {
             if group.iter().any(|name| joined.contains(name)) {
                 joined = joined.union(group);
@@ -205,7 +210,12 @@ impl Track {
 
     /// Takes everything up to the set's revision as considered.
     pub(super) fn catch_up(&mut self, set: &ResourceSet) {
-        self.cursor = Some(set.revision());
+        self.resume(set.revision());
+    }
+
+    /// Goes on from a revision at which the client was.
+    pub(super) fn resume(&mut self, at: Revision) {
+        self.cursor = Some(at);
     }
 
     /// Whether there is something to send, or it takes a closer look to know.
@@ -354,6 +364,16 @@ impl Track {
         }
     }
 
+    /// What is not acknowledged though the revisions do not tell it: what is on its way, and what is still to go.
+    fn flight(&self) -> Flight {
+        Flight {
+            unanswered: self.outstanding.as_ref().map(|it| (it.unanswered_since, Arc::clone(&it.names))),
+            due: self.due.iter().cloned().collect(),
+            held: self.held.keys().cloned().collect(),
+            considered: self.cursor.filter(|_| !self.everything && self.claim.is_none()),
+        }
+    }
+
     pub(super) fn status(&self, current: Revision) -> TypeStatus {
         let report = &self.report;
         TypeStatus {
@@ -368,6 +388,7 @@ impl Track {
             unanswered: report.unanswered,
             unaccepted: self.rejected.clone(),
             rejections: report.rejections.iter().cloned().collect(),
+            flight: self.flight(),
         }
     }
 
@@ -391,5 +412,6 @@ impl Track {
         status.responses = report.responses;
         status.rejected = report.rejected;
         status.unanswered = report.unanswered;
+        status.flight = self.flight();
     }
 }

@@ -144,9 +144,14 @@ impl<T: Message + Default, B: Incoming> Requests<T, B> {
 
     /// The next request, `None` when the client is done. Cancel-safe.
     pub(super) async fn next(&mut self) -> Result<Option<T>, Status> {
+        if self.fill().await? { self.decode() } else { Ok(None) }
+    }
+
+    /// Waits until a request is there, which is not decoded yet. False when the client is done. Cancel-safe.
+    pub(super) async fn fill(&mut self) -> Result<bool, Status> {
         loop {
-            if let Some(message) = self.decode()? {
-                return Ok(Some(message));
+            if self.complete()?.is_some() {
+                return Ok(true);
             }
             match self.body.frame().await {
                 Some(Ok(frame)) => {
@@ -155,13 +160,14 @@ impl<T: Message + Default, B: Incoming> Requests<T, B> {
                     }
                 }
                 Some(Err(error)) => return Err(Status::from_error(error.into())),
-                None if self.buffer.is_empty() => return Ok(None),
+                None if self.buffer.is_empty() => return Ok(false),
                 None => return Err(Status::invalid_argument("the stream ended within a message")),
             }
         }
     }
 
-    fn decode(&mut self) -> Result<Option<T>, Status> {
+    /// The length of the message in the buffer, if it is all there.
+    fn complete(&self) -> Result<Option<usize>, Status> {
         let Some([compressed, len @ ..]) = self.buffer.first_chunk::<FRAME>().copied() else {
             return Ok(None);
         };
@@ -175,9 +181,11 @@ impl<T: Message + Default, B: Incoming> Requests<T, B> {
                 "a request has {len} bytes; at most {limit} are allowed (request_bytes)"
             )));
         }
-        if self.buffer.len() - FRAME < len {
-            return Ok(None);
-        }
+        Ok((self.buffer.len() - FRAME >= len).then_some(len))
+    }
+
+    fn decode(&mut self) -> Result<Option<T>, Status> {
+        let Some(len) = self.complete()? else { return Ok(None) };
         self.buffer.advance(FRAME);
         let message = T::decode(self.buffer.split_to(len));
         if self.buffer.is_empty() {

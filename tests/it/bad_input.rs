@@ -150,6 +150,14 @@ fn paths_and_methods_that_do_not_exist() {
             ("GET", "/v1/services/good/instances?wait=forever", 400),
             ("GET", "/v1/services/good/instances?index=-1", 400),
             ("GET", "/v1/revisions/one", 400),
+            ("GET", "/v1/revisions/999", 400),
+            ("GET", "/v1/services/good/instances/none/explain", 404),
+            ("GET", "/v1/proxies/nobody", 404),
+            ("GET", "/v1/proxies/nobody/resources", 404),
+            ("GET", "/v1/proxies/nobody/resources?type=pod", 400),
+            ("GET", "/v1/proxies/nobody/resources?body=maybe", 400),
+            ("GET", "/v1/revisions/%ff", 400),
+            ("GET", "/v1/services/good/instances/%ff", 400),
         ] {
             let answer = disco.request(method, path, b"")?;
             ensure!(answer.status == status, "{method} {path}: {} {}", answer.status, answer.body);

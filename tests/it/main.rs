@@ -13,6 +13,9 @@
 
 mod bad_input;
 mod harness;
+mod ledger;
+mod on_demand;
 mod real_clients;
 mod tidy;
 mod validate;
+mod views;

@@ -1,11 +1,11 @@
 //! What Disco generates, judged by real Envoy (`--mode validate`).
 
-use std::{env, fs, net::SocketAddr, path::Path, process::Command, time::SystemTime};
+use std::{env, fs, net::SocketAddr, path::Path, process::Command, sync::Arc, time::SystemTime};
 
 use disco::{
     catalog::{Change, Snapshot},
     model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
-    resources::{self, Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT, OUTBOUND, View},
+    resources::{self, Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT, OUTBOUND, Protocol, View},
     xds::{ResourceSet, ResourceType},
 };
 use envoy_types::pb::{
@@ -172,9 +172,18 @@ fn validate_proto(proto: &BootstrapProto) -> Result<(), String> {
 
 #[test]
 fn envoy_accepts_what_is_generated_for_it() {
-    let set = resources::render(&snapshot(), &View::envoy(DEFAULT_OUTBOUND_PORT));
-    check_accepted(&bootstrap(&set, true));
-    check_accepted(&bootstrap(&set, false));
+    let anywhere = View::envoy(DEFAULT_OUTBOUND_PORT);
+    let in_zone = View {
+        locality: Locality { zone: "z1".into(), ..Locality::default() },
+        upstreams: Some(Arc::new(["greeter".parse().unwrap(), "unknown".parse().unwrap()].into())),
+        ..anywhere.clone()
+    };
+    let on_demand = View { on_demand: true, ..anywhere.clone() };
+    for view in [anywhere, in_zone, on_demand] {
+        let set = resources::render(&snapshot(), &view);
+        check_accepted(&bootstrap(&set, true));
+        check_accepted(&bootstrap(&set, false));
+    }
 }
 
 /// They have no validator; Envoy at least knows the same protos.
@@ -201,7 +210,8 @@ fn sidecar(node_id: &str) -> Bootstrap {
         admin_port: DEFAULT_ADMIN_PORT,
         outbound_port: DEFAULT_OUTBOUND_PORT,
         servers: vec!["127.0.0.1:18000".parse().unwrap()],
-        delta: true,
+        upstreams: vec![],
+        protocol: Protocol::Delta,
     }
 }
 
@@ -210,7 +220,8 @@ fn the_supported_bootstraps_are_what_is_generated() {
     let servers = ["10.0.0.1:18000", "10.0.0.2:18000", "10.0.0.3:18000"];
     for (file, bootstrap) in [
         ("delta.yaml", sidecar("web-1")),
-        ("sotw.yaml", Bootstrap { delta: false, ..sidecar("web-1") }),
+        ("sotw.yaml", Bootstrap { protocol: Protocol::Sotw, ..sidecar("web-1") }),
+        ("on-demand.yaml", Bootstrap { protocol: Protocol::OnDemand, ..sidecar("web-1") }),
         (
             "several-servers.yaml",
             Bootstrap { servers: servers.map(|server| server.parse().unwrap()).into(), ..sidecar("web-1") },

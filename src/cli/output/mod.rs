@@ -139,6 +139,13 @@ pub(super) fn print(text: &str) -> Result<(), Failure> {
     })
 }
 
+/// Shows a line on the terminal behind standard error in place of the one that was shown last; empty takes it away.
+pub(super) fn status_line(text: &str) {
+    // Nobody is left to tell when this fails.
+    let shown: String = clean(text).chars().take(WIDTH - 1).collect();
+    let _ = write!(std::io::stderr(), "\r\u{1b}[2K{shown}");
+}
+
 /// Writes a line for people to standard error, so that scripts do not read it as an answer.
 pub(super) fn note(text: &str) {
     // Nobody is left to tell when this fails.

@@ -9,7 +9,7 @@ use crate::xds::{
     Config, Protocol, ResourceType, StreamPolicy,
     delta::Delta,
     sotw::Sotw,
-    testing::{Bench, LDS, RDS, Sent, put, remove},
+    testing::{self, Bench, LDS, RDS, Sent, put, random, remove},
 };
 
 #[derive(Debug, Clone)]
@@ -23,6 +23,12 @@ enum Step {
     Emit,
     ToClient,
     ToServer,
+    /// The connection is lost and made again, to the same server or to one that has just started, by the same client or
+    /// by one that holds nothing.
+    Reconnect {
+        fresh: bool,
+        forgetful: bool,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -36,6 +42,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => Just(Step::Emit),
         6 => Just(Step::ToClient),
         6 => Just(Step::ToServer),
+        1 => (any::<bool>(), any::<bool>())
+            .prop_map(|(fresh, forgetful)| Step::Reconnect { fresh, forgetful }),
     ];
     prop::collection::vec(step, 0..100)
 }
@@ -43,6 +51,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 const BAD: &str = "bad";
 /// Asked for all the time, so that no list is empty by chance of being the first; never exists.
 const ALWAYS: &str = "none";
+
+fn config(small: bool) -> Config {
+    Config { response_bytes: if small { 200 } else { 1 << 20 }, ..Config::default() }
+}
 
 struct World<V: Client> {
     server: Bench<V>,
@@ -57,9 +69,8 @@ struct World<V: Client> {
 
 impl<V: Client> World<V> {
     fn new(small: bool) -> Self {
-        let config = Config { response_bytes: if small { 200 } else { 1 << 20 }, ..Config::default() };
         let mut world = Self {
-            server: Bench::with(StreamPolicy::GRPC, config, []),
+            server: Bench::with(StreamPolicy::GRPC, config(small), []),
             to_client: VecDeque::new(),
             to_server: VecDeque::new(),
             names: BTreeMap::new(),
@@ -70,9 +81,18 @@ impl<V: Client> World<V> {
         };
         for kind in [LDS, RDS] {
             world.names.entry(kind).or_default().insert(ALWAYS.into());
-            world.to_server.push_back(V::first(kind, &[ALWAYS.into()], &View::new(), None));
         }
+        world.connect();
         world
+    }
+
+    fn connect(&mut self) {
+        self.to_client.clear();
+        self.to_server.clear();
+        self.newest.clear();
+        for kind in [LDS, RDS] {
+            self.to_server.push_back(V::first(kind, &self.all(kind), &self.view, self.accepted.get(&kind)));
+        }
     }
 
     fn step(&mut self, step: Step) {
@@ -93,6 +113,18 @@ impl<V: Client> World<V> {
                 if let Some(request) = self.to_server.pop_front() {
                     self.server.request(request);
                 }
+            }
+            Step::Reconnect { fresh, forgetful } => {
+                let mut set = self.server.set.clone().unwrap();
+                if fresh {
+                    set = Bench::<V>::fresh(&set);
+                }
+                self.server = Bench::on(StreamPolicy::GRPC, config(self.small), Some(set));
+                if forgetful {
+                    self.view.clear();
+                    self.accepted.clear();
+                }
+                self.connect();
             }
         }
     }
@@ -177,7 +209,7 @@ impl<V: Client> World<V> {
         for kind in [LDS, RDS] {
             for (name, _) in set.iter(kind) {
                 let good = self.server.set.as_ref().unwrap().get(kind, name).unwrap();
-                if good.resource.version == crate::xds::testing::resource(kind, name, BAD).version {
+                if good.resource.version == testing::resource(kind, name, BAD).version {
                     self.server.apply([put(kind, name, "0")]);
                 }
             }
@@ -198,7 +230,7 @@ impl<V: Client> World<V> {
                     kind == LDS || V::PROTOCOL == Protocol::Delta || want.contains_key(name.as_str())
                 })
                 .map(|(name, (_, text))| {
-                    let resource = crate::xds::testing::resource(kind, name, text);
+                    let resource = testing::resource(kind, name, text);
                     (name.as_str(), resource.version.to_string())
                 })
                 .collect();
@@ -220,16 +252,12 @@ fn run<V: Client>(steps: Vec<Step>, small: bool) {
     world.finish();
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+#[test]
+fn d3_d4_d7_w7_delta_converges_by_name() {
+    random(300, (steps(), any::<bool>()), |(steps, small)| run::<Delta>(steps, small));
+}
 
-    #[test]
-    fn d3_d4_d7_w7_delta_converges_by_name(steps in steps(), small in any::<bool>()) {
-        run::<Delta>(steps, small);
-    }
-
-    #[test]
-    fn w5_w6_w7_s6_sotw_converges_by_name(steps in steps(), small in any::<bool>()) {
-        run::<Sotw>(steps, small);
-    }
+#[test]
+fn w5_w6_w7_s6_sotw_converges_by_name() {
+    random(300, (steps(), any::<bool>()), |(steps, small)| run::<Sotw>(steps, small));
 }

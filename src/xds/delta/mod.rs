@@ -63,10 +63,23 @@ impl Variant for Delta {
         let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
         let (add, remove) = (&request.resource_names_subscribe, &request.resource_names_unsubscribe);
         let mut change = track.subscription.update(add, remove, first, terms)?;
-        if let Some(set) = terms.set.filter(|_| first) {
+        if let Some(set) = terms.set.filter(|_| first && !track.resend) {
             // Not even noted as due: a proxy that reconnects names everything it holds.
             let versions = &request.initial_resource_versions;
             change.added.retain(|name| !holds(versions, set.get(terms.kind, name)));
+        }
+        if !first && let Some(Claim { held: Held::Each(versions), .. }) = &mut track.claim {
+            // What it gave up it does not hold any more, and what it asks for again it is to get (rule D4).
+            for name in change.added.iter().chain(&change.removed) {
+                versions.remove(name.as_ref());
+            }
+            if change.everything {
+                // No version is this one.
+                versions.values_mut().for_each(String::clear);
+            }
+            if change.wildcard_off {
+                versions.retain(|name, _| track.subscription.covers(name));
+            }
         }
         let removed = change.removed.clone();
         track.subscribed(change);
@@ -92,7 +105,7 @@ impl Variant for Delta {
             if everything {
                 for (name, entry) in set.iter(track.kind) {
                     known += usize::from(versions.contains_key(name.as_ref()));
-                    if holds(&versions, Some(entry)) {
+                    if !track.resend && holds(&versions, Some(entry)) {
                         track.due.remove(name);
                     } else {
                         track.due.insert(Arc::clone(name));
@@ -108,7 +121,7 @@ impl Variant for Delta {
                 let live = set.get(track.kind, &name);
                 if let Some(entry) = live {
                     let name = &entry.resource.name;
-                    if is(entry.resource.version, &version) {
+                    if !track.resend && is(entry.resource.version, &version) {
                         track.due.remove(name);
                     } else {
                         track.due.insert(Arc::clone(name));

@@ -1,6 +1,7 @@
-//! The one async file of the room: what runs between a connection and a state machine, for each stream. It runs in the task
+//! The one async part of the room: what runs between a connection and a state machine, for each stream. It runs in the task
 //! that writes the response, so that a change and an acknowledgement wake one task each, not two.
 
+mod services;
 #[cfg(test)]
 mod tests;
 
@@ -22,13 +23,16 @@ use futures_util::{
     Stream,
     future::{Ready, ready},
 };
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch},
+    time::Instant,
+};
 use tokio_stream::{StreamExt as _, wrappers::WatchStream};
-use tonic::{Status, body::Body, server::NamedService};
+use tonic::{Status, body::Body, service::RoutesBuilder};
 
 use super::{
-    Admit, Admitted, Code, Config, Heard, Node, Observer, ProtocolError, Proxies, Refusal, ResourceSet,
-    Response, Unobserved,
+    Admit, Admitted, Code, Config, Heard, Node, Observer, Protocol, ProtocolError, Proxies, Refusal,
+    ResourceSet, ResourceType, Response, Unobserved,
     delta::Delta,
     engine::{Engine, Variant},
     sotw::Sotw,
@@ -37,10 +41,7 @@ use super::{
 };
 use crate::rt::{Shutdown, Tasks};
 
-const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
-const SOTW: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
-
-/// The aggregated discovery service in both forms (rule G1), as a tonic service. A clone serves the same.
+/// The discovery services, aggregated and per type, in both forms (rules G1, G2). A clone serves the same.
 #[derive(Debug, Clone)]
 pub struct AdsServer {
     shared: Arc<Shared>,
@@ -53,6 +54,10 @@ struct Shared {
     config: Arc<Config>,
     observer: Arc<dyn Observer>,
     shutdown: Shutdown,
+    /// A place for each stream.
+    streams: Arc<Semaphore>,
+    /// A place for each first request that is worked on.
+    arrivals: Semaphore,
 }
 
 impl AdsServer {
@@ -69,27 +74,47 @@ impl AdsServer {
         tasks: Tasks,
         observer: Arc<dyn Observer>,
     ) -> Self {
+        let streams = Arc::new(Semaphore::new(config.streams.min(Semaphore::MAX_PERMITS)));
+        let arrivals = Semaphore::new(config.arrivals.clamp(1, Semaphore::MAX_PERMITS));
         let (config, shutdown) = (Arc::new(config), tasks.shutdown().clone());
-        Self { shared: Arc::new(Shared { admit, proxies, config, observer, shutdown }) }
+        Self { shared: Arc::new(Shared { admit, proxies, config, observer, shutdown, streams, arrivals }) }
     }
 
-    fn serve<V: Serve, B: Incoming>(&self, request: http::Request<B>) -> http::Response<Body> {
+    /// Adds all services to those of a gRPC server.
+    pub fn add_to(&self, routes: &mut RoutesBuilder) {
+        services::add(self, routes);
+    }
+
+    fn serve<V: Serve, B: Incoming>(
+        &self,
+        request: http::Request<B>,
+        only: Option<ResourceType>,
+    ) -> http::Response<Body> {
         let shared = Arc::clone(&self.shared);
+        let Ok(permit) = Arc::clone(&shared.streams).try_acquire_owned() else {
+            let limit = shared.config.streams;
+            return Status::resource_exhausted(format!(
+                "this server has {limit} streams, as many as it may (xds.streams); connect to another one, or later"
+            ))
+            .into_http();
+        };
         let request = tonic::Request::from_http(request);
         let peer = request.remote_addr();
         let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
         let place = Place::default();
-        let session = serve_stream::<V, B>(requests, place.clone(), peer, shared);
+        let session = {
+            let place = place.clone();
+            async move {
+                let _permit: OwnedSemaphorePermit = permit;
+                serve_stream::<V, B>(requests, place, peer, only, &shared).await
+            }
+        };
         let serving = Serving { session: Some(Box::pin(session)), place, end: None };
         let mut response = http::Response::new(Body::new(Responses::new(serving)));
         let grpc = http::HeaderValue::from_static("application/grpc");
         response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
         response
     }
-}
-
-impl NamedService for AdsServer {
-    const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
 }
 
 impl<B: Incoming> tower::Service<http::Request<B>> for AdsServer {
@@ -102,10 +127,10 @@ impl<B: Incoming> tower::Service<http::Request<B>> for AdsServer {
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
-        ready(Ok(match request.uri().path() {
-            DELTA => self.serve::<Delta, B>(request),
-            SOTW => self.serve::<Sotw, B>(request),
-            _ => Status::unimplemented("no such method").into_http(),
+        ready(Ok(match services::method(request.uri().path()) {
+            Some((Protocol::Delta, only)) => self.serve::<Delta, B>(request, only),
+            Some((Protocol::Sotw, only)) => self.serve::<Sotw, B>(request, only),
+            None => Status::unimplemented("no such method").into_http(),
         }))
     }
 }
@@ -180,27 +205,40 @@ async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
     place: Place,
     peer: Option<SocketAddr>,
-    shared: Arc<Shared>,
+    only: Option<ResourceType>,
+    shared: &Shared,
 ) -> Result<(), Status> {
     let shutdown = &shared.shutdown;
     let patience = shared.config.first_request_timeout;
-    let first = tokio::select! {
-        first = tokio::time::timeout(patience, requests.next()) => first,
+    let there = tokio::select! {
+        there = tokio::time::timeout(patience, requests.fill()) => there,
         () = shutdown.wait() => return Err(leaving()),
     };
-    let Ok(first) = first else {
+    let Ok(there) = there else {
         return Err(Status::deadline_exceeded(format!("no request within {} s", patience.as_secs_f32())));
     };
-    let Some(mut first) = first? else { return Ok(()) };
+    if !there? {
+        return Ok(());
+    }
+    // When all proxies come at once, few are worked on at the same time and the others wait as bytes, in order.
+    let arrival = tokio::select! {
+        arrival = tokio::time::timeout(patience, shared.arrivals.acquire()) => arrival,
+        () = shutdown.wait() => return Err(leaving()),
+    };
+    let Ok(Ok(arrival)) = arrival else {
+        return Err(Status::unavailable("too many clients connect at the same time; connect again later"));
+    };
+    let Some(mut first) = requests.next().await? else { return Ok(()) };
     let node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
     let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
 
-    let engine = Engine::<V>::new(node.id.clone(), policy, Arc::clone(&shared.config));
+    let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));
     tracing::debug!(node = node.id, agent = node.user_agent(), protocol = %V::PROTOCOL, ?peer, "connected");
     shared.observer.connected(V::PROTOCOL);
     let seat = shared.proxies.join(node, V::PROTOCOL);
+    seat.serve(set.clone());
     let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run(first, requests, set, place, shutdown).await
+    session.run((first, arrival), requests, set, place, shutdown).await
 }
 
 /// A stream that was let in.
@@ -214,7 +252,7 @@ struct Session<'a, V: Serve> {
 impl<V: Serve> Session<'_, V> {
     async fn run<B: Incoming>(
         &mut self,
-        first: V::Request,
+        (first, arrival): (V::Request, SemaphorePermit<'_>),
         mut requests: Requests<V::Request, B>,
         mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
         place: Place,
@@ -227,6 +265,8 @@ impl<V: Serve> Session<'_, V> {
         tokio::pin!(shutdown);
         let mut served = false;
         self.hear(first, set.as_ref())?;
+        // Until the first response is made, which takes no help of the client; or until there is something to make it of.
+        let mut arrival = set.is_some().then_some(arrival);
         // From now on the stream counts among those that have not acknowledged.
         self.report();
         // Whether there may be something to send.
@@ -242,6 +282,7 @@ impl<V: Serve> Session<'_, V> {
                 // A place first, then the response: while the client does not read, newer state replaces older.
                 () = place.free(), if due && set.is_some() => {
                     let Some(current) = &set else { continue };
+                    drop(arrival.take());
                     match self.engine.next_response(current, Instant::now()).map_err(status)? {
                         Some(response) => {
                             self.observer.sent(V::PROTOCOL, &response);

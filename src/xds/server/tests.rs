@@ -16,7 +16,7 @@ use super::*;
 use crate::{
     model::Revision,
     xds::{
-        Change, Protocol, ResourceType, StreamPolicy,
+        Change, Concern, Protocol, ResourceType, StreamPolicy,
         testing::{CDS, EDS, delta, node, put, resource},
     },
 };
@@ -71,9 +71,14 @@ struct Server {
     proxies: Proxies,
     counts: Arc<Counts>,
     tasks: Tasks,
+    ads: AdsServer,
 }
 
 async fn start(set: Option<ResourceSet>) -> Server {
+    start_with(set, Config::default()).await
+}
+
+async fn start_with(set: Option<ResourceSet>, config: Config) -> Server {
     let (sets, receiver) = watch::channel(set.map(Arc::new));
     let proxies = Proxies::default();
     let counts = Arc::new(Counts::default());
@@ -81,17 +86,20 @@ async fn start(set: Option<ResourceSet>) -> Server {
     let server = AdsServer::observed(
         Arc::new(AllOf(receiver)),
         proxies.clone(),
-        Config::default(),
+        config,
         tasks.clone(),
         Arc::clone(&counts) as Arc<dyn Observer>,
     );
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let mut routes = RoutesBuilder::default();
+    server.add_to(&mut routes);
     tasks.spawn_until_shutdown("test server", async move {
         let incoming = TcpListenerStream::new(listener);
-        tonic::transport::Server::builder().add_service(server).serve_with_incoming(incoming).await.unwrap();
+        let server = tonic::transport::Server::builder().add_routes(routes.routes());
+        server.serve_with_incoming(incoming).await.unwrap();
     });
-    Server { address, sets, proxies, counts, tasks }
+    Server { address, sets, proxies, counts, tasks, ads: server }
 }
 
 impl Server {
@@ -109,6 +117,21 @@ impl Server {
         let mut client = self.client().await;
         let responses = client.delta_aggregated_resources(ReceiverStream::new(outbound)).await.unwrap();
         DeltaClient { id: id.into(), requests, responses: responses.into_inner() }
+    }
+
+    /// A stream of any method.
+    async fn stream<Q: prost::Message + 'static, A: prost::Message + Default + 'static>(
+        &self,
+        path: &'static str,
+    ) -> (mpsc::Sender<Q>, Result<Streaming<A>, Status>) {
+        let (requests, outbound) = mpsc::channel(16);
+        let channel = Channel::from_shared(format!("http://{}", self.address)).unwrap();
+        let mut grpc = tonic::client::Grpc::new(channel.connect().await.unwrap());
+        grpc.ready().await.unwrap();
+        let request = tonic::Request::new(ReceiverStream::new(outbound));
+        let codec = tonic_prost::ProstCodec::default();
+        let answer = grpc.streaming(request, http::uri::PathAndQuery::from_static(path), codec).await;
+        (requests, answer.map(tonic::Response::into_inner))
     }
 
     async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
@@ -157,22 +180,26 @@ async fn delta_end_to_end_with_progress() {
     client.ask(delta(CDS, &[], &[])).await;
     client.ask(delta(EDS, &["a"], &[])).await;
     server.until("in the table", |server| server.proxies.len() == 1).await;
-    assert!(!server.proxies.progress(Revision(1), None).complete);
+    assert!(!server.proxies.progress(Revision(1), &Concern::All).complete);
     server.publish(1, [put(CDS, "a", "1"), put(EDS, "a", "1")]);
     assert_eq!(client.take().await, ["a"]);
     assert_eq!(client.take().await, ["a"]);
-    let wait =
-        |revision, name| server.proxies.wait_acknowledged(Revision(revision), name, Duration::from_secs(5));
+    let wait = async |revision, name| {
+        server.proxies.wait_acknowledged(Revision(revision), &Concern::of(name), Duration::from_secs(5)).await
+    };
     assert!(wait(1, None).await.complete);
 
     server.publish(2, [put(EDS, "a", "2")]);
-    let before = server.proxies.wait_acknowledged(Revision(2), Some("a"), Duration::from_millis(20)).await;
+    let before = server
+        .proxies
+        .wait_acknowledged(Revision(2), &Concern::of(Some("a")), Duration::from_millis(20))
+        .await;
     assert_eq!((before.complete, before.pending), (false, vec!["e1".to_owned()]));
     let (taken, progress) = tokio::join!(client.take(), wait(2, Some("a")));
     assert_eq!(taken, ["a"]);
     assert_eq!((progress.complete, progress.acknowledged), (true, 1));
     assert!(wait(2, None).await.complete);
-    assert_eq!(server.proxies.progress(Revision(2), Some("other")).acknowledged, 0);
+    assert_eq!(server.proxies.progress(Revision(2), &Concern::of(Some("other"))).acknowledged, 0);
 
     let [proxy] = server.proxies.list().try_into().unwrap();
     assert_eq!((proxy.node.id.as_str(), proxy.protocol, proxy.synced()), ("e1", Protocol::Delta, true));
@@ -206,7 +233,7 @@ async fn sotw_end_to_end() {
         ..request
     };
     requests.send(ack).await.unwrap();
-    let progress = server.proxies.wait_acknowledged(Revision(1), None, Duration::from_secs(5)).await;
+    let progress = server.proxies.wait_acknowledged(Revision(1), &Concern::All, Duration::from_secs(5)).await;
     assert_eq!((progress.complete, progress.acknowledged), (true, 1));
 }
 
@@ -247,7 +274,7 @@ async fn g6_k2_errors_reach_the_client_and_hurt_nobody_else() {
 }
 
 #[tokio::test]
-async fn k8_a_reader_that_is_stuck_delays_nobody() {
+async fn pitfall_19_k8_a_reader_that_is_stuck_delays_nobody() {
     let server = start(Some(ResourceSet::default())).await;
     let big = "x".repeat(1 << 20);
     server.publish(1, [Change::Put(resource(CDS, "a", &big))]);
@@ -282,4 +309,232 @@ async fn k1_streams_end_well_on_shutdown() {
     // Streams end by themselves; what their clients hear depends on when the connection goes, which here is at once.
     server.until("both gone", |server| server.proxies.is_empty()).await;
     let _ = (served.next().await, waiting.next().await);
+}
+
+const CLUSTERS: [&str; 2] = [
+    "/envoy.service.cluster.v3.ClusterDiscoveryService/StreamClusters",
+    "/envoy.service.cluster.v3.ClusterDiscoveryService/DeltaClusters",
+];
+const ENDPOINTS: [&str; 2] = [
+    "/envoy.service.endpoint.v3.EndpointDiscoveryService/StreamEndpoints",
+    "/envoy.service.endpoint.v3.EndpointDiscoveryService/DeltaEndpoints",
+];
+const LISTENERS: [&str; 2] = [
+    "/envoy.service.listener.v3.ListenerDiscoveryService/StreamListeners",
+    "/envoy.service.listener.v3.ListenerDiscoveryService/DeltaListeners",
+];
+const ROUTES: [&str; 2] = [
+    "/envoy.service.route.v3.RouteDiscoveryService/StreamRoutes",
+    "/envoy.service.route.v3.RouteDiscoveryService/DeltaRoutes",
+];
+
+/// A set in which the route and the listener refer to a cluster that comes with them.
+fn one_of_each() -> ResourceSet {
+    let all = ResourceType::ALL.map(|kind| put(kind, "a", "a"));
+    ResourceSet::default().apply(Revision(1), all)
+}
+
+#[tokio::test]
+async fn g2_g3_a_service_per_type_and_its_type_url_may_be_empty() {
+    let server = start(Some(one_of_each())).await;
+    for (paths, kind) in [
+        (CLUSTERS, CDS),
+        (ENDPOINTS, EDS),
+        (LISTENERS, ResourceType::Listener),
+        (ROUTES, ResourceType::Route),
+    ] {
+        for url in ["", kind.url()] {
+            let (requests, responses) = server.stream::<_, DiscoveryResponse>(paths[0]).await;
+            let request = DiscoveryRequest {
+                node: Some(node("sotw")),
+                resource_names: vec!["a".into()],
+                type_url: url.into(),
+                ..Default::default()
+            };
+            requests.send(request).await.unwrap();
+            let response = within(responses.unwrap()).await.unwrap();
+            assert_eq!((response.type_url.as_str(), response.resources.len()), (kind.url(), 1), "{paths:?}");
+
+            let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(paths[1]).await;
+            let request = DeltaDiscoveryRequest {
+                node: Some(node("delta")),
+                type_url: url.into(),
+                ..delta(kind, &["a", "b"], &[])
+            };
+            requests.send(request).await.unwrap();
+            let response = within(responses.unwrap()).await.unwrap();
+            assert_eq!((response.type_url.as_str(), response.resources.len()), (kind.url(), 1), "{paths:?}");
+            assert_eq!(response.removed_resources, ["b"]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn g3_k2_another_type_on_a_service_of_one_type_is_an_error() {
+    let server = start(Some(one_of_each())).await;
+    for path in [ENDPOINTS[1], ROUTES[1]] {
+        let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+        let request = DeltaDiscoveryRequest { node: Some(node("n")), ..delta(CDS, &[], &[]) };
+        requests.send(request).await.unwrap();
+        let error = within(responses.unwrap()).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::InvalidArgument);
+        assert!(error.message().contains(CDS.url()), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn g2_k2_services_of_types_that_are_not_generated_are_unimplemented() {
+    let server = start(Some(one_of_each())).await;
+    for path in [
+        "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
+        "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
+        "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts",
+        "/envoy.service.route.v3.ScopedRoutesDiscoveryService/StreamScopedRoutes",
+        "/envoy.service.route.v3.ScopedRoutesDiscoveryService/DeltaScopedRoutes",
+        "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints",
+        "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
+        "/envoy.service.runtime.v3.RuntimeDiscoveryService/DeltaRuntime",
+        "/envoy.service.extension.v3.ExtensionConfigDiscoveryService/DeltaExtensionConfigs",
+        "/envoy.service.cluster.v3.ClusterDiscoveryService/FetchClusters",
+    ] {
+        let (_requests, answer) = server.stream::<DeltaDiscoveryRequest, DeltaDiscoveryResponse>(path).await;
+        assert_eq!(answer.unwrap_err().code(), tonic::Code::Unimplemented, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn k2_more_streams_than_allowed_are_turned_away() {
+    let server = start_with(Some(one_of_each()), Config { streams: 2, ..Config::default() }).await;
+    let mut streams = [server.delta("a").await, server.delta("b").await];
+    let (_requests, third) =
+        server.stream::<DeltaDiscoveryRequest, DeltaDiscoveryResponse>(CLUSTERS[1]).await;
+    let error = third.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::ResourceExhausted);
+    assert!(error.message().contains("xds.streams"), "{error}");
+    for stream in &mut streams {
+        stream.ask(delta(CDS, &[], &[])).await;
+        assert_eq!(stream.take().await, ["a"]);
+    }
+    let [first, _second] = streams;
+    drop(first);
+    server.until("the first left", |server| server.proxies.len() == 1).await;
+    let mut next = server.delta("c").await;
+    next.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(next.take().await, ["a"]);
+}
+
+async fn within<T>(mut responses: Streaming<T>) -> Result<T, Status> {
+    let answer = tokio::time::timeout(Duration::from_secs(5), responses.message());
+    Ok(answer.await.expect("an answer within 5 s")?.expect("not the end"))
+}
+
+#[tokio::test]
+async fn k2_s_e6_first_requests_take_turns_and_wait_only_so_long() {
+    let config =
+        Config { arrivals: 1, first_request_timeout: Duration::from_millis(300), ..Config::default() };
+    let server = start_with(Some(one_of_each()), config).await;
+    let turn = server.ads.shared.arrivals.acquire().await.unwrap();
+    let mut early = server.delta("early").await;
+    early.ask(delta(CDS, &[], &[])).await;
+    let error = early.next().await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::Unavailable, "{error}");
+
+    let mut waiting = server.delta("waiting").await;
+    waiting.ask(delta(CDS, &[], &[])).await;
+    drop(turn);
+    assert_eq!(waiting.take().await, ["a"]);
+}
+
+#[tokio::test]
+async fn pitfall_23_in_a_storm_nobody_who_is_stuck_holds_up_the_others() {
+    let server = start_with(None, Config { arrivals: 1, ..Config::default() }).await;
+    // They ask while there is nothing yet, and never read what comes.
+    let mut stuck = Vec::new();
+    for n in 0..20 {
+        stuck.push(server.delta(&format!("stuck {n}")).await);
+        stuck[n].ask(delta(CDS, &[], &[])).await;
+    }
+    server.until("all in the table", |server| server.proxies.len() == 20).await;
+    let big = "x".repeat(1 << 20);
+    server.publish(1, [Change::Put(resource(CDS, "a", &big))]);
+    for n in 20..40 {
+        stuck.push(server.delta(&format!("stuck {n}")).await);
+        stuck[n].ask(delta(CDS, &[], &[])).await;
+    }
+    let mut good = server.delta("good").await;
+    good.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(good.take().await, ["a"]);
+}
+
+#[tokio::test]
+async fn pitfall_20_nothing_is_left_of_clients_that_left() {
+    let config = Config { streams: 60, ..Config::default() };
+    let server = start_with(Some(one_of_each()), config).await;
+    for _ in 0..3 {
+        let mut clients = Vec::new();
+        for n in 0..50 {
+            clients.push(server.delta(&format!("{n}")).await);
+            clients[n].ask(delta(CDS, &[], &[])).await;
+        }
+        for (n, client) in clients.iter_mut().enumerate() {
+            // Some leave with a response unread, some unanswered.
+            if n % 3 > 0 {
+                client.next().await.unwrap();
+            }
+        }
+        drop(clients);
+        let shared = &server.ads.shared;
+        let left = || (server.proxies.len(), 60 - shared.streams.available_permits());
+        server.until("all gone", |_| left() == (0, 0)).await;
+        assert_eq!(shared.arrivals.available_permits(), Config::default().arrivals);
+    }
+}
+
+#[tokio::test]
+async fn pitfall_25_k5_a_first_request_of_many_megabytes_and_an_answer_in_parts() {
+    let server = start(Some(one_of_each())).await;
+    let mut client = server.delta("many").await;
+    let names: Vec<String> = (0..100_000).map(|n| format!("a service with a rather long name {n}")).collect();
+    let held = names.iter().map(|name| (name.clone(), "0123456789abcdef".to_owned())).collect();
+    let request = DeltaDiscoveryRequest {
+        type_url: EDS.url().into(),
+        resource_names_subscribe: names,
+        initial_resource_versions: held,
+        ..Default::default()
+    };
+    assert!(prost::Message::encoded_len(&request) > 8 << 20);
+    client.ask(request).await;
+    let (mut removed, mut parts) = (0, 0);
+    while removed < 100_000 {
+        let response = client.next().await.unwrap().unwrap();
+        assert!(prost::Message::encoded_len(&response) < 4 << 20);
+        removed += response.removed_resources.len();
+        parts += 1;
+        client
+            .ask(DeltaDiscoveryRequest {
+                type_url: response.type_url,
+                response_nonce: response.nonce,
+                ..Default::default()
+            })
+            .await;
+    }
+    assert_eq!((removed, parts), (100_000, 2));
+}
+
+#[tokio::test]
+async fn pitfall_30_what_is_known_stays_when_its_source_is_lost() {
+    let server = start(Some(one_of_each())).await;
+    let mut client = server.delta("n").await;
+    client.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(client.take().await, ["a"]);
+    let known = server.sets.send_replace(None);
+    // Whoever comes now waits; whoever was there keeps what it has.
+    let waiting = server.delta("waiting").await;
+    waiting.ask(delta(CDS, &[], &[])).await;
+    server.until("both there", |server| server.proxies.len() == 2).await;
+    let set = known.unwrap().apply(Revision(2), [put(CDS, "b", "1")]);
+    server.sets.send_replace(Some(Arc::new(set)));
+    let response = client.next().await.unwrap().unwrap();
+    let names: Vec<_> = response.resources.iter().map(|resource| resource.name.as_str()).collect();
+    assert_eq!((names, response.removed_resources.len()), (vec!["b"], 0));
 }

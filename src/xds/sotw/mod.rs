@@ -56,6 +56,10 @@ impl Variant for Sotw {
         let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
         let change = track.subscription.replace(&request.resource_names, terms)?;
         track.subscribed(change);
+        // A version stands for the names that it came with.
+        if let Some(claim) = track.claim.take() {
+            track.due.extend(claim.forced.into_iter().filter(|name| track.subscription.covers(name)));
+        }
         if first && !track.subscription.is_empty() {
             // Rule S8: the client learns what there is, even if that is nothing.
             track.owes = is_full(track.kind);
@@ -66,11 +70,11 @@ impl Variant for Sotw {
 
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, policy: StreamPolicy) -> bool {
         let Some(Claim { held: Held::All(version), forced }) = track.claim.take() else { return false };
-        // Rule S9: a wildcard cannot have grown; names may have, unless the client is known to keep its version for
-        // exactly the names that it asks for.
         let reconnected = !version.is_empty();
-        let trusted = track.subscription.is_wildcard() || policy.keeps_named;
-        if trusted && reconnected && version == digest(track, set).to_string() {
+        // Rule S9: who never sent a name cannot have dropped anything; names may have come and gone, unless the client is
+        // known to keep its version for exactly what it asks for.
+        let trusted = !track.resend && (track.subscription.is_legacy_wildcard() || policy.keeps_named);
+        if reconnected && trusted && !resume(track, set, &version) && version == told(track, set) {
             track.due.clear();
             track.everything = false;
             track.owes = false;
@@ -91,11 +95,53 @@ impl Variant for Sotw {
     }
 }
 
+/// Goes on where a client was that states the version of a whole list, if the set remembers when that was. What was removed
+/// since is then removed as on a stream that never broke: after the last route to it (rule O3).
+fn resume(track: &mut Track, set: &ResourceSet, version: &str) -> bool {
+    let kind = track.kind;
+    if !is_full(kind) || !track.subscription.is_wildcard() {
+        return false;
+    }
+    let number = |text: &str| u64::from_str_radix(text, 16).ok().filter(|_| text.len() == 16);
+    let (all, held) = match version.split_once(HELD) {
+        Some((all, held)) => (number(all), number(held)),
+        None => (number(version), Some(0)),
+    };
+    let (Some(all), Some(mut held)) = (all, held) else { return false };
+    let Some(at) = set.revision_of(kind, all.wrapping_sub(held)) else { return false };
+    if !set.knows_removals_since(kind, at) {
+        return false;
+    }
+    if held != 0 {
+        // It kept the clusters that were removed last.
+        let mut gone: Vec<_> = set.iter_gone(kind).filter(|(_, gone)| gone.removed <= at).collect();
+        gone.sort_by_key(|(_, gone)| gone.removed);
+        while held != 0 {
+            let Some((name, gone)) = gone.pop() else {
+                track.held.clear();
+                return false;
+            };
+            held = held.wrapping_sub(ResourceSet::digest_of(&gone.last));
+            track.held.insert(Arc::clone(name), gone.removed);
+        }
+    }
+    track.due.clear();
+    track.everything = false;
+    track.owes = false;
+    track.version = Some(version.to_owned());
+    track.resume(at);
+    true
+}
+
+/// Between the version of all that a client holds and the version of that part of it which it is to hold only for a while.
+const HELD: char = '+';
+
 /// All that is subscribed to, if it is not what the client was told last.
 fn whole(track: &mut Track, set: &Arc<ResourceSet>, config: &Config) -> Result<Option<Built>, ProtocolError> {
     let mut names = track.take(set, true, track.kind == ResourceType::Cluster)?;
-    let version = digest(track, set).to_string();
-    let same = track.version.as_ref() == Some(&version);
+    let version = told(track, set);
+    let all = |version: &str| version.split(HELD).next().map(str::to_owned);
+    let same = track.version.as_ref().is_some_and(|last| all(last) == all(&version));
     if !track.owes && same && names.iter().all(|name| set.get(track.kind, name).is_none()) {
         return Ok(None);
     }
@@ -161,6 +207,15 @@ fn changed(
 
 /// One version for everything that the client subscribes to and that exists, what it keeps for a while included
 /// (rule S10: from content only).
+fn told(track: &mut Track, set: &Arc<ResourceSet>) -> String {
+    let live = digest(track, set);
+    let held = track.held.keys().filter_map(|name| set.gone(track.kind, name));
+    let held = held.fold(0, |sum: u64, gone| sum.wrapping_add(ResourceSet::digest_of(&gone.last)));
+    let all = Version(live.0.wrapping_add(held));
+    if held == 0 { all.to_string() } else { format!("{all}{HELD}{}", Version(held)) }
+}
+
+/// One version for everything that the client subscribes to and that exists.
 fn digest(track: &mut Track, set: &Arc<ResourceSet>) -> Version {
     let kind = track.kind;
     let live = if track.subscription.is_wildcard() {
@@ -183,8 +238,7 @@ fn digest(track: &mut Track, set: &Arc<ResourceSet>) -> Version {
         track.digest = Some((Arc::clone(set), sum));
         sum
     };
-    let held = track.held.keys().filter_map(|name| set.gone(kind, name));
-    Version(held.fold(live, |sum, gone| sum.wrapping_add(ResourceSet::digest_of(&gone.last))))
+    Version(live)
 }
 
 fn hash(names: &[String]) -> u64 {

@@ -80,6 +80,19 @@ impl Disco {
         answer.json()
     }
 
+    /// Registers the first greeter that there is as an instance of another service, too.
+    pub(crate) fn register_alias(&self, service: &str) -> anyhow::Result<()> {
+        let greeters = self.get("/v1/services/greeter/instances")?;
+        let port = &greeters["instances"][0]["port"];
+        let body = format!(r#"{{"address": "127.0.0.1", "port": {port}, "ttl": "10m"}}"#);
+        let answer =
+            self.request("PUT", &format!("/v1/services/{service}/instances/alias"), body.as_bytes())?;
+        if answer.status != 200 {
+            bail!("cannot register {service}: {} {}", answer.status, answer.body);
+        }
+        Ok(())
+    }
+
     /// Ids of the greeters that take calls, in order.
     pub(crate) fn serving(&self) -> anyhow::Result<Vec<String>> {
         let answer = self.request("GET", "/v1/services/greeter/instances", b"")?;

@@ -1,13 +1,14 @@
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env,
     net::{SocketAddr, TcpStream},
     path::Path,
+    process::Command,
 };
 
 use anyhow::Context as _;
 
-use super::{Disco, PATIENCE, Process, free_port, request, tool};
+use super::{Disco, PATIENCE, Process, free_port, request, sibling, tool};
 
 /// How Envoy asks for its resources.
 #[derive(Debug, Clone, Copy)]
@@ -33,13 +34,20 @@ impl Envoy {
 
     /// Starts one that takes calls on `port`.
     pub(crate) fn start_on(disco: &Disco, protocol: Protocol, port: u16) -> anyhow::Result<Self> {
-        let (admin_port, port) = (free_port()?, port);
+        let flags: &[&str] = match protocol {
+            Protocol::Delta => &[],
+            Protocol::Sotw => &["--sotw"],
+        };
+        Self::start_with(disco, port, flags)
+    }
+
+    /// Starts one that takes calls on `port`, with further flags of `disco envoy run`.
+    pub(crate) fn start_with(disco: &Disco, port: u16, flags: &[&str]) -> anyhow::Result<Self> {
+        let admin_port = free_port()?;
         let mut command = disco.command()?;
         command.args(["envoy", "run", "--service", "caller"]);
         command.args(["--admin-port", &admin_port.to_string(), "--outbound-port", &port.to_string()]);
-        if matches!(protocol, Protocol::Sotw) {
-            command.arg("--sotw");
-        }
+        command.args(flags);
         let envoy = tool("envoy")?;
         let folders = [envoy.parent().map(Path::to_owned).context("no folder")?].into_iter();
         let path = env::var_os("PATH").unwrap_or_default();
@@ -56,6 +64,21 @@ impl Envoy {
         let stats = request(self.admin, "GET", "/stats?filter=update_success$", b"")?.body;
         let pairs = stats.lines().filter_map(|line| line.rsplit_once(": "));
         pairs.map(|(name, value)| Ok((name.to_owned(), value.trim().parse()?))).collect()
+    }
+
+    /// The names of its clusters.
+    pub(crate) fn clusters(&self) -> anyhow::Result<BTreeSet<String>> {
+        let clusters = request(self.admin, "GET", "/clusters", b"")?.body;
+        let names = clusters.lines().filter_map(|line| line.split_once("::"));
+        Ok(names.map(|(name, _)| name.to_owned()).collect())
+    }
+
+    /// Calls the greeter once, addressed as `authority`: what it says, or else why it failed.
+    pub(crate) fn call(&self, authority: &str) -> anyhow::Result<Result<String, String>> {
+        let mut command = Command::new(sibling("examples/greeter-client")?);
+        let output = command.args(["--proxy", &self.proxy.to_string(), "--service", authority]).output()?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok(if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) })
     }
 
     pub(crate) fn output(&self) -> String {

@@ -14,9 +14,15 @@ pub(crate) struct Greeter {
 impl Greeter {
     /// Starts it as instance `id` of the service `greeter`. It registers itself once its health check passes.
     pub(crate) fn start(disco: &Disco, id: &str) -> anyhow::Result<Self> {
+        Self::start_in(disco, id, "")
+    }
+
+    /// Starts it in this zone.
+    pub(crate) fn start_in(disco: &Disco, id: &str, zone: &str) -> anyhow::Result<Self> {
         let port = free_port()?.to_string();
         let mut command = disco.command()?;
-        command.args(["run", "--service", "greeter", "--id", id, "--port", &port, "--health", "grpc", "--"]);
+        command.args(["run", "--service", "greeter", "--id", id, "--port", &port, "--zone", zone]);
+        command.args(["--health", "grpc", "--"]);
         // It takes the port and its name from the environment that `disco run` gives it.
         command.arg(sibling("examples/greeter-server")?);
         Ok(Self { process: Process::start(id, disco.folder(), &mut command)? })

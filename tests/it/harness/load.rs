@@ -57,6 +57,11 @@ pub(crate) struct Load {
 
 impl Load {
     pub(crate) fn start(disco: &Disco, client: Client) -> anyhow::Result<Self> {
+        Self::start_in(disco, client, "")
+    }
+
+    /// Starts a client that runs in this zone; the one of Envoy is where its Envoy says.
+    pub(crate) fn start_in(disco: &Disco, client: Client, zone: &str) -> anyhow::Result<Self> {
         let mut command = client.command()?;
         match client {
             Client::Envoy(proxy) => {
@@ -64,7 +69,7 @@ impl Load {
             }
             _ => {
                 command.args(["--target", "xds:///greeter"]);
-                command.env("GRPC_XDS_BOOTSTRAP", client.write_bootstrap(disco)?);
+                command.env("GRPC_XDS_BOOTSTRAP", client.write_bootstrap(disco, zone)?);
             }
         }
         command.args(["--concurrency", "8", "--rate", "300"]);
@@ -128,7 +133,7 @@ impl Client {
         })
     }
 
-    fn write_bootstrap(self, disco: &Disco) -> anyhow::Result<std::path::PathBuf> {
+    fn write_bootstrap(self, disco: &Disco, zone: &str) -> anyhow::Result<std::path::PathBuf> {
         // tonic-xds takes its server as a URL only, the others as address and port only.
         let server = match self {
             Self::Rust => format!("http://{}", disco.grpc),
@@ -141,7 +146,7 @@ impl Client {
                 "server_features": ["xds_v3"],
             }],
             // Node insists on a locality, be it empty.
-            "node": {"id": "caller", "locality": {}},
+            "node": {"id": "caller", "locality": {"zone": zone}},
         });
         let path = disco.folder().join("bootstrap.json");
         fs::write(&path, bootstrap.to_string())?;

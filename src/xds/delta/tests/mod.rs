@@ -465,3 +465,39 @@ fn s4_a_rejected_response_with_removals_is_not_sent_again() {
     s.apply([put(RDS, "a", "good")]);
     assert_eq!(s.settle(), ["Route a=good -b"]);
 }
+
+#[test]
+fn d10_types_that_are_to_be_sent_anew_are() {
+    let old = settled();
+    let config = Config { resend_on_reconnect: vec![EDS], ..Config::default() };
+    let mut s = Stream::on(StreamPolicy::ENVOY, config, old.set);
+    s.request(holding(CDS, &[], &[("a", version(CDS, "a", "1"))]));
+    s.request(holding(EDS, &["a"], &[("a", version(EDS, "a", "1")), ("x", version(EDS, "x", "1"))]));
+    s.request(holding(RDS, &["r"], &[("r", version(RDS, "r", "a"))]));
+    assert_eq!(s.settle(), ["Endpoints a=1"]);
+    s.request(delta(EDS, &["x"], &[]));
+    assert_eq!(s.settle(), ["Endpoints -x"]);
+}
+
+#[test]
+fn d4_d10_what_is_asked_for_again_is_answered_though_it_was_held_at_first() {
+    let held = [("a", version(EDS, "a", "1"))];
+    for gives_up in [false, true] {
+        let mut s = Stream::new([put(EDS, "a", "1")]);
+        s.request(holding(EDS, &["a"], &held));
+        if gives_up {
+            s.request(delta(EDS, &[], &["a"]));
+        }
+        s.request(delta(EDS, &["a"], &[]));
+        assert_eq!(s.settle(), ["Endpoints a=1"], "gives up: {gives_up}");
+    }
+    let mut s = Stream::new([put(CDS, "a", "1")]);
+    s.request(holding(CDS, &["a"], &[("a", version(CDS, "a", "1"))]));
+    s.request(delta(CDS, &[], &["a"]));
+    s.request(delta(CDS, &["*"], &[]));
+    assert_eq!(s.settle(), ["Cluster a=1"]);
+    let mut s = Stream::new([put(LDS, "a", "1")]);
+    s.request(holding(LDS, &[], &[("a", version(LDS, "a", "1")), ("x", version(LDS, "x", "1"))]));
+    s.request(delta(LDS, &["*"], &[]));
+    assert_eq!(s.settle(), ["Listener a=1 -x"]);
+}

@@ -213,3 +213,32 @@ fn o11_endpoints_that_vanish_are_told_and_come_back() {
     s.apply([put(EDS, "a", "1")]);
     assert_eq!(s.settle(), ["Endpoints a=1"]);
 }
+
+#[test]
+fn g2_a_stream_of_one_type_waits_for_no_other() {
+    let all = || [put(CDS, "a", "1"), put(EDS, "a", "1"), put(LDS, "a", "1"), put(RDS, "a", "a")];
+    for (kind, want) in
+        [(CDS, "Cluster a=1"), (EDS, "Endpoints a=1"), (LDS, "Listener a=1"), (RDS, "Route a=a")]
+    {
+        let mut s = Stream::only(kind, all());
+        s.request(delta(kind, &["a"], &[]));
+        assert_eq!(s.out(), [want]);
+        s.ack(kind);
+        s.apply([put(CDS, "b", "1"), put(RDS, "a", "b")]);
+        s.apply([remove(kind, "a")]);
+        assert_eq!(s.settle(), [format!("{kind:?} -a")]);
+    }
+}
+
+#[test]
+fn g2_a_stream_of_clusters_keeps_no_list_of_endpoints() {
+    let mut s = Stream::only(CDS, []);
+    s.request(delta(CDS, &[], &[]));
+    for name in ["a", "b", "c"] {
+        s.apply([put(CDS, name, "1"), put(EDS, name, "1")]);
+        s.settle();
+        s.apply([remove(CDS, name), remove(EDS, name)]);
+        s.settle();
+    }
+    assert!(s.engine.track(EDS).due.is_empty());
+}

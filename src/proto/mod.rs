@@ -1,4 +1,8 @@
-//! Generated code of `proto/`, nothing else.
+//! Generated code of `proto/`, and the descriptors of Envoy's types to show messages as JSON.
+
+mod json;
+
+pub use json::message_json;
 
 /// The API of Disco, version 1.
 #[allow(
@@ -15,3 +19,6 @@ pub mod v1 {
 
 /// The compiled descriptors of `proto/`, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/disco.bin"));
+
+/// The compiled descriptors of Envoy's types.
+const ENVOY_DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/envoy.bin"));

@@ -1,0 +1,501 @@
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use tokio::time::Instant;
+
+use super::{Entry, Protocol, ProxyStatus, Rejection, Resource, ResourceSet, ResourceType, TypeStatus};
+use crate::{model::Revision, rt};
+
+/// What of a type is not acknowledged though the revisions do not tell it. Empty most of the time.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Flight {
+    /// Since when an answer is waited for, and what the last response was about.
+    pub unanswered: Option<(Instant, Arc<Vec<Arc<str>>>)>,
+    /// Names that are still to be sent.
+    pub due: Vec<Arc<str>>,
+    /// Names whose removal is still to be sent.
+    pub held: Vec<Arc<str>>,
+    /// Changes up to here have been sent or are in `due`; `None` while everything is still to be sent.
+    pub considered: Option<Revision>,
+}
+
+/// Whom a revision concerns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Concern {
+    /// Everybody, with all that they asked for.
+    All,
+    /// Whoever is sent the endpoints of this name, and only this type of theirs.
+    Endpoints(Arc<str>),
+    /// Whoever is sent a resource that the change made or removed.
+    Change {
+        /// The services that it touched.
+        services: BTreeSet<Arc<str>>,
+        /// One of them came or went: resources that list services have changed too.
+        listed: bool,
+    },
+}
+
+impl Concern {
+    /// The endpoints of this name, or all.
+    #[cfg(test)]
+    pub(super) fn of(endpoints: Option<&str>) -> Self {
+        endpoints.map_or(Self::All, |name| Self::Endpoints(name.into()))
+    }
+}
+
+/// What a stream lacks of a revision.
+#[derive(Debug, Clone)]
+pub struct Lack {
+    /// Who it says it is.
+    pub node_id: String,
+    /// The other end of its connection.
+    pub peer: Option<SocketAddr>,
+    /// Which form of the protocol it speaks.
+    pub protocol: Protocol,
+    /// Since when it has been connected.
+    pub connected_at: SystemTime,
+    /// The type that it has not acknowledged.
+    pub kind: ResourceType,
+    /// Why.
+    pub why: Why,
+}
+
+/// Why a stream lacks something.
+#[derive(Debug, Clone)]
+pub enum Why {
+    /// It is still to be sent.
+    NotSent,
+    /// A response has not been answered since then.
+    NotAnswered(SystemTime),
+    /// The client rejected it.
+    Rejected(Arc<Rejection>),
+}
+
+type Lacks = Vec<(ResourceType, Why)>;
+
+/// Names by type.
+type About = Vec<(ResourceType, Vec<Arc<str>>)>;
+
+/// Says of each stream what it lacks of a revision, looking at each resource set once.
+pub(super) struct Relevant<'a> {
+    revision: Revision,
+    concern: &'a Concern,
+    /// Names by type that the change is about, by the address of the set, which is kept so that it stays the set's.
+    known: BTreeMap<usize, (Arc<ResourceSet>, About)>,
+}
+
+impl<'a> Relevant<'a> {
+    pub(super) fn new(revision: Revision, concern: &'a Concern) -> Self {
+        Self { revision, concern, known: BTreeMap::new() }
+    }
+
+    /// What a stream with these types, served from `set`, lacks; `None` if the revision does not concern it.
+    pub(super) fn lacks(&mut self, types: &[TypeStatus], set: Option<&Arc<ResourceSet>>) -> Option<Lacks> {
+        let revision = self.revision;
+        match self.concern {
+            Concern::All => {
+                let behind = types.iter().filter(|of| !of.has(revision, None));
+                Some(behind.map(|of| (of.kind, of.why(None))).collect())
+            }
+            Concern::Endpoints(name) => {
+                let of = types.iter().find(|of| of.kind == ResourceType::Endpoints)?;
+                of.subscription.covers(name).then(|| of.lack(revision, [name]).into_iter().collect())
+            }
+            Concern::Change { services, listed } => {
+                let about = match set {
+                    Some(set) => {
+                        let at = Arc::as_ptr(set).addr();
+                        let (_, names) = self
+                            .known
+                            .entry(at)
+                            .or_insert_with(|| (Arc::clone(set), about(set, revision, services, *listed)));
+                        names
+                    }
+                    // Not known yet what it is to be sent: it lacks whatever it asks for.
+                    None => {
+                        &ResourceType::ALL.map(|kind| (kind, services.iter().cloned().collect())).to_vec()
+                    }
+                };
+                let mut concerned = false;
+                let mut lacks = Lacks::new();
+                for of in types {
+                    let names =
+                        about.iter().filter(|(kind, _)| *kind == of.kind).flat_map(|(_, names)| names);
+                    let names: Vec<_> = names.filter(|name| of.subscription.covers(name)).collect();
+                    concerned |= !names.is_empty();
+                    lacks.extend(of.lack(revision, names));
+                }
+                concerned.then_some(lacks)
+            }
+        }
+    }
+}
+
+/// Names by type that are in `set` because of the change that was `revision`, or of a later one to the same service.
+fn about(set: &ResourceSet, revision: Revision, services: &BTreeSet<Arc<str>>, listed: bool) -> About {
+    let before = Revision(revision.0.saturating_sub(1));
+    let newer = |kind, name: &str| match set.get(kind, name) {
+        Some(entry) => entry.changed >= revision,
+        None => set.gone(kind, name).is_some_and(|gone| gone.removed >= revision),
+    };
+    ResourceType::ALL
+        .into_iter()
+        .map(|kind| {
+            // A set that has not come that far yet is about to.
+            let behind = set.revision() < revision;
+            let own = services.iter().filter(|name| behind || newer(kind, name));
+            let mut names: BTreeSet<Arc<str>> = own.cloned().collect();
+            if listed && matches!(kind, ResourceType::Listener | ResourceType::Route) {
+                let no_service = |name: &&Arc<str>| set.get(ResourceType::Cluster, name).is_none();
+                match set.changed_since(kind, before) {
+                    Some(changed) => names.extend(changed.filter(no_service).cloned()),
+                    None => {
+                        let changed = set.iter(kind).filter(|(name, _)| newer(kind, name));
+                        names.extend(changed.map(|(name, _)| name).filter(no_service).cloned());
+                    }
+                }
+            }
+            (kind, names.into_iter().collect())
+        })
+        .collect()
+}
+
+impl TypeStatus {
+    /// What it lacks of `revision` as far as these names go.
+    fn lack<'a>(
+        &self,
+        revision: Revision,
+        names: impl IntoIterator<Item = &'a Arc<str>>,
+    ) -> Option<(ResourceType, Why)> {
+        let lacked: Vec<_> = names.into_iter().filter(|name| !self.has(revision, Some(name))).collect();
+        let rejected = lacked.iter().find(|name| self.is_rejected(name)).copied();
+        lacked.first().map(|first| (self.kind, self.why(Some(rejected.unwrap_or(first)))))
+    }
+
+    fn is_rejected(&self, name: &str) -> bool {
+        self.unaccepted.iter().any(|group| group.contains(name))
+    }
+
+    /// Why it lacks a name, or anything.
+    fn why(&self, name: Option<&str>) -> Why {
+        let rejected = match name {
+            Some(name) => self.is_rejected(name),
+            None => !self.unaccepted.is_empty(),
+        };
+        match (self.rejections.last(), &self.flight.unanswered) {
+            (Some(last), _) if rejected => Why::Rejected(Arc::clone(last)),
+            (_, Some((since, _))) => Why::NotAnswered(rt::at(*since)),
+            (_, None) => Why::NotSent,
+        }
+    }
+}
+
+/// A resource as one stream has it.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// Its type.
+    pub kind: ResourceType,
+    /// Its name.
+    pub name: Arc<str>,
+    /// What the stream is to hold; what it last was to hold if it was removed; `None` if there is no such thing.
+    pub resource: Option<Arc<Resource>>,
+    /// The revision at which it got this content or was removed; 0 if there is no such thing.
+    pub changed: Revision,
+    /// It was removed: the stream is to hold it no longer.
+    pub removed: bool,
+    /// How far it got.
+    pub delivery: Delivery,
+    /// Whether the stream has acknowledged an earlier content of it.
+    pub earlier: bool,
+}
+
+/// How far a resource got on its way to a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Delivery {
+    /// The client has it.
+    Acknowledged,
+    /// It was sent and is not answered.
+    Sent,
+    /// It is still to be sent.
+    Pending,
+    /// The client rejected the response that it was in, and nothing that has it was accepted since.
+    Rejected,
+    /// The client asks for it, but there is no such thing.
+    Absent,
+}
+
+impl ProxyStatus {
+    /// The resources of a type that it asked for, by name, each with how far it got; removed ones only until the client
+    /// has acknowledged that.
+    pub fn holds(&self, kind: ResourceType) -> Vec<Held> {
+        let Some(of) = self.types.iter().find(|of| of.kind == kind) else { return Vec::new() };
+        let asked = of.subscription.names();
+        let Some(set) = &self.set else {
+            return asked.iter().map(|name| absent(kind, name, Delivery::Pending)).collect();
+        };
+        let look = Look::of(of, set);
+        let mut names: BTreeSet<&Arc<str>> = asked.iter().collect();
+        if of.subscription.is_wildcard() {
+            names.extend(set.iter(kind).map(|(name, _)| name));
+        }
+        names.extend(look.sent.iter().chain(&look.due));
+        names.into_iter().filter_map(|name| look.at(name)).collect()
+    }
+
+    /// One resource that it asked for and that there is.
+    pub fn holding(&self, kind: ResourceType, name: &str) -> Option<Held> {
+        let of = self.types.iter().find(|of| of.kind == kind && of.subscription.covers(name))?;
+        let set = self.set.as_ref()?;
+        Look::of(of, set).at(&set.get(kind, name)?.resource.name)
+    }
+}
+
+fn absent(kind: ResourceType, name: &Arc<str>, delivery: Delivery) -> Held {
+    Held {
+        kind,
+        name: Arc::clone(name),
+        resource: None,
+        changed: Revision(0),
+        removed: false,
+        delivery,
+        earlier: false,
+    }
+}
+
+/// A look at one type of one stream.
+struct Look<'a> {
+    of: &'a TypeStatus,
+    set: &'a ResourceSet,
+    sent: HashSet<&'a Arc<str>>,
+    due: HashSet<&'a Arc<str>>,
+}
+
+impl<'a> Look<'a> {
+    fn of(of: &'a TypeStatus, set: &'a ResourceSet) -> Self {
+        let unanswered = of.flight.unanswered.iter().flat_map(|(_, names)| names.iter());
+        let due = of.flight.due.iter().chain(&of.flight.held);
+        Self { of, set, sent: unanswered.collect(), due: due.collect() }
+    }
+
+    fn at(&self, name: &Arc<str>) -> Option<Held> {
+        let kind = self.of.kind;
+        if let Some(Entry { resource, changed, since, .. }) = self.set.get(kind, name) {
+            return Some(Held {
+                kind,
+                name: Arc::clone(name),
+                resource: Some(Arc::clone(resource)),
+                changed: *changed,
+                removed: false,
+                delivery: self.delivery(name, *changed),
+                earlier: *since <= self.of.settled && since < changed,
+            });
+        }
+        let delivery = match (self.sent.contains(name), self.due.contains(name)) {
+            (true, _) => Delivery::Sent,
+            (false, true) => Delivery::Pending,
+            (false, false) => Delivery::Absent,
+        };
+        match self.set.gone(kind, name) {
+            Some(gone) if delivery != Delivery::Absent => Some(Held {
+                kind,
+                name: Arc::clone(name),
+                resource: Some(Arc::clone(&gone.last)),
+                changed: gone.removed,
+                removed: true,
+                delivery,
+                earlier: true,
+            }),
+            _ => self.of.subscription.names().contains(name).then(|| absent(kind, name, Delivery::Absent)),
+        }
+    }
+
+    fn delivery(&self, name: &Arc<str>, changed: Revision) -> Delivery {
+        if self.sent.contains(name) {
+            Delivery::Sent
+        } else if self.of.flight.considered.is_none_or(|considered| changed > considered)
+            || self.due.contains(name)
+        {
+            Delivery::Pending
+        } else if self.of.is_rejected(name) {
+            Delivery::Rejected
+        } else if changed > self.of.settled {
+            // In a response that a later one superseded before it was answered, or in a part of one that is not whole.
+            Delivery::Sent
+        } else {
+            Delivery::Acknowledged
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::xds::{
+        Change, Node, Progress, Proxies,
+        delta::Delta,
+        status::Seat,
+        testing::{Bench, CDS, EDS, LDS, RDS, delta, put, remove},
+    };
+
+    /// Streams in one table.
+    struct Table {
+        proxies: Proxies,
+        seats: Vec<Seat>,
+    }
+
+    impl Table {
+        fn of(benches: &[(&str, &Bench<Delta>)]) -> Self {
+            let proxies = Proxies::default();
+            let seats = benches.iter().map(|(id, bench)| {
+                let node = Node { id: (*id).into(), ..Node::default() };
+                let seat = proxies.join(node, Protocol::Delta);
+                seat.serve(watch::channel(bench.set.clone()).1);
+                seat.update(|types| bench.engine.update_status(types));
+                seat
+            });
+            Self { seats: seats.collect(), proxies }
+        }
+
+        /// The resources of the first stream, e.g. `a@2 sent`.
+        fn holds(&self, kind: ResourceType) -> Vec<String> {
+            assert!(!self.seats.is_empty());
+            let list = self.proxies.list();
+            let held = list.first().unwrap().holds(kind);
+            let show = |held: Held| {
+                let removed = if held.removed { "-" } else { "" };
+                let earlier = if held.earlier { " over an earlier" } else { "" };
+                format!("{removed}{}@{} {:?}{earlier}", held.name, held.changed.0, held.delivery)
+            };
+            held.into_iter().map(show).collect()
+        }
+
+        fn delivered(&self, revision: u64, services: &[&str], listed: bool) -> Progress {
+            let services = services.iter().map(|&name| name.into()).collect();
+            self.proxies.progress(Revision(revision), &Concern::Change { services, listed })
+        }
+    }
+
+    /// Who lacks what, e.g. `late Endpoints not sent`.
+    fn lacks(progress: &Progress) -> Vec<String> {
+        let show = |lack: &Lack| {
+            let why = match &lack.why {
+                Why::NotSent => "not sent".to_owned(),
+                Why::NotAnswered(_) => "not answered".to_owned(),
+                Why::Rejected(rejection) => format!("rejected: {}", rejection.reason),
+            };
+            format!("{} {:?} {why}", lack.node_id, lack.kind)
+        };
+        progress.lacking.iter().map(show).collect()
+    }
+
+    fn endpoints(names: &[&str], changes: impl IntoIterator<Item = Change>) -> Bench<Delta> {
+        let mut bench = Bench::new(changes);
+        bench.request(delta(EDS, names, &[]));
+        bench
+    }
+
+    #[test]
+    fn what_a_stream_holds_is_known_without_a_list_of_it() {
+        let mut bench = endpoints(&["a", "b", "none"], [put(EDS, "a", "1"), put(EDS, "b", "1")]);
+        assert_eq!(Table::of(&[("n", &bench)]).holds(EDS), ["a@1 Pending", "b@1 Pending", "none@0 Absent"]);
+        bench.next();
+        assert_eq!(Table::of(&[("n", &bench)]).holds(EDS), ["a@1 Sent", "b@1 Sent", "none@0 Absent"]);
+        bench.ack(EDS);
+        bench.settle();
+        let all = ["a@1 Acknowledged", "b@1 Acknowledged", "none@0 Absent"];
+        assert_eq!(Table::of(&[("n", &bench)]).holds(EDS), all);
+
+        bench.apply([put(EDS, "a", "2")]);
+        bench.next();
+        bench.apply([put(EDS, "b", "3")]);
+        bench.out();
+        let want = ["a@2 Sent over an earlier", "b@3 Pending over an earlier", "none@0 Absent"];
+        assert_eq!(Table::of(&[("n", &bench)]).holds(EDS), want);
+        bench.nack(EDS);
+        bench.settle();
+        let want = ["a@2 Rejected over an earlier", "b@3 Acknowledged over an earlier", "none@0 Absent"];
+        assert_eq!(Table::of(&[("n", &bench)]).holds(EDS), want);
+
+        // Asked for anew: what was acknowledged before it was given up does not count.
+        bench.request(delta(EDS, &[], &["b"]));
+        bench.request(delta(EDS, &["b"], &[]));
+        bench.next();
+        assert_eq!(Table::of(&[("n", &bench)]).holds(EDS)[1], "b@3 Sent over an earlier");
+    }
+
+    #[test]
+    fn what_was_removed_is_held_until_that_is_acknowledged() {
+        let mut bench = Bench::new([put(CDS, "a", "1"), put(CDS, "b", "1")]);
+        bench.request(delta(CDS, &[], &[]));
+        bench.settle();
+        bench.apply([remove(CDS, "a")]);
+        bench.next();
+        let sent = ["-a@2 Sent over an earlier", "b@1 Acknowledged"];
+        assert_eq!(Table::of(&[("n", &bench)]).holds(CDS), sent);
+        bench.ack(CDS);
+        bench.settle();
+        assert_eq!(Table::of(&[("n", &bench)]).holds(CDS), ["b@1 Acknowledged"]);
+    }
+
+    #[test]
+    fn a_change_concerns_whoever_is_sent_what_it_changed() {
+        let start = || [put(CDS, "a", "1"), put(EDS, "a", "1"), put(CDS, "b", "1"), put(EDS, "b", "1")];
+        let [mut has, mut silent, mut other] = [["a"], ["a"], ["b"]].map(|names| endpoints(&names, start()));
+        for bench in [&mut has, &mut silent, &mut other] {
+            bench.settle();
+            bench.apply([put(EDS, "a", "2")]);
+        }
+        has.settle();
+        silent.next();
+        let table = Table::of(&[("has", &has), ("other", &other), ("silent", &silent)]);
+        let progress = table.delivered(2, &["a"], false);
+        assert_eq!((progress.acknowledged, progress.complete), (1, false));
+        assert_eq!(lacks(&progress), ["silent Endpoints not answered"]);
+        assert_eq!(progress.pending, ["silent"]);
+        // It is not known of the next change whom it concerns until it is there.
+        assert_eq!(lacks(&table.delivered(3, &["b"], false)), ["other Endpoints not sent"]);
+        silent.nack(EDS);
+        silent.settle();
+        let table = Table::of(&[("has", &has), ("silent", &silent)]);
+        assert_eq!(lacks(&table.delivered(2, &["a"], false)), ["silent Endpoints rejected: bad"]);
+    }
+
+    #[test]
+    fn a_service_that_comes_concerns_the_routes_that_list_it() {
+        let mut bench =
+            Bench::<Delta>::new([put(LDS, "outbound", "1"), put(RDS, "outbound", "1"), put(CDS, "a", "1")]);
+        for kind in [LDS, RDS] {
+            bench.request(delta(kind, &["outbound"], &[]));
+        }
+        bench.settle();
+        bench.apply([put(CDS, "b", "1"), put(RDS, "outbound", "2")]);
+        bench.next();
+        let table = Table::of(&[("n", &bench)]);
+        assert_eq!(lacks(&table.delivered(2, &["b"], true)), ["n Route not answered"]);
+        assert_eq!(table.delivered(2, &["b"], false).acknowledged, 0);
+        assert!(table.delivered(2, &["b"], false).complete);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_lasts_since_the_first_response_without_an_answer() {
+        let mut bench = endpoints(&["a"], [put(EDS, "a", "1")]);
+        bench.next();
+        let since = |bench: &Bench<Delta>| bench.engine.status()[0].flight.unanswered.as_ref().unwrap().0;
+        let first = since(&bench);
+        bench.wait(Duration::from_secs(3600));
+        bench.apply([put(EDS, "a", "2")]);
+        assert_eq!(bench.out(), ["Endpoints a=2"]);
+        assert_eq!(since(&bench), first);
+        bench.ack(EDS);
+        bench.settle();
+        assert!(bench.engine.status()[0].unanswered_since().is_none());
+    }
+}

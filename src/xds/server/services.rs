@@ -1,0 +1,78 @@
+//! Which gRPC services and methods there are (rules G1, G2). What is not here is answered with UNIMPLEMENTED: SDS, SRDS,
+//! RTDS, ECDS, VHDS and LEDS are types that Disco does not generate, and the `Fetch…` methods belong to REST.
+
+use std::marker::PhantomData;
+
+use tonic::{server::NamedService, service::RoutesBuilder};
+
+use super::{AdsServer, Incoming};
+use crate::xds::{Protocol, ResourceType};
+
+/// A method: its path, its protocol, and the one type that it serves, `None` for the aggregated ones.
+type Method = (&'static str, Protocol, Option<ResourceType>);
+
+macro_rules! services {
+    ($($marker:ident $name:literal $kind:expr, $sotw:literal $delta:literal;)+) => {
+        const METHODS: &[Method] = &[
+            $(
+                (concat!("/", $name, "/", $sotw), Protocol::Sotw, $kind),
+                (concat!("/", $name, "/", $delta), Protocol::Delta, $kind),
+            )+
+        ];
+
+        $(
+            #[derive(Debug, Clone, Copy)]
+            struct $marker;
+
+            impl NamedService for Service<$marker> {
+                const NAME: &'static str = $name;
+            }
+        )+
+
+        pub(super) fn add(server: &AdsServer, routes: &mut RoutesBuilder) {
+            $(routes.add_service(Service::<$marker> { server: server.clone(), name: PhantomData });)+
+        }
+    };
+}
+
+services! {
+    Aggregated "envoy.service.discovery.v3.AggregatedDiscoveryService" None,
+        "StreamAggregatedResources" "DeltaAggregatedResources";
+    Clusters "envoy.service.cluster.v3.ClusterDiscoveryService" Some(ResourceType::Cluster),
+        "StreamClusters" "DeltaClusters";
+    Endpoints "envoy.service.endpoint.v3.EndpointDiscoveryService" Some(ResourceType::Endpoints),
+        "StreamEndpoints" "DeltaEndpoints";
+    Listeners "envoy.service.listener.v3.ListenerDiscoveryService" Some(ResourceType::Listener),
+        "StreamListeners" "DeltaListeners";
+    Routes "envoy.service.route.v3.RouteDiscoveryService" Some(ResourceType::Route),
+        "StreamRoutes" "DeltaRoutes";
+}
+
+/// The protocol of a method, and its type if it serves only one.
+pub(super) fn method(path: &str) -> Option<(Protocol, Option<ResourceType>)> {
+    METHODS.iter().find(|(known, ..)| *known == path).map(|&(_, protocol, only)| (protocol, only))
+}
+
+/// The server under the name of one of its services.
+#[derive(Debug, Clone)]
+struct Service<S> {
+    server: AdsServer,
+    name: PhantomData<fn() -> S>,
+}
+
+impl<S, B: Incoming> tower::Service<http::Request<B>> for Service<S> {
+    type Response = <AdsServer as tower::Service<http::Request<B>>>::Response;
+    type Error = <AdsServer as tower::Service<http::Request<B>>>::Error;
+    type Future = <AdsServer as tower::Service<http::Request<B>>>::Future;
+
+    fn poll_ready(
+        &mut self,
+        context: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Result<(), Self::Error>> {
+        tower::Service::<http::Request<B>>::poll_ready(&mut self.server, context)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        self.server.call(request)
+    }
+}
