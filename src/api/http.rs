@@ -20,7 +20,7 @@ use super::{
     Api,
     dto::{self, InstanceDto, LeaseDto, ServiceDto},
     error::{ApiError, Kind},
-    ledger, proxies,
+    ledger, load, proxies,
 };
 use crate::{
     model::{
@@ -46,6 +46,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
         .route(&format!("{instance}/drain"), routing::post(drain))
@@ -200,7 +201,7 @@ fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<
         .map(Incarnation)
 }
 
-fn service_id(text: &str) -> Result<ServiceId, ApiError> {
+pub(super) fn service_id(text: &str) -> Result<ServiceId, ApiError> {
     let mut problems = Problems::default();
     problems.take("service", text.parse()).ok_or_else(|| problems.into())
 }
@@ -404,6 +405,7 @@ async fn index() -> &'static str {
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
@@ -429,7 +431,7 @@ mod tests {
         rt::{Readiness, Tasks},
         store::MemoryStore,
         telemetry::{LogFilter, LogFormat, Metrics},
-        xds::Proxies,
+        xds::{Loads, Proxies},
     };
 
     #[test]
@@ -458,7 +460,16 @@ mod tests {
             registry::Registry::start(config, store, writer, reader, &metrics, &core, gate).await.unwrap();
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
         let config = super::super::Config { body_limit: 1024, effective: String::new() };
-        let api = Api::new(config, registry, Proxies::default(), readiness, metrics, log, tasks.clone());
+        let api = Api {
+            config: Arc::new(config),
+            registry,
+            proxies: Proxies::default(),
+            loads: Loads::new(Duration::from_secs(10)),
+            readiness,
+            metrics,
+            log,
+            tasks: tasks.clone(),
+        };
         let body = br#"{"address":"127.0.0.1","port":1}"#;
         let limits = api.registry.limits();
         let registration = dto::read_registration("greeter".into(), "a".into(), body, limits).unwrap();

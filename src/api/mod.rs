@@ -1,5 +1,5 @@
 //! The edges that people, scripts and instances use: gRPC (`disco.v1`) and HTTP/JSON over the same handlers of
-//! `registry`, the state of the proxies from `xds` (also as CSDS), metrics and readiness.
+//! `registry`, the state of the proxies from `xds` (also as CSDS) and the load that they report, metrics and readiness.
 //!
 //! Whatever comes in is checked whole before anything is done, and every refusal names the fields at fault.
 
@@ -9,6 +9,7 @@ mod error;
 mod grpc;
 mod http;
 mod ledger;
+mod load;
 mod proxies;
 
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::{
     registry::Registry,
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
-    xds::Proxies,
+    xds::{Loads, Proxies},
 };
 
 /// Settings of the edges.
@@ -37,29 +38,25 @@ pub struct Config {
 /// What the handlers work on. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Api {
-    config: Arc<Config>,
-    registry: Registry,
-    proxies: Proxies,
-    readiness: Readiness,
-    metrics: Metrics,
-    log: LogFilter,
-    tasks: Tasks,
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Takes the writes, and has the catalog.
+    pub registry: Registry,
+    /// Who is connected and has acknowledged what.
+    pub proxies: Proxies,
+    /// The calls that clients report.
+    pub loads: Loads,
+    /// Whether the process is ready.
+    pub readiness: Readiness,
+    /// All metrics.
+    pub metrics: Metrics,
+    /// What is logged.
+    pub log: LogFilter,
+    /// Owns what outlives a request.
+    pub tasks: Tasks,
 }
 
 impl Api {
-    /// The handlers over these rooms.
-    pub fn new(
-        config: Config,
-        registry: Registry,
-        proxies: Proxies,
-        readiness: Readiness,
-        metrics: Metrics,
-        log: LogFilter,
-        tasks: Tasks,
-    ) -> Self {
-        Self { config: Arc::new(config), registry, proxies, readiness, metrics, log, tasks }
-    }
-
     /// The HTTP edge.
     pub fn http(&self) -> axum::Router {
         http::router(self.clone())

@@ -35,9 +35,13 @@ const BACKLOG: u32 = 16_384;
 /// stream is dropped. Live clients answer within a round trip.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(10));
 
-/// How long an HTTP client may take from connecting, or from its last answer, to having sent the head of a request. Whoever
+/// How long an HTTP client may take from connecting, or from its last answer, to having sent the head of a request, and a
+/// gRPC client from connecting to having sent the preface. Whoever
 /// sends nothing, or a byte now and then, does not hold a descriptor for ever.
 const HEADERS_WITHIN: Duration = Duration::from_secs(30);
+
+/// Bytes of the preface that every HTTP/2 connection begins with. Keep-alive watches over it from there on.
+const PREFACE: usize = 24;
 
 /// After a failed accept, most likely for want of descriptors: time for some to become free.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -70,7 +74,7 @@ impl futures_util::Stream for Connections {
         self.0.poll_accept(cx).map(|accepted| {
             Some(accepted.and_then(|(stream, _)| {
                 stream.set_nodelay(true)?;
-                Ok(Watched::new(stream))
+                Ok(Watched::new(stream, PREFACE, HEADERS_WITHIN))
             }))
         })
     }
@@ -178,18 +182,29 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_asks_nothing_is_closed() {
-        for sent in ["", "GET / HTTP/1.1\r\nHost: x", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"] {
-            let listener = bind("listen.http", ([127, 0, 0, 1], 0).into(), true).unwrap().unwrap();
+        #[rustfmt::skip]
+        let cases = [
+            ("http", ""), ("http", "GET / HTTP/1.1\r\nHost: x"), ("http", "GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
+            ("grpc", ""), ("grpc", "PRI * HT"),
+        ];
+        for (kind, sent) in cases {
+            let listener = bind("listen", ([127, 0, 0, 1], 0).into(), true).unwrap().unwrap();
             let address = listener.local_addr().unwrap();
             let tasks = Tasks::default();
-            serve_http(listener, axum::Router::new(), &tasks);
+            if kind == "http" {
+                serve_http(listener, axum::Router::new(), &tasks);
+            } else {
+                let routes = tonic::service::Routes::new(reflection());
+                serve_grpc(listener, routes, &tasks, mpsc::channel(1).0);
+            }
             let start = Instant::now();
             let mut connection = TcpStream::connect(address).await.unwrap();
             connection.write_all(sent.as_bytes()).await.unwrap();
             let mut answer = Vec::new();
             let ended = tokio::time::timeout(HEADERS_WITHIN * 3, connection.read_to_end(&mut answer)).await;
-            ended.expect("it is closed").unwrap();
-            assert!(start.elapsed() >= HEADERS_WITHIN, "{sent:?}: {:?}", start.elapsed());
+            // With a reset or without one.
+            drop(ended.expect("it is closed"));
+            assert!(start.elapsed() >= HEADERS_WITHIN, "{kind} {sent:?}: {:?}", start.elapsed());
             tasks.shutdown().start();
             assert_eq!(tasks.join(HEADERS_WITHIN).await, 0);
         }

@@ -5,6 +5,7 @@
 //! the store.
 
 mod listen;
+mod loads;
 mod observe;
 mod settings;
 mod views;
@@ -26,7 +27,7 @@ use crate::{
     rt::{Readiness, Shutdown, Tasks},
     store::{self, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
-    xds::{AdsServer, Proxies},
+    xds::{AdsServer, LoadReports, Loads, Proxies},
 };
 use views::Views;
 
@@ -137,20 +138,26 @@ impl Running {
         .await?;
 
         let proxies = Proxies::default();
+        let loads = Loads::new(config.xds.load_report_interval);
+        let load_reports = has(Role::Xds).then(|| {
+            let known = Arc::new(loads::Known(reader.clone()));
+            LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
+        });
         let ads = has(Role::Xds).then(|| {
             let views = Arc::new(Views::new(reader, core.clone(), &metrics));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
-        let api = Api::new(
-            settings::api(config),
+        let api = Api {
+            config: Arc::new(settings::api(config)),
             registry,
             proxies,
-            readiness.clone(),
+            loads,
+            readiness: readiness.clone(),
             metrics,
             log,
-            edges.clone(),
-        );
+            tasks: edges.clone(),
+        };
 
         let (failed, failures) = mpsc::channel(1);
         if let Some(listener) = grpc {
@@ -161,6 +168,9 @@ impl Running {
             if let Some(ads) = ads {
                 ads.add_to(&mut routes);
                 routes.add_service(api.client_status_service());
+            }
+            if let Some(load_reports) = load_reports {
+                routes.add_service(load_reports);
             }
             if has(Role::Registry) {
                 routes.add_service(api.registry_service());

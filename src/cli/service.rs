@@ -20,6 +20,16 @@ pub(super) enum Command {
     /// Show one service: its instances, their zones, and which proxies have its newest state
     #[command(after_help = "Example:\n  disco service show greeter")]
     Show(Show),
+    /// Show the calls to a service, by locality, as its clients report them
+    #[command(
+        long_about = "Show the calls to a service, by locality, as its clients report them.\n\nSidecars and gRPC clients count \
+                      their calls and report them every `xds.load_report_interval` (10s by default) to the server that they \
+                      are connected to: these are the sums of what this server was told last. IN PROGRESS are calls under \
+                      way at that time, the others are calls a second, each retry as one. A call that found no connection counts \
+                      among the errors only.",
+        after_help = "Example:\n  disco service load greeter"
+    )]
+    Load(Show),
     /// Forget a service that has no instances
     #[command(after_help = "Example:\n  disco service remove greeter")]
     Remove {
@@ -28,7 +38,7 @@ pub(super) enum Command {
     },
 }
 
-/// Arguments of `disco service show`.
+/// Arguments of `disco service show` and `load`.
 #[derive(Debug, Args)]
 pub(super) struct Show {
     /// Its name
@@ -42,6 +52,10 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
     match command {
         Command::List(options) => list(&options, async |_| services(&http).await).await,
         Command::Show(Show { service, options }) => show(&http, &service).await?.print(options.output),
+        Command::Load(Show { service, options }) => {
+            let document = http.get(&format!("/v1/services/{service}/load"), Duration::ZERO).await?;
+            View { document, items: None, table: load_table, empty: "" }.print(options.output)
+        }
         Command::Remove { service } => {
             let answer =
                 http.send(Method::DELETE, &format!("/v1/services/{service}"), None, Duration::ZERO).await?;
@@ -126,9 +140,53 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     text
 }
 
+fn load_table(document: &Value, width: Option<usize>) -> String {
+    let each = document.get("localities").and_then(Value::as_array).into_iter().flatten();
+    let fields =
+        ["/region", "/zone", "/sub_zone", "/reporters", "/rps", "/errors_per_second", "/in_progress"];
+    let rows: Vec<_> = each.map(|locality| fields.map(|field| cell(locality, field)).to_vec()).collect();
+    let drops: Vec<String> = document
+        .get("drops")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .map(|(category, rate)| format!("{} {rate}", clean(category)))
+        .collect();
+    let mut text = if rows.is_empty() {
+        format!(
+            "no client has reported calls to {} yet; they report every {}\n",
+            cell(document, "/service"),
+            cell(document, "/interval")
+        )
+    } else {
+        let columns = ["REGION", "ZONE", "SUB-ZONE", "REPORTERS", "CALLS/S", "ERRORS/S", "IN PROGRESS"]
+            .map(Column::new);
+        render(&columns, &rows, width)
+    };
+    if !drops.is_empty() {
+        text.push_str(&format!("\nDropped by clients, calls a second: {}\n", some_of(&drops)));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loads() {
+        let text = |document: Value| load_table(&document, Some(80));
+        let none = json!({"service": "greeter", "interval": "10s", "localities": [], "drops": {}});
+        assert_eq!(text(none), "no client has reported calls to greeter yet; they report every 10s\n");
+        let text = text(json!({
+            "service": "greeter", "interval": "10s", "drops": {"other": 0.5},
+            "localities": [{"region": "r", "zone": "z\u{1b}", "sub_zone": "", "reporters": 2, "rps": 12.345,
+                            "errors_per_second": 0.0, "in_progress": 3}],
+        }));
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1], ["r", "z\\u{1b}", "-", "2", "12.345", "0.0", "3"], "{text}");
+        assert!(text.ends_with("\nDropped by clients, calls a second: other 0.5\n"), "{text}");
+    }
 
     #[test]
     fn a_service_in_80_columns() {

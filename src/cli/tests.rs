@@ -125,6 +125,7 @@ fn mesh(complete: bool) -> Router {
         .route("/readyz", answer(json!({})))
         .route("/v1/services", answer(json!({"revision": 4, "services": [{"name": "greeter", "serving": 1}]})))
         .route("/v1/services/greeter/instances", answer(json!({"revision": 4, "instances": [instance]})))
+        .route("/v1/services/greeter/load", answer(json!({"service": "greeter", "localities": []})))
         .route("/v1/services/greeter/instances/a", answer(instance.clone()))
         .route("/v1/services/greeter/instances/a/drain", answer(json!({"revision": 5, "instance": instance})))
         .route("/v1/proxies", answer(json!({"proxies": []})))
@@ -141,6 +142,7 @@ async fn commands_end_well() {
     for line in [
         "service list",
         "service show greeter",
+        "service load greeter",
         "instance list",
         "instance list greeter -o wide",
         "instance show greeter/a",

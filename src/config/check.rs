@@ -15,6 +15,7 @@ const LATER: [&str; 2] = ["discovery", "federation"];
 pub(super) const DEFAULT_DIR: &str = "./disco-data";
 
 const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 pub(super) fn parse(file: &str, text: &str, overrides: &Overrides) -> Result<Config, ConfigError> {
@@ -110,6 +111,8 @@ impl Reader<'_> {
             self.duration(&mut xds, "reconnect_grace", &mut settings.reconnect_grace, Duration::ZERO, DAY);
             let first_request = &mut settings.first_request_timeout;
             self.duration(&mut xds, "first_request_timeout", first_request, SECOND, DAY);
+            let load_report = &mut settings.load_report_interval;
+            self.duration(&mut xds, "load_report_interval", load_report, SECOND, HOUR);
             let streams = xds.integer("streams", 1..=10_000_000, &mut self.problems);
             if let Some(streams) = streams.and_then(|streams| usize::try_from(streams).ok()) {
                 settings.streams = streams;

@@ -199,6 +199,8 @@ pub struct Xds {
     pub reconnect_grace: Duration,
     /// How long a new stream may take to send its first request.
     pub first_request_timeout: Duration,
+    /// How often clients are asked to report the calls that they make.
+    pub load_report_interval: Duration,
     /// Streams at the same time; further ones are turned away.
     pub streams: usize,
     /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
@@ -212,6 +214,7 @@ impl Default for Xds {
             warming_timeout: Duration::from_secs(20),
             reconnect_grace: Duration::from_secs(5),
             first_request_timeout: Duration::from_secs(30),
+            load_report_interval: Duration::from_secs(10),
             streams: 50_000,
             resend_on_reconnect: Vec::new(),
         }

@@ -61,6 +61,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("warming_timeout", format_duration(xds.warming_timeout)),
                 ("reconnect_grace", format_duration(xds.reconnect_grace)),
                 ("first_request_timeout", format_duration(xds.first_request_timeout)),
+                ("load_report_interval", format_duration(xds.load_report_interval)),
                 ("streams", xds.streams.to_string()),
                 ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
             ],

@@ -38,7 +38,7 @@ limits:
 shutdown: {drain: 3s}
 log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
-xds: {ack_timeout: 5s, streams: 9, resend_on_reconnect: [endpoints, route]}
+xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, resend_on_reconnect: [endpoints, route]}
 ";
     let config = parse(text).unwrap();
     assert_eq!(config.roles, Role::ALL.into());
@@ -51,6 +51,7 @@ xds: {ack_timeout: 5s, streams: 9, resend_on_reconnect: [endpoints, route]}
     assert_eq!(config.log, Log { filter: "warn,disco::xds=debug".into(), format: LogFormat::Json });
     assert_eq!(config.registry.session_grace, Duration::ZERO);
     assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
+    assert_eq!(config.xds.load_report_interval, Duration::from_secs(1));
     assert_eq!(config.xds.resend_on_reconnect, [ResourceType::Endpoints, ResourceType::Route]);
     assert_eq!(parse(&config.to_yaml()).unwrap(), config, "{}", config.to_yaml());
 }

@@ -290,7 +290,7 @@ async fn an_answered_registration_outlives_the_removal_that_was_under_way() {
             registry.register(registration("a", 1, Some(1))).await.unwrap();
         }
         store.close_gate();
-        let (removal, (registered, renewed)) = tokio::join!(
+        let ((), (registered, renewed)) = tokio::join!(
             async {
                 if session {
                     ends.end(Ended::Closed).await;
@@ -299,16 +299,13 @@ async fn an_answered_registration_outlives_the_removal_that_was_under_way() {
             async {
                 store.until_waiting(1).await;
                 let renewed = registry.renew(&key("a"), None);
-                let again = tokio::spawn({
-                    let registry = registry.clone();
-                    async move { registry.register(registration("a", 1, Some(1))).await }
+                let (again, ()) = tokio::join!(registry.register(registration("a", 1, Some(1))), async {
+                    store.until_waiting(2).await;
+                    store.let_through(10);
                 });
-                store.until_waiting(2).await;
-                store.let_through(10);
-                (again.await.unwrap(), renewed)
+                (again, renewed)
             },
         );
-        let () = removal;
         assert_eq!(refused(renewed), "not found greeter/a", "its removal was under way");
         assert_eq!(registered.unwrap().instance.incarnation, Incarnation(1));
         assert_eq!(ids(registry.catalog()), ["a"], "session: {session}");

@@ -107,6 +107,14 @@ static_resources:
     common_lb_config:
       healthy_panic_threshold: {{ value: 1 }}
 
+# How many calls go where, for `disco service load`: Envoy reports it as often as Disco asks for it.
+cluster_manager:
+  load_stats_config:
+    api_type: GRPC
+    transport_api_version: V3
+    grpc_services:
+    - envoy_grpc: {{ cluster_name: disco_servers }}
+
 overload_manager:
   resource_monitors:
   - name: envoy.resource_monitors.global_downstream_max_connections
@@ -237,6 +245,8 @@ mod tests {
         assert_eq!(yaml["node"]["metadata"], json!({ "disco.outbound_port": 10_000 }));
         assert_eq!(yaml["dynamic_resources"]["ads_config"]["api_type"], "DELTA_GRPC");
         assert!(yaml["dynamic_resources"]["cds_config"].is_object());
+        let services = &yaml["cluster_manager"]["load_stats_config"]["grpc_services"];
+        assert_eq!(services, &json!([{ "envoy_grpc": { "cluster_name": "disco_servers" } }]));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use envoy_types::pb::envoy::{
     extensions::filters::network::http_connection_manager::v3::HttpConnectionManager,
 };
 
-use super::wire::{any, circuit_breakers, eds, rds, retries, router, virtual_host};
+use super::wire::{any, circuit_breakers, eds, itself, rds, retries, router, virtual_host};
 use crate::xds::{Resource, ResourceType};
 
 /// `xds:///service` is the name of a Listener (A27).
@@ -53,6 +53,8 @@ pub(super) fn cluster(service: &Arc<str>) -> Resource {
         eds_cluster_config: eds(),
         lb_policy: LbPolicy::RoundRobin.into(),
         circuit_breakers: circuit_breakers(None),
+        // They report the calls that they make to whom they have this from (rule C4).
+        lrs_server: Some(itself()),
         ..Cluster::default()
     };
     Resource::new(ResourceType::Cluster, Arc::clone(service), &message, [Arc::clone(service)])

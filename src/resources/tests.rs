@@ -374,6 +374,16 @@ fn a_grpc_client_finds_all_under_the_services_name() {
 }
 
 #[test]
+fn c4_grpc_clients_report_to_whom_they_have_the_cluster_from() {
+    let server =
+        |view| decode::<Cluster>(&render(&greeters(&[]), &view), ResourceType::Cluster, "greeter").lrs_server;
+    let of_grpc = server(View::grpc()).and_then(|server| server.config_source_specifier);
+    assert!(matches!(of_grpc, Some(ConfigSourceSpecifier::Self_(_))), "{of_grpc:?}");
+    // Envoy has it from its bootstrap.
+    assert_eq!(server(View::envoy(1)), None);
+}
+
+#[test]
 fn an_unchanged_service_is_not_touched() {
     let (mut writer, reader) = catalog();
     let row = |id, address| (id, address, "", 1, Serving);

@@ -11,7 +11,8 @@ use envoy_types::pb::{
                 cluster::EdsClusterConfig,
             },
             core::v3::{
-                AggregatedConfigSource, ApiVersion, ConfigSource, config_source::ConfigSourceSpecifier,
+                AggregatedConfigSource, ApiVersion, ConfigSource, SelfConfigSource,
+                config_source::ConfigSourceSpecifier,
             },
             route::v3::{
                 RetryPolicy, Route, RouteAction, RouteMatch, VirtualHost, retry_policy::RetryBackOff,
@@ -67,6 +68,15 @@ pub(super) fn ads() -> Option<ConfigSource> {
         config_source_specifier: Some(ConfigSourceSpecifier::Ads(AggregatedConfigSource {})),
         ..ConfigSource::default()
     })
+}
+
+/// "Ask whom you have this from."
+pub(super) fn itself() -> ConfigSource {
+    ConfigSource {
+        resource_api_version: ApiVersion::V3.into(),
+        config_source_specifier: Some(ConfigSourceSpecifier::Self_(SelfConfigSource::default())),
+        ..ConfigSource::default()
+    }
 }
 
 /// The EDS name is the cluster's.

@@ -1,4 +1,5 @@
 use std::{
+    future::Future as _,
     io,
     pin::Pin,
     task::{Context, Poll},
@@ -9,6 +10,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::watch,
+    time::Sleep,
 };
 
 /// What became of a connection.
@@ -39,17 +41,26 @@ impl Hangup {
     }
 }
 
-/// A connection that notes when its other end hangs up.
+/// A connection that notes when its other end hangs up, and that fails when the other end does not begin to speak.
 #[derive(Debug)]
 pub struct Watched {
     stream: TcpStream,
     fate: watch::Sender<Fate>,
+    begin: Option<Begin>,
+}
+
+/// What the other end has to send before a connection counts as one.
+#[derive(Debug)]
+struct Begin {
+    bytes: usize,
+    deadline: Pin<Box<Sleep>>,
 }
 
 impl Watched {
-    /// Watches an accepted connection.
-    pub fn new(stream: TcpStream) -> Self {
-        Self { stream, fate: watch::channel(Fate::Open).0 }
+    /// Watches an accepted connection, whose other end has to send its first `bytes` within the time.
+    pub fn new(stream: TcpStream, bytes: usize, within: Duration) -> Self {
+        let begin = Begin { bytes, deadline: Box::pin(tokio::time::sleep(within)) };
+        Self { stream, fate: watch::channel(Fate::Open).0, begin: Some(begin) }
     }
 
     /// The connection itself.
@@ -97,6 +108,14 @@ impl AsyncRead for Watched {
     ) -> Poll<io::Result<()>> {
         let (before, room) = (buffer.filled().len(), buffer.remaining() > 0);
         let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if let Some(begin) = &mut self.begin {
+            begin.bytes = begin.bytes.saturating_sub(buffer.filled().len() - before);
+            if begin.bytes == 0 {
+                self.begin = None;
+            } else if result.is_pending() && begin.deadline.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
         if room && matches!(result, Poll::Ready(Ok(()))) && buffer.filled().len() == before {
             self.note(Fate::HungUp);
         }
@@ -144,7 +163,7 @@ mod tests {
     async fn pair() -> (TcpStream, Watched) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        (client, Watched::new(listener.accept().await.unwrap().0))
+        (client, Watched::new(listener.accept().await.unwrap().0, 1, Duration::from_secs(60)))
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@
 //! holds: a cursor into the set's changes says it, and what was held at an earlier connection the client says itself.
 //! Responses are a few bytes of their own and the shared bytes of the resources down to the socket. Streams write
 //! [`Proxies`]; `api` and the registry read it; what a stream holds is derived from that when somebody asks (`ledger`).
+//! [`LoadReports`] takes what clients count of their calls into [`Loads`], which `api` reads (`load`).
 //!
 //! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them;
 //! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.
@@ -20,6 +21,7 @@ mod error;
 #[cfg(test)]
 mod fuzz;
 mod ledger;
+mod load;
 mod names;
 mod observe;
 #[cfg(test)]
@@ -42,6 +44,7 @@ pub use config::Config;
 pub use engine::{Heard, Protocol};
 pub use error::{Code, ProtocolError};
 pub use ledger::{Concern, Delivery, Held, Lack, Why};
+pub use load::{Load, LoadReports, Loads, Reportable, Traffic};
 pub use observe::{Observer, Unobserved};
 pub use resource::{Change, Entry, Gone, Resource, ResourceSet, ResourceType, Version};
 pub use response::Response;

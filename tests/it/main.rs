@@ -14,7 +14,9 @@
 mod bad_input;
 mod harness;
 mod ledger;
+mod load_reports;
 mod on_demand;
+mod per_type;
 mod real_clients;
 mod tidy;
 mod validate;

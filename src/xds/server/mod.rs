@@ -1,4 +1,4 @@
-//! The one async part of the room: what runs between a connection and a state machine, for each stream. It runs in the task
+//! The async part of the discovery services: what runs between a connection and a state machine, for each stream. It runs in the task
 //! that writes the response, so that a change and an acknowledgement wake one task each, not two.
 
 mod services;
@@ -357,11 +357,11 @@ impl<V: Serve> Drop for Session<'_, V> {
 }
 
 /// Rule K1: a stream that ends before it was served counts as a failure of the server, one that was served does not.
-fn leaving() -> Status {
+pub(super) fn leaving() -> Status {
     Status::unavailable("the server is shutting down; connect to another one, or again")
 }
 
-fn status(error: ProtocolError) -> Status {
+pub(super) fn status(error: ProtocolError) -> Status {
     Status::new(code(error.code()), error.to_string())
 }
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{Answer, PATIENCE, Process, eventually, request, sibling};
 
-/// A running `disco dev`.
+/// A running `disco dev` or `disco serve`.
 #[derive(Debug)]
 pub(crate) struct Disco {
     process: Process,
@@ -28,9 +28,23 @@ impl Disco {
 
     /// Starts one on these addresses.
     pub(crate) fn start_on(folder: &Path, grpc: SocketAddr, http: SocketAddr) -> anyhow::Result<Self> {
-        let _ = fs::remove_file(folder.join("disco.log"));
         let mut command = disco_command()?;
         command.arg("dev").arg("--data").arg(folder.join("data"));
+        Self::run(folder, command, grpc, http)
+    }
+
+    /// Starts a `disco serve` on ports of its own, with this configuration.
+    pub(crate) fn serve(folder: &Path, configuration: &str) -> anyhow::Result<Self> {
+        let file = folder.join("disco.yaml");
+        fs::write(&file, configuration)?;
+        let mut command = disco_command()?;
+        command.arg("serve").arg("--config").arg(file);
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self::run(folder, command, any, any)
+    }
+
+    fn run(folder: &Path, mut command: Command, grpc: SocketAddr, http: SocketAddr) -> anyhow::Result<Self> {
+        let _ = fs::remove_file(folder.join("disco.log"));
         command.args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()]);
         let mut process = Process::start("disco", folder, &mut command)?;
         let line = process.wait_for("line `disco: listening grpc=… http=…`", PATIENCE, |process| {

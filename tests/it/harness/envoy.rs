@@ -59,6 +59,34 @@ impl Envoy {
         Ok(Self { process, admin, proxy })
     }
 
+    /// Starts one that asks for clusters and listeners by services of their own, and for the rest by ADS.
+    pub(crate) fn start_per_type(disco: &Disco, protocol: Protocol) -> anyhow::Result<Self> {
+        let (admin_port, port) = (free_port()?, free_port()?);
+        let (api, flag) = match protocol {
+            Protocol::Delta => ("DELTA_GRPC", None),
+            Protocol::Sotw => ("GRPC", Some("--sotw")),
+        };
+        let mut command = disco.command()?;
+        command.args(["envoy", "bootstrap", "--node-id", "per-type"]).args(flag);
+        command.args(["--admin-port", &admin_port.to_string(), "--outbound-port", &port.to_string()]);
+        let bootstrap = String::from_utf8(command.output()?.stdout)?;
+        let ads = "_config: { ads: {}, resource_api_version: V3 }";
+        anyhow::ensure!(bootstrap.matches(ads).count() == 2, "{bootstrap}");
+        let own = format!(
+            "_config: {{ resource_api_version: V3, api_config_source: {{ api_type: {api}, transport_api_version: V3, \
+             grpc_services: [ {{ envoy_grpc: {{ cluster_name: disco_servers }} }} ] }} }}"
+        );
+        let file = disco.folder().join("per-type.yaml");
+        std::fs::write(&file, bootstrap.replace(ads, &own))?;
+
+        let mut command = Command::new(tool("envoy")?);
+        command.arg("-c").arg(file).args(["--log-level", "warn", "--use-dynamic-base-id"]);
+        let mut process = Process::start("envoy", disco.folder(), &mut command)?;
+        let [admin, proxy] = [admin_port, port].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        process.wait_for("listener", PATIENCE, |_| TcpStream::connect(proxy).ok())?;
+        Ok(Self { process, admin, proxy })
+    }
+
     /// How many updates of each kind it has taken so far, e.g. of `cluster_manager.cds`.
     pub(crate) fn updates(&self) -> anyhow::Result<BTreeMap<String, u64>> {
         let stats = request(self.admin, "GET", "/stats?filter=update_success$", b"")?.body;
