@@ -59,7 +59,7 @@ fn main() {
 
 fn measure(proxies: usize) {
     let data = tempfile::tempdir().expect("a directory");
-    let disco = common::Disco::start(data.path());
+    let disco = common::Disco::start(Some(data.path()));
     // Who writes has a thread of its own: it must see its answers when they come, not when a thousand proxies are done.
     let runtime = |threads| {
         let mut builder = tokio::runtime::Builder::new_multi_thread();

@@ -139,7 +139,7 @@ async fn round(store: &Arc<FileStore>, committers: usize) -> Duration {
 /// Clients of a real `disco dev` register, each its next when the last is answered; every one is an accepted change.
 async fn registrations(clients: usize) {
     let dir = directory();
-    let disco = common::Disco::start(&dir.path().join("store"));
+    let disco = common::Disco::start(Some(&dir.path().join("store")));
     let before = disco.metrics().await;
     let start = Instant::now();
     let mut tasks = JoinSet::new();

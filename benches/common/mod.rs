@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fs,
     io::{BufRead as _, BufReader},
     path::Path,
@@ -14,14 +15,15 @@ use std::{
 pub(crate) struct Disco {
     child: Child,
     pub(crate) grpc: String,
-    http: String,
+    pub(crate) http: String,
 }
 
 impl Disco {
-    pub(crate) fn start(data: &Path) -> Self {
+    /// Keeps its state in `data`, or in memory.
+    pub(crate) fn start(data: Option<&Path>) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_disco"))
-            .args(["dev", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--data"])
-            .arg(data)
+            .args(["dev", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
+            .args(data.into_iter().flat_map(|data| [OsStr::new("--data"), data.as_os_str()]))
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -37,16 +39,14 @@ impl Disco {
             value.expect("the line names the address").to_owned()
         };
         let (grpc, http) = (address("grpc="), address("http="));
-        // Read on, so that the process never blocks on what it says.
+        // Read on, so that the process never blocks on what it prints.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
         Self { child, grpc, http }
     }
 
     /// Resident memory in KiB.
     pub(crate) fn memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
-        line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
+        memory(&self.child)
     }
 
     /// What `/metrics` says, by name; those with labels are left out.
@@ -65,10 +65,7 @@ impl Disco {
 
     /// CPU seconds used so far.
     pub(crate) fn cpu(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it runs");
-        let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
-        let ticks: f64 = [11, 12].iter().map(|at| fields[*at].parse::<f64>().expect("ticks")).sum();
-        ticks / 100.0
+        cpu(&self.child)
     }
 }
 
@@ -77,6 +74,22 @@ impl Drop for Disco {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Resident memory of a process in KiB.
+pub(crate) fn memory(process: &Child) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id())).expect("it runs");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("it has memory");
+    line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
+}
+
+/// CPU seconds that the threads of a process have used so far, to the nanosecond.
+pub(crate) fn cpu(process: &Child) -> f64 {
+    let threads = fs::read_dir(format!("/proc/{}/task", process.id())).expect("it runs");
+    let used = threads.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("schedstat")).ok());
+    used.map(|line| line.split_whitespace().next().expect("a number").parse::<f64>().expect("a number"))
+        .sum::<f64>()
+        / 1e9
 }
 
 pub(crate) async fn connect(address: &str) -> tonic::transport::Channel {

@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::{
     catalog::{Changes, Reader, Snapshot},
-    model::Locality,
+    model::{Locality, Revision},
     resources::{ClientKind, Places, View, update_beside},
     rt::Tasks,
     telemetry::{Metrics, Stage},
@@ -24,6 +24,14 @@ const MOST: usize = 256;
 
 /// Likewise of some services, which cost what they name.
 const MOST_SCOPED: usize = 4096;
+
+/// The least time between two publications of a view, for each receiver of it, of which a stream has two: together about what
+/// it costs to bring a change to a stream. Under a storm of changes this leaves the writers half the machine, and what is
+/// superseded meanwhile is never sent.
+const PACE: Duration = Duration::from_micros(10);
+
+/// The longest such time.
+const SLOWEST: Duration = Duration::from_millis(50);
 
 /// How long a view that no stream holds any more is kept at most.
 const IDLE: Duration = Duration::from_secs(10);
@@ -100,6 +108,7 @@ impl Views {
         let mut places = Places::default();
         places.follow(&Snapshot::default(), &snapshot, &Changes::Resync, &family);
         let mut sets: HashMap<Locality, Arc<ResourceSet>> = HashMap::new();
+        let mut calm = Instant::now();
         loop {
             let Some(members) = self.members(&family) else { return };
             sets.retain(|place, _| members.contains_key(place));
@@ -117,7 +126,7 @@ impl Views {
                 tokio::task::yield_now().await;
             }
             let newer = tokio::select! {
-                newer = self.catalog.newer_than(snapshot.revision()) => newer,
+                newer = self.newer_than(snapshot.revision(), calm) => newer,
                 () = joined.notified() => continue,
                 () = tokio::time::sleep(IDLE) => continue,
             };
@@ -146,7 +155,17 @@ impl Views {
                 sets.insert(place.clone(), Arc::clone(next));
                 tokio::task::yield_now().await;
             }
+            let receivers: usize = members.values().map(|sender| sender.receiver_count()).sum();
+            calm = Instant::now()
+                + PACE.saturating_mul(u32::try_from(receivers).unwrap_or(u32::MAX)).min(SLOWEST);
         }
+    }
+
+    /// Waits for a change, and until `calm`: one by itself goes at once. Cancel-safe.
+    async fn newer_than(&self, revision: Revision, calm: Instant) -> Option<(Arc<Snapshot>, Changes)> {
+        self.catalog.newer_than(revision).await?;
+        tokio::time::sleep_until(calm).await;
+        Some(self.catalog.since(revision))
     }
 
     /// Who is in the family; `None`, and the family is gone, when nobody is.

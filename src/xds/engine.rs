@@ -188,18 +188,18 @@ impl<V: Variant> Engine<V> {
             .filter(|other| *other != kind)
             .map(|other| self.track(other).subscription.names().len())
             .sum();
-        let config = Arc::clone(&self.config);
+        let config = self.config.as_ref();
         let terms = Terms {
             kind,
-            config: &config,
+            config,
             legacy_wildcard: self.policy.legacy_wildcard,
             elsewhere,
             set: set.map(AsRef::as_ref),
         };
-        let track = self.track_mut(kind);
+        let track = track_mut(&mut self.tracks, kind);
         let first = !mem::replace(&mut track.seen, true);
         // Rule S1: a nonce of an earlier stream means nothing.
-        let heard = if first { Heard::Request } else { answer(track, &ask, &config, now) };
+        let heard = if first { Heard::Request } else { answer(track, &ask, config, now) };
         V::subscribe(track, request, first, terms)?;
         Ok(heard)
     }
@@ -264,6 +264,17 @@ impl<V: Variant> Engine<V> {
         self.tracks.iter().filter(|track| track.seen).map(|track| track.status(self.current)).collect()
     }
 
+    /// Brings what [`Engine::status`] gave up to date.
+    pub(super) fn update_status(&self, types: &mut Vec<TypeStatus>) {
+        let seen = || self.tracks.iter().filter(|track| track.seen);
+        // No type is ever given up, so equally many are the same ones.
+        if types.len() != seen().count() {
+            *types = self.status();
+            return;
+        }
+        seen().zip(types).for_each(|(track, status)| track.update_status(status, self.current));
+    }
+
     /// Responses that were not answered in time.
     pub(super) fn unanswered(&self) -> u64 {
         self.tracks.iter().map(|track| track.report.unanswered).sum()
@@ -322,11 +333,10 @@ impl<V: Variant> Engine<V> {
         set: &Arc<ResourceSet>,
         now: Instant,
     ) -> Result<Option<Response>, ProtocolError> {
-        let config = Arc::clone(&self.config);
         let nonce = self.nonce + 1;
-        let track = self.track_mut(kind);
+        let track = track_mut(&mut self.tracks, kind);
         let since = track.waiting_since.take().unwrap_or(now);
-        let Some(mut built) = V::build(track, set, nonce, &config)? else {
+        let Some(mut built) = V::build(track, set, nonce, &self.config)? else {
             track.rest(set.revision());
             return Ok(None);
         };
@@ -440,13 +450,17 @@ impl<V: Variant> Engine<V> {
     }
 
     fn track_mut(&mut self, kind: ResourceType) -> &mut Track {
-        let [cluster, endpoints, listener, route] = &mut self.tracks;
-        match kind {
-            ResourceType::Cluster => cluster,
-            ResourceType::Endpoints => endpoints,
-            ResourceType::Listener => listener,
-            ResourceType::Route => route,
-        }
+        track_mut(&mut self.tracks, kind)
+    }
+}
+
+fn track_mut(tracks: &mut [Track; 4], kind: ResourceType) -> &mut Track {
+    let [cluster, endpoints, listener, route] = tracks;
+    match kind {
+        ResourceType::Cluster => cluster,
+        ResourceType::Endpoints => endpoints,
+        ResourceType::Listener => listener,
+        ResourceType::Route => route,
     }
 }
 

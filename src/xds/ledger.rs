@@ -358,7 +358,7 @@ mod tests {
                 let node = Node { id: (*id).into(), ..Node::default() };
                 let seat = proxies.join(node, Protocol::Delta);
                 seat.serve(watch::channel(bench.set.clone()).1);
-                seat.update(bench.engine.status());
+                seat.update(|types| bench.engine.update_status(types));
                 seat
             });
             Self { seats: seats.collect(), proxies }

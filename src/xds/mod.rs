@@ -1,12 +1,12 @@
 //! The xDS protocol: subscriptions, versions, ACKs and NACKs, order, for SotW and delta. It knows names and bytes, not
 //! services: [`ResourceSet`]s come in through a `watch`, and who a stream belongs to through [`Admit`].
 //!
-//! [`AdsServer`] runs one task per stream around a state machine (`engine`, with what differs in `delta` and
-//! `sotw`), which is plain code without IO or clock. The machine keeps no list of what its client holds: a cursor into
-//! the set's changes says it, and what was held at an earlier connection the client says itself. Responses are a few
-//! bytes of their own and the shared bytes of the resources down to the socket. Streams write [`Proxies`]; `api` and the
-//! registry read it; what a stream holds is derived from that when somebody asks (`ledger`). [`LoadReports`] takes what
-//! clients count of their calls into [`Loads`], which `api` reads (`load`).
+//! [`AdsServer`] runs each stream, in the task that writes its responses, around a state machine (`engine`, with what
+//! differs in `delta` and `sotw`), which is plain code without IO or clock. The machine keeps no list of what its client
+//! holds: a cursor into the set's changes says it, and what was held at an earlier connection the client says itself.
+//! Responses are a few bytes of their own and the shared bytes of the resources down to the socket. Streams write
+//! [`Proxies`]; `api` and the registry read it; what a stream holds is derived from that when somebody asks (`ledger`).
+//! [`LoadReports`] takes what clients count of their calls into [`Loads`], which `api` reads (`load`).
 //!
 //! Tests are named after the rules of the protocol that they hold (`s4_…`, `d15_…`), so that a search for a rule finds them;
 //! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.

@@ -3,7 +3,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -33,6 +33,33 @@ struct Table {
     next: AtomicU64,
     /// Told whenever a stream acknowledged, asked or left.
     changed: Notify,
+    /// Those who wait to be told. To tell takes a lock that all streams share, so it is done only for somebody.
+    waiters: AtomicUsize,
+}
+
+impl Table {
+    /// Call after the change: who has not seen it counts as waiting since before.
+    fn tell(&self) {
+        if self.waiters.load(Ordering::SeqCst) > 0 {
+            self.changed.notify_waiters();
+        }
+    }
+}
+
+/// Counts among those who wait.
+struct Waiter<'a>(&'a Table);
+
+impl<'a> Waiter<'a> {
+    fn new(table: &'a Table) -> Self {
+        table.waiters.fetch_add(1, Ordering::SeqCst);
+        Self(table)
+    }
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.0.waiters.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 #[derive(Debug)]
@@ -196,6 +223,7 @@ impl Proxies {
         timeout: Duration,
     ) -> Progress {
         let end = Instant::now() + timeout;
+        let _waiter = Waiter::new(&self.table);
         loop {
             let changed = self.table.changed.notified();
             tokio::pin!(changed);
@@ -299,9 +327,9 @@ impl Seat {
         let _ = self.stream.set.set(set);
     }
 
-    pub(super) fn update(&self, types: Vec<TypeStatus>) {
-        *self.stream.types() = types;
-        self.table.changed.notify_waiters();
+    pub(super) fn update(&self, update: impl FnOnce(&mut Vec<TypeStatus>)) {
+        update(&mut self.stream.types());
+        self.table.tell();
     }
 }
 
@@ -314,7 +342,7 @@ impl fmt::Debug for Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         self.table.streams.remove(&self.stream.id);
-        self.table.changed.notify_waiters();
+        self.table.tell();
     }
 }
 
@@ -328,7 +356,7 @@ mod tests {
 
     fn join(proxies: &Proxies, id: &str, bench: &Bench<Delta>) -> Seat {
         let seat = proxies.join(Node { id: id.into(), ..Node::default() }, Protocol::Delta);
-        seat.update(bench.engine.status());
+        seat.update(|types| bench.engine.update_status(types));
         seat
     }
 
@@ -378,7 +406,7 @@ mod tests {
         let started = Instant::now();
         let (progress, ()) = tokio::join!(wait(60), async {
             tokio::time::sleep(Duration::from_secs(3)).await;
-            first.update(bench.engine.status());
+            first.update(|types| bench.engine.update_status(types));
             tokio::time::sleep(Duration::from_secs(3)).await;
             drop(second);
         });

@@ -104,8 +104,15 @@ impl Subscription {
         self.wildcard || self.names.contains(name)
     }
 
+    /// Whether both are the same down to their memory. False may be wrong.
+    pub(super) fn shares(&self, other: &Self) -> bool {
+        (self.wildcard, self.named) == (other.wildcard, other.named) && self.names().ptr_eq(other.names())
+    }
+
     /// A request of SotW, which states everything that is subscribed to (rule W5).
     pub(super) fn replace(&mut self, names: &[String], terms: Terms<'_>) -> Result<Delta, ProtocolError> {
+        // Before anything is made of them.
+        terms.check_count(real(names).count())?;
         let had_wildcard = self.wildcard;
         if names.is_empty() {
             // Rule W3: legacy wildcard until a name was ever sent.
@@ -124,7 +131,6 @@ impl Subscription {
                 added.push(shared);
             }
         }
-        terms.check_count(next.len())?;
         let removed = self.names().iter().filter(|name| !next.contains(name)).cloned().collect();
         self.names = next;
         terms.share_all(&mut self.names);
@@ -145,6 +151,8 @@ impl Subscription {
         first: bool,
         terms: Terms<'_>,
     ) -> Result<Delta, ProtocolError> {
+        // Before anything is made of them.
+        terms.check_count(subscribe.len())?;
         let mut delta = Delta::default();
         if first && subscribe.is_empty() && terms.empty_is_wildcard() {
             self.wildcard = true;

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 
 use super::{
     Change, Config, Heard, ProtocolError, Resource, ResourceSet, ResourceType, Response, StreamPolicy,
+    TypeStatus,
     delta::Delta,
     engine::{Engine, Variant},
     sotw::Sotw,
@@ -259,6 +260,8 @@ pub(super) struct Bench<V: Variant> {
     pub accepted: BTreeMap<ResourceType, String>,
     pub names: BTreeMap<ResourceType, Vec<String>>,
     nonces: std::collections::HashSet<String>,
+    /// The status as it is kept up in the table.
+    status: Vec<TypeStatus>,
 }
 
 impl<V: Speak> Bench<V> {
@@ -291,6 +294,7 @@ impl<V: Speak> Bench<V> {
             accepted: BTreeMap::new(),
             names: BTreeMap::new(),
             nonces: Default::default(),
+            status: Vec::new(),
         }
     }
 
@@ -322,7 +326,10 @@ impl<V: Speak> Bench<V> {
 
     pub(super) fn next(&mut self) -> Option<Sent> {
         let set = self.set.clone()?;
-        let response: Response = self.engine.next_response(&set, self.now).unwrap()?;
+        let response = self.engine.next_response(&set, self.now).unwrap();
+        self.engine.update_status(&mut self.status);
+        assert_eq!(format!("{:?}", self.status), format!("{:?}", self.engine.status()));
+        let response: Response = response?;
         let mut bytes = Vec::new();
         response.encode(&mut bytes);
         assert_eq!(bytes.len(), response.len());

@@ -391,4 +391,27 @@ impl Track {
             flight: self.flight(),
         }
     }
+
+    /// As [`Track::status`], over an earlier one. What seldom changes is shared with other streams: to count references to it
+    /// anew each time would cost more than all the rest.
+    pub(super) fn update_status(&self, status: &mut TypeStatus, current: Revision) {
+        let report = &self.report;
+        if !status.subscription.shares(&self.subscription) {
+            status.subscription.clone_from(&self.subscription);
+        }
+        if !(status.unaccepted.is_empty() && self.rejected.is_empty()) {
+            status.unaccepted.clone_from(&self.rejected);
+        }
+        if status.rejected != report.rejected {
+            status.rejections = report.rejections.iter().cloned().collect();
+        }
+        status.sent = report.sent;
+        status.acknowledged = report.acknowledged;
+        status.settled = report.settled;
+        status.synced = report.acknowledged >= current && self.rejected.is_empty();
+        status.responses = report.responses;
+        status.rejected = report.rejected;
+        status.unanswered = report.unanswered;
+        status.flight = self.flight();
+    }
 }

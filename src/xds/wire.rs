@@ -6,10 +6,10 @@ use std::{
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use futures_util::Stream;
 use http_body::{Body, Frame};
 use http_body_util::BodyExt as _;
 use prost::Message;
-use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
 use super::Response;
@@ -26,8 +26,8 @@ const LARGE: usize = 4 << 10;
 /// The responses of a stream as an HTTP body: tonic's own encoder would copy each response whole, and keep the memory of
 /// the largest one for as long as the stream lives.
 #[derive(Debug)]
-pub(super) struct Responses {
-    queue: mpsc::Receiver<Result<Response, Status>>,
+pub(super) struct Responses<S> {
+    source: S,
     /// What is left of the response that is being sent.
     parts: Parts,
     ended: bool,
@@ -39,9 +39,9 @@ struct Parts {
     rest: vec::IntoIter<Bytes>,
 }
 
-impl Responses {
-    pub(super) fn new(queue: mpsc::Receiver<Result<Response, Status>>) -> Self {
-        Self { queue, parts: Parts::default(), ended: false }
+impl<S> Responses<S> {
+    pub(super) fn new(source: S) -> Self {
+        Self { source, parts: Parts::default(), ended: false }
     }
 }
 
@@ -87,7 +87,7 @@ impl Parts {
     }
 }
 
-impl Body for Responses {
+impl<S: Stream<Item = Result<Response, Status>> + Unpin> Body for Responses<S> {
     type Data = Bytes;
     type Error = Status;
 
@@ -102,7 +102,7 @@ impl Body for Responses {
             if self.ended {
                 return Poll::Ready(None);
             }
-            let status = match ready!(self.queue.poll_recv(context)) {
+            let status = match ready!(Pin::new(&mut self.source).poll_next(context)) {
                 Some(Ok(response)) => match Parts::of(response) {
                     Ok(parts) => {
                         self.parts = parts;
@@ -228,10 +228,7 @@ mod tests {
             head,
             body,
         };
-        let (queue, responses) = mpsc::channel(1);
-        queue.send(Ok(response)).await.unwrap();
-        drop(queue);
-        let mut responses = Responses::new(responses);
+        let mut responses = Responses::new(tokio_stream::iter([Ok(response)]));
         let mut lens = Vec::new();
         let mut bytes = Vec::new();
         while let Some(frame) = responses.frame().await {

@@ -1,4 +1,5 @@
-//! The async part of the discovery services: a task per stream between a connection and a state machine.
+//! The async part of the discovery services: what runs between a connection and a state machine, for each stream. It runs in the task
+//! that writes the response, so that a change and an acknowledgement wake one task each, not two.
 
 mod services;
 #[cfg(test)]
@@ -6,8 +7,10 @@ mod tests;
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
     net::SocketAddr,
-    sync::Arc,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
@@ -16,11 +19,15 @@ use envoy_types::pb::envoy::{
     config::core::v3 as core,
     service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
 };
-use futures_util::future::{Ready, ready};
+use futures_util::{
+    Stream,
+    future::{Ready, ready},
+};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch},
     time::Instant,
 };
+use tokio_stream::{StreamExt as _, wrappers::WatchStream};
 use tonic::{Status, body::Body, service::RoutesBuilder};
 
 use super::{
@@ -32,10 +39,7 @@ use super::{
     status::Seat,
     wire::{Incoming, Requests, Responses},
 };
-use crate::rt::Tasks;
-
-/// How long the last word to a client that does not read is kept.
-const LAST_WORD: Duration = Duration::from_secs(1);
+use crate::rt::{Shutdown, Tasks};
 
 /// The discovery services, aggregated and per type, in both forms (rules G1, G2). A clone serves the same.
 #[derive(Debug, Clone)]
@@ -49,7 +53,7 @@ struct Shared {
     proxies: Proxies,
     config: Arc<Config>,
     observer: Arc<dyn Observer>,
-    tasks: Tasks,
+    shutdown: Shutdown,
     /// A place for each stream.
     streams: Arc<Semaphore>,
     /// A place for each first request that is worked on.
@@ -72,8 +76,8 @@ impl AdsServer {
     ) -> Self {
         let streams = Arc::new(Semaphore::new(config.streams.min(Semaphore::MAX_PERMITS)));
         let arrivals = Semaphore::new(config.arrivals.clamp(1, Semaphore::MAX_PERMITS));
-        let config = Arc::new(config);
-        Self { shared: Arc::new(Shared { admit, proxies, config, observer, tasks, streams, arrivals }) }
+        let (config, shutdown) = (Arc::new(config), tasks.shutdown().clone());
+        Self { shared: Arc::new(Shared { admit, proxies, config, observer, shutdown, streams, arrivals }) }
     }
 
     /// Adds all services to those of a gRPC server.
@@ -87,7 +91,7 @@ impl AdsServer {
         only: Option<ResourceType>,
     ) -> http::Response<Body> {
         let shared = Arc::clone(&self.shared);
-        let Ok(place) = Arc::clone(&shared.streams).try_acquire_owned() else {
+        let Ok(permit) = Arc::clone(&shared.streams).try_acquire_owned() else {
             let limit = shared.config.streams;
             return Status::resource_exhausted(format!(
                 "this server has {limit} streams, as many as it may (xds.streams); connect to another one, or later"
@@ -97,17 +101,16 @@ impl AdsServer {
         let request = tonic::Request::from_http(request);
         let peer = request.remote_addr();
         let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
-        // Room for one: the next response is built when the connection has taken the last.
-        let (out, responses) = mpsc::channel(1);
-        let tasks = shared.tasks.clone();
-        tasks.spawn("xds stream", async move {
-            let _place: OwnedSemaphorePermit = place;
-            if let Err(status) = serve_stream::<V, B>(requests, &out, peer, only, &shared).await {
-                tracing::debug!(code = ?status.code(), message = status.message(), "stream ended");
-                let _ = out.send_timeout(Err(status), LAST_WORD).await;
+        let place = Place::default();
+        let session = {
+            let place = place.clone();
+            async move {
+                let _permit: OwnedSemaphorePermit = permit;
+                serve_stream::<V, B>(requests, place, peer, only, &shared).await
             }
-        });
-        let mut response = http::Response::new(Body::new(Responses::new(responses)));
+        };
+        let serving = Serving { session: Some(Box::pin(session)), place, end: None };
+        let mut response = http::Response::new(Body::new(Responses::new(serving)));
         let grpc = http::HeaderValue::from_static("application/grpc");
         response.headers_mut().insert(http::header::CONTENT_TYPE, grpc);
         response
@@ -149,15 +152,63 @@ impl Serve for Sotw {
     }
 }
 
+/// Where the next response waits for the connection. There is room for one: the next is built when the connection has taken
+/// the last.
+#[derive(Debug, Clone, Default)]
+struct Place(Arc<Mutex<Option<Response>>>);
+
+impl Place {
+    fn response(&self) -> MutexGuard<'_, Option<Response>> {
+        // Put and taken whole; a panic leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ready when the place is free. Nobody is woken: the session is polled again after a response was taken.
+    async fn free(&self) {
+        poll_fn(|_| if self.response().is_none() { Poll::Ready(()) } else { Poll::Pending }).await;
+    }
+}
+
+/// The responses of a stream, made when they are asked for.
+struct Serving<F> {
+    /// `None` once it has ended.
+    session: Option<Pin<Box<F>>>,
+    place: Place,
+    /// What is left to say after the last response.
+    end: Option<Status>,
+}
+
+impl<F: Future<Output = Result<(), Status>>> Stream for Serving<F> {
+    type Item = Result<Response, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(session) = &mut self.session
+            && let Poll::Ready(result) = session.as_mut().poll(context)
+        {
+            self.session = None;
+            if let Err(status) = result {
+                tracing::debug!(code = ?status.code(), message = status.message(), "stream ended");
+                self.end = Some(status);
+            }
+        }
+        let response = self.place.response().take();
+        match response {
+            Some(response) => Poll::Ready(Some(Ok(response))),
+            None if self.session.is_some() => Poll::Pending,
+            None => Poll::Ready(self.end.take().map(Err)),
+        }
+    }
+}
+
 /// Serves a stream until the client leaves (Ok) or it must end with a status.
 async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
-    out: &mpsc::Sender<Result<Response, Status>>,
+    place: Place,
     peer: Option<SocketAddr>,
     only: Option<ResourceType>,
     shared: &Shared,
 ) -> Result<(), Status> {
-    let shutdown = shared.tasks.shutdown();
+    let shutdown = &shared.shutdown;
     let patience = shared.config.first_request_timeout;
     let there = tokio::select! {
         there = tokio::time::timeout(patience, requests.fill()) => there,
@@ -187,7 +238,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     let seat = shared.proxies.join(node, V::PROTOCOL);
     seat.serve(set.clone());
     let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run((first, arrival), requests, set, out, shared).await
+    session.run((first, arrival), requests, set, place, shutdown).await
 }
 
 /// A stream that was let in.
@@ -204,11 +255,14 @@ impl<V: Serve> Session<'_, V> {
         (first, arrival): (V::Request, SemaphorePermit<'_>),
         mut requests: Requests<V::Request, B>,
         mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
-        out: &mpsc::Sender<Result<Response, Status>>,
-        shared: &Shared,
+        place: Place,
+        shutdown: &Shutdown,
     ) -> Result<(), Status> {
-        let shutdown = shared.tasks.shutdown();
         let mut set = sets.borrow_and_update().clone();
+        // What is waited for stays registered from one turn to the next: to come and go costs locks that all streams share.
+        let mut sets = WatchStream::from_changes(sets);
+        let shutdown = shutdown.wait();
+        tokio::pin!(shutdown);
         let mut served = false;
         self.hear(first, set.as_ref())?;
         // Until the first response is made, which takes no help of the client; or until there is something to make it of.
@@ -222,15 +276,17 @@ impl<V: Serve> Session<'_, V> {
         let mut armed: Option<Instant> = None;
         loop {
             tokio::select! {
+                // In this order because it is the order of what comes most often; whoever floods starves no stream but its
+                // own.
+                biased;
                 // A place first, then the response: while the client does not read, newer state replaces older.
-                place = out.reserve(), if due && set.is_some() => {
-                    let Ok(place) = place else { return Ok(()) };
+                () = place.free(), if due && set.is_some() => {
                     let Some(current) = &set else { continue };
                     drop(arrival.take());
                     match self.engine.next_response(current, Instant::now()).map_err(status)? {
                         Some(response) => {
                             self.observer.sent(V::PROTOCOL, &response);
-                            place.send(Ok(response));
+                            *place.response() = Some(response);
                             served = true;
                         }
                         None => {
@@ -246,9 +302,8 @@ impl<V: Serve> Session<'_, V> {
                     }
                     None => return Ok(()),
                 },
-                changed = sets.changed() => {
-                    changed.map_err(|_| leaving())?;
-                    if let Some(next) = sets.borrow_and_update().clone() {
+                next = sets.next() => {
+                    if let Some(next) = next.ok_or_else(leaving)? {
                         self.engine.on_resources(&next, Instant::now());
                         set = Some(next);
                         due = true;
@@ -258,7 +313,7 @@ impl<V: Serve> Session<'_, V> {
                     armed = None;
                     due = true;
                 }
-                () = shutdown.wait() => return if served { Ok(()) } else { Err(leaving()) },
+                () = &mut shutdown => return if served { Ok(()) } else { Err(leaving()) },
             }
             // The timer is set anew only for something earlier: after each ACK it would be for nothing.
             if let Some(deadline) = self.engine.deadline()
@@ -291,7 +346,7 @@ impl<V: Serve> Session<'_, V> {
             self.observer.unanswered(V::PROTOCOL, unanswered - self.unanswered);
             self.unanswered = unanswered;
         }
-        self.seat.update(self.engine.status());
+        self.seat.update(|types| self.engine.update_status(types));
     }
 }
 

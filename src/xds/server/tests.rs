@@ -1,4 +1,4 @@
-use std::{collections::HashMap, sync::Mutex};
+use std::collections::HashMap;
 
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryResponse, DiscoveryResponse,
@@ -7,6 +7,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    sync::mpsc,
 };
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Streaming, transport::Channel};
@@ -14,7 +15,6 @@ use tonic::{Streaming, transport::Channel};
 use super::*;
 use crate::{
     model::Revision,
-    rt::Shutdown,
     xds::{
         Change, Concern, Protocol, ResourceType, StreamPolicy,
         testing::{CDS, EDS, delta, node, put, resource},
@@ -306,9 +306,8 @@ async fn k1_streams_end_well_on_shutdown() {
     waiting.ask(delta(ResourceType::Route, &[], &[])).await;
     server.until("both there", |server| server.proxies.len() == 2).await;
     server.tasks.shutdown().start();
-    // The connection goes with the server here; what counts is that the streams' tasks end.
-    assert_eq!(server.tasks.join(Duration::from_secs(5)).await, 0);
-    assert!(server.proxies.is_empty());
+    // Streams end by themselves; what their clients hear depends on when the connection goes, which here is at once.
+    server.until("both gone", |server| server.proxies.is_empty()).await;
     let _ = (served.next().await, waiting.next().await);
 }
 
