@@ -23,6 +23,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
     thread,
+    time::Duration,
 };
 
 use futures_util::future::BoxFuture;
@@ -268,6 +269,9 @@ fn create_dir(dir: &Path) -> Result<(), FileError> {
     }
 }
 
+/// How long another process may still hold the directory: one that is ending, such as this one's forerunner.
+const ENDING: Duration = Duration::from_millis(500);
+
 /// Takes the directory for this process, and tells whether it has held a store.
 fn lock(dir: &Path) -> Result<(File, bool), OpenError> {
     let path = dir.join("lock");
@@ -279,10 +283,14 @@ fn lock(dir: &Path) -> Result<(File, bool), OpenError> {
         .mode(0o600)
         .open(&path)
         .map_err(at(&path))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(OpenError::Locked(dir.to_owned())),
-        Err(TryLockError::Error(cause)) => return Err(FileError { path, cause }.into()),
+    let tries = 20;
+    for left in (0..tries).rev() {
+        match file.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) if left > 0 => thread::sleep(ENDING / tries),
+            Err(TryLockError::WouldBlock) => return Err(OpenError::Locked(dir.to_owned())),
+            Err(TryLockError::Error(cause)) => return Err(FileError { path, cause }.into()),
+        }
     }
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(at(&path))?;
