@@ -15,8 +15,9 @@ use envoy_types::pb::envoy::{
             },
         },
         core::v3::{
-            DataSource, Http2ProtocolOptions, KeepaliveSettings, SubstitutionFormatString, TcpKeepalive,
-            TrafficDirection, data_source::Specifier, substitution_format_string::Format,
+            DataSource, Http1ProtocolOptions, Http2ProtocolOptions, KeepaliveSettings,
+            SubstitutionFormatString, TcpKeepalive, TrafficDirection, data_source::Specifier,
+            substitution_format_string::Format,
         },
         listener::v3::{Filter, FilterChain, Listener, filter::ConfigType},
         route::v3::{
@@ -41,9 +42,7 @@ use envoy_types::pb::envoy::{
         },
         upstreams::http::v3::{
             HttpProtocolOptions,
-            http_protocol_options::{
-                ExplicitHttpConfig, UpstreamProtocolOptions, explicit_http_config::ProtocolConfig,
-            },
+            http_protocol_options::{UpstreamProtocolOptions, UseDownstreamHttpConfig},
         },
     },
     r#type::matcher::v3::{RegexMatcher, StringMatcher, string_matcher::MatchPattern},
@@ -115,7 +114,7 @@ pub(super) fn cluster(service: &Arc<str>) -> Resource {
         }),
         typed_extension_protocol_options: HashMap::from([(
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions".to_owned(),
-            any(&http2()),
+            any(&protocols()),
         )]),
         ..Cluster::default()
     };
@@ -141,11 +140,11 @@ fn outlier_detection() -> OutlierDetection {
     }
 }
 
-/// HTTP/2 without asking. Before a call goes to a connection that has been silent for 10 s, a ping finds out whether the host is
+/// Before an HTTP/2 call goes to a connection that has been silent for 10 s, a ping finds out whether the host is
 /// there; if not the connection ends and its calls are retried elsewhere. Not pings at an interval: servers of C-core, Go and Java
 /// close a connection on the third ping within 5 min in which they had nothing to send (`too_many_pings`), which cuts quiet
 /// streams. A ping that goes with a call is followed by an answer, and then does not count.
-fn http2() -> HttpProtocolOptions {
+fn protocols() -> HttpProtocolOptions {
     let options = Http2ProtocolOptions {
         connection_keepalive: Some(KeepaliveSettings {
             connection_idle_interval: seconds(10),
@@ -155,9 +154,14 @@ fn http2() -> HttpProtocolOptions {
         ..Http2ProtocolOptions::default()
     };
     HttpProtocolOptions {
-        upstream_protocol_options: Some(UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
-            protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(options)),
-        })),
+        // As it came: gRPC is HTTP/2 on both sides, and a plain web server is called with HTTP/1.
+        upstream_protocol_options: Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(
+            UseDownstreamHttpConfig {
+                http_protocol_options: Some(Http1ProtocolOptions::default()),
+                http2_protocol_options: Some(options),
+                ..UseDownstreamHttpConfig::default()
+            },
+        )),
         ..HttpProtocolOptions::default()
     }
 }

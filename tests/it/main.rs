@@ -17,6 +17,7 @@ mod ledger;
 mod load_reports;
 mod on_demand;
 mod per_type;
+mod plain_http;
 mod real_clients;
 mod tidy;
 mod validate;
