@@ -1,18 +1,14 @@
-use std::{
-    io,
-    net::SocketAddr,
-    pin::{Pin, pin},
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, pin::pin, time::Duration};
 
+use futures_util::{Stream, stream};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
-    net::{TcpListener, TcpSocket},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::mpsc,
 };
 use tonic::transport::{
@@ -65,19 +61,34 @@ pub(super) fn bind(
     open().map(Some).map_err(|source| Error::Listen { field, address, source })
 }
 
-/// Accepted connections. A failed accept (out of descriptors, a peer that left) is no end: the next one may do.
-struct Connections(TcpListener);
+/// The next connection. A failed accept (out of descriptors, a peer that left) is no end: the next one may do.
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            // An answer is written whole; waiting for more of it would only delay it.
+            Ok((stream, _)) if stream.set_nodelay(true).is_ok() => return stream,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
 
-impl futures_util::Stream for Connections {
-    type Item = io::Result<Watched>;
+/// All connections, watched.
+fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Watched>> {
+    stream::unfold(listener, |listener| async {
+        let watched = Watched::new(accept(&listener).await, PREFACE, HEADERS_WITHIN);
+        Some((Ok(watched), listener))
+    })
+}
 
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.poll_accept(cx).map(|accepted| {
-            Some(accepted.and_then(|(stream, _)| {
-                stream.set_nodelay(true)?;
-                Ok(Watched::new(stream, PREFACE, HEADERS_WITHIN))
-            }))
-        })
+/// Takes as many descriptors as the system allows this process: every proxy holds one, and the usual 1,024 are too few.
+pub(super) fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit on open files stays as it is");
     }
 }
 
@@ -140,7 +151,7 @@ pub(super) fn serve_grpc(
             .http2_keepalive_timeout(Some(timeout))
             .layer(MapRequestLayer::new(spread_connect_info))
             .add_routes(routes)
-            .serve_with_incoming_shutdown(Connections(listener), shutdown.wait());
+            .serve_with_incoming_shutdown(connections(listener), shutdown.wait());
         report("grpc", server.await, &failed);
     });
 }
@@ -152,17 +163,9 @@ pub(super) fn serve_http(listener: TcpListener, router: axum::Router, tasks: &Ta
         http.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
         let shutdown = owner.shutdown().clone();
         loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+            let stream = tokio::select! {
+                stream = accept(&listener) => TokioIo::new(stream),
                 () = shutdown.wait() => return,
-            };
-            let stream = match accepted {
-                Ok((stream, _)) => TokioIo::new(stream),
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
             };
             let connection = http.serve_connection(stream, TowerToHyperService::new(router.clone()));
             let shutdown = shutdown.clone();

@@ -84,6 +84,7 @@ pub enum Error {
 /// When it could not start, or a server ended by itself.
 pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), Error> {
     let log = LogFilter::start(&config.log.filter, config.log.format).map_err(Error::Log)?;
+    listen::raise_descriptor_limit();
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
 
