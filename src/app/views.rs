@@ -198,7 +198,9 @@ impl Admit for Views {
         let view = View::of(node)
             .map_err(|error| Refusal { code: Code::InvalidArgument, message: error.to_string() })?;
         let policy = match view.kind {
-            ClientKind::Envoy => StreamPolicy::ENVOY,
+            // Only what says that it is an Envoy is trusted to behave as one.
+            ClientKind::Envoy if node.user_agent_name.starts_with("envoy") => StreamPolicy::ENVOY,
+            ClientKind::Envoy => StreamPolicy::OTHER,
             ClientKind::Grpc => StreamPolicy::GRPC,
         };
         let set = self.subscribe(view).ok_or_else(|| Refusal {
