@@ -281,6 +281,21 @@ pub(super) fn read_update(body: &[u8], limits: &Limits) -> Result<Update, Proble
     if problems.is_empty() { Ok(update) } else { Err(problems) }
 }
 
+/// `{"live": {…}}`.
+pub(super) fn read_live(body: &[u8]) -> Result<BTreeMap<String, String>, Problems> {
+    let node = parse_json(body)?;
+    let mut problems = Problems::default();
+    let mut fields = Fields::of(&node, "", &mut problems);
+    let entries = fields.texts("live", &mut problems);
+    if entries.is_none() && problems.is_empty() {
+        problems.add("live", "is missing: want a map of texts, such as {\"block\": \"17\"}");
+    }
+    fields.finish(&mut problems);
+    let entries = entries.unwrap_or_default().into_iter();
+    let entries = entries.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    if problems.is_empty() { Ok(entries) } else { Err(problems) }
+}
+
 fn read_metadata(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<BTreeMap<String, String>> {
     let entries = fields.texts("metadata", problems)?;
     Some(entries.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())

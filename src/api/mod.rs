@@ -9,6 +9,7 @@ mod error;
 mod grpc;
 mod http;
 mod ledger;
+mod live;
 mod load;
 mod proxies;
 

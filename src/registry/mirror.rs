@@ -10,7 +10,7 @@ use futures_util::FutureExt as _;
 use super::{Cache, Error, cache::Cached, record};
 use crate::{
     catalog::{Change, Reader, Stale, Writer},
-    model::Revision,
+    model::{InstanceKey, Revision},
     rt::{self, Backoff, Gate, Tasks},
     store::{Event, Key, Listing, Store, StoreError, Watch},
 };
@@ -161,6 +161,15 @@ impl Mirror {
             different.extend(gone.map(|instance| Change::RemoveInstance(instance.key.clone())));
             if !keys.contains(record::service_key(&service.id).as_ref()) {
                 different.push(Change::RemoveService(service.id.clone()));
+            }
+        }
+        for (service, id) in known.services().flat_map(|service| {
+            let live = self.catalog.live().latest(&service.id).instances;
+            live.into_iter().map(|(id, _)| (service.id.clone(), id))
+        }) {
+            let key = InstanceKey { service, id };
+            if !keys.contains(record::live_key(&key).as_ref()) {
+                different.push(Change::RemoveLive(key));
             }
         }
         for entry in entries.iter().filter(|entry| entry.revision > known.revision()) {
