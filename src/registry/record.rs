@@ -72,6 +72,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         metadata,
         state,
         lease,
+        owner,
         revision,
         registered_at,
     } = instance;
@@ -96,10 +97,11 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         lease: Some(lease_to_proto(*lease)),
         revision: revision.0,
         registered_at: Some((*registered_at).into()),
+        owner: owner.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 
-fn instance_from_proto(
+pub(super) fn instance_from_proto(
     key: InstanceKey,
     message: v1::Instance,
     revision: Revision,
@@ -114,6 +116,10 @@ fn instance_from_proto(
         }
         Some(v1::lease::Kind::Session(_)) => Lease::Session,
         None => return Err("it has no lease".to_owned()),
+    };
+    let owner = match message.owner.as_str() {
+        "" => None,
+        owner => Some(owner.parse().map_err(|e| format!("owner: {e}"))?),
     };
     let locality = message.locality.unwrap_or_default();
     Ok(Instance {
@@ -133,6 +139,7 @@ fn instance_from_proto(
         metadata: message.metadata,
         state,
         lease,
+        owner,
         revision,
         registered_at: message.registered_at.map_or(Ok(SystemTime::UNIX_EPOCH), |at| {
             SystemTime::try_from(at).map_err(|e| format!("registered_at: {e}"))
@@ -160,6 +167,7 @@ mod tests {
             metadata: [("k".to_owned(), "v".to_owned())].into(),
             state: State::Draining,
             lease,
+            owner: Some("n1".parse().unwrap()),
             revision: Revision(9),
             registered_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
         }
