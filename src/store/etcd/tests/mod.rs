@@ -1,0 +1,50 @@
+mod cluster;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use futures_util::future::BoxFuture;
+
+use self::cluster::Cluster;
+use super::*;
+use crate::{
+    proto::etcd::{CompactionRequest, kv_client::KvClient},
+    store::conformance::{Place, conforms},
+};
+
+/// A prefix of its own in an etcd.
+struct Prefix<'a> {
+    cluster: &'a Cluster,
+    config: EtcdConfig,
+}
+
+impl Place for Prefix<'_> {
+    fn open(&self) -> BoxFuture<'_, Arc<dyn Store>> {
+        Box::pin(async { Arc::new(EtcdStore::open(&self.config).unwrap()) as Arc<dyn Store> })
+    }
+
+    fn forget(&self, revision: Revision) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let channel = tonic::transport::Endpoint::from_shared(self.config.endpoints[0].clone()).unwrap();
+            let request = CompactionRequest { revision: revision.0.cast_signed(), physical: true };
+            KvClient::connect(channel).await.unwrap().compact(request).await.unwrap();
+        })
+    }
+
+    fn remembers_for_readers(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test]
+async fn etcd_conforms() {
+    let cluster = Cluster::start(1);
+    let made = AtomicUsize::new(0);
+    conforms(|| {
+        let prefix = format!("/test/{}/", made.fetch_add(1, Ordering::Relaxed));
+        Prefix { cluster: &cluster, config: EtcdConfig { prefix, ..cluster.config() } }
+    })
+    .await;
+}
