@@ -26,7 +26,7 @@ use crate::{
     model::Members,
     registry::{self, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
-    store::{self, FileStore, MemoryStore, Store},
+    store::{self, EtcdStore, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, LoadReports, Loads, Proxies},
 };
@@ -59,6 +59,9 @@ pub enum Error {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] store::OpenError),
+    /// The store in etcd cannot be used.
+    #[error(transparent)]
+    Etcd(#[from] store::EtcdError),
     /// What the store holds cannot be read.
     #[error("the registry cannot start: {0}")]
     Registry(#[from] registry::Error),
@@ -129,7 +132,11 @@ impl Running {
         let store = open_store(&config.store, &metrics)?;
         let (writer, reader) = catalog::catalog();
         let mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
-        mirror.start(Patience::None, &core, readiness.gate(SYNCED)).await?;
+        let patience = match config.store {
+            StoreConfig::Etcd(_) => Patience::Wait(None),
+            StoreConfig::Memory | StoreConfig::File { .. } => Patience::None,
+        };
+        mirror.start(patience, &core, readiness.gate(SYNCED)).await?;
         metrics.collect(observe::CatalogMetrics(reader.clone()));
         let (_, members) = watch::channel(Members::alone(settings::node(config)));
         let registry = has(Role::Registry).then(|| {
@@ -232,5 +239,6 @@ fn open_store(config: &StoreConfig, metrics: &Metrics) -> Result<Arc<dyn Store>,
             metrics.collect(observe::StoreMetrics(Arc::clone(&store)));
             Ok(store)
         }
+        StoreConfig::Etcd(settings) => Ok(Arc::new(EtcdStore::open(settings)?)),
     }
 }

@@ -6,6 +6,7 @@
 mod check;
 mod problem;
 mod show;
+mod store;
 #[cfg(test)]
 mod tests;
 mod yaml;
@@ -25,6 +26,7 @@ pub use problem::ConfigError;
 
 use crate::{
     model::{self, MemberId},
+    store::EtcdConfig,
     xds::ResourceType,
 };
 
@@ -122,6 +124,8 @@ pub enum Store {
         /// Whether to start although the middle of a file is damaged, without what is behind the damage.
         accept_loss: bool,
     },
+    /// In an etcd cluster, shared with other processes.
+    Etcd(EtcdConfig),
 }
 
 /// Bounds on what clients may ask for.

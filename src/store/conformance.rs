@@ -68,7 +68,7 @@ pub(crate) fn delete(key: &str) -> Op {
     delete_when(key, Condition::Always)
 }
 
-fn bind(key: &str, value: &str) -> Op {
+pub(crate) fn bind(key: &str, value: &str) -> Op {
     Op::Bind { key: key.into(), value: Bytes::copy_from_slice(value.as_bytes()), when: Condition::Always }
 }
 

@@ -1,4 +1,6 @@
+mod access;
 mod cluster;
+mod faults;
 
 use std::sync::{
     Arc,
@@ -26,16 +28,19 @@ impl Place for Prefix<'_> {
     }
 
     fn forget(&self, revision: Revision) -> BoxFuture<'_, ()> {
-        Box::pin(async move {
-            let channel = tonic::transport::Endpoint::from_shared(self.config.endpoints[0].clone()).unwrap();
-            let request = CompactionRequest { revision: revision.0.cast_signed(), physical: true };
-            KvClient::connect(channel).await.unwrap().compact(request).await.unwrap();
-        })
+        Box::pin(compact(&self.config, revision))
     }
 
     fn remembers_for_readers(&self) -> bool {
         true
     }
+}
+
+/// Makes etcd forget the changes before `revision`; its offset must be 0.
+async fn compact(config: &EtcdConfig, revision: Revision) {
+    let request = CompactionRequest { revision: revision.0.cast_signed(), physical: true };
+    let mut client = KvClient::connect(config.endpoints[0].clone()).await.unwrap();
+    client.compact(request).await.unwrap();
 }
 
 #[tokio::test]
