@@ -7,7 +7,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 
-use super::{Cache, Error, cache::Cached, record};
+use super::{Cache, Error, cache::Cached, membership, record};
 use crate::{
     catalog::{Change, Reader, Stale, Writer},
     model::{InstanceKey, Revision},
@@ -145,7 +145,9 @@ impl Mirror {
                 Ok(event) => vec![event],
                 Err(StoreError::Closed) => return,
                 Err(StoreError::Reset(_)) => {
-                    tracing::error!("the store went back to an older state; what is registered here and not there is written again");
+                    tracing::error!(
+                        "the store went back to an older state; what is registered here and not there is written again"
+                    );
                     self.heal = true;
                     feed = None;
                     continue;
@@ -240,7 +242,6 @@ impl Mirror {
         Ok(feed)
     }
 }
-
 
 fn changes(event: Event) -> (Revision, Vec<Change>) {
     let Event { revision, changes } = event;
