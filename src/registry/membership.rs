@@ -16,7 +16,7 @@ use prost::Message as _;
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    model::{MemberId, Members},
+    model::{MemberId, Members, Revision},
     rt::{self, Backoff, Tasks},
     store::{Condition, Event, Key, Op, Session, Status, Store, StoreError, Watch},
 };
@@ -92,6 +92,7 @@ impl Membership {
             boot,
             value: record.encode_to_vec().into(),
             bound: None,
+            told: Revision::default(),
             seen: sender,
         };
         tasks.spawn_until_shutdown("membership", joiner.run());
@@ -143,8 +144,10 @@ struct Joiner {
     own: MemberId,
     boot: u64,
     value: Bytes,
-    /// The session that our record hangs on.
-    bound: Option<Session>,
+    /// The session that our record hangs on, and the commit that bound it.
+    bound: Option<(Session, Revision)>,
+    /// What the feed has told.
+    told: Revision,
     seen: watch::Sender<Seen>,
 }
 
@@ -163,10 +166,11 @@ impl Joiner {
 
     /// Follows the others until that fails.
     async fn follow(&mut self, backoff: &mut Backoff) -> StoreError {
-        let (mut feed, others) = match self.look().await {
+        let (mut feed, others, told) = match self.look().await {
             Ok(looked) => looked,
             Err(error) => return error,
         };
+        self.told = told;
         self.seen.send_modify(|seen| seen.members = others);
         loop {
             if let Err(error) = self.join().await {
@@ -195,11 +199,13 @@ impl Joiner {
         }
     }
 
-    async fn look(&self) -> Result<(Box<dyn Watch>, BTreeMap<MemberId, (u64, Member)>), StoreError> {
+    async fn look(
+        &self,
+    ) -> Result<(Box<dyn Watch>, BTreeMap<MemberId, (u64, Member)>, Revision), StoreError> {
         let listing = self.store.list(MEMBERS).await?;
         let feed = self.store.watch(MEMBERS, listing.revision).await?;
         let members = listing.entries.iter().filter_map(|entry| read(&entry.key, &entry.value));
-        Ok((feed, members.collect()))
+        Ok((feed, members.collect(), listing.revision))
     }
 
     fn session(&self) -> Option<Session> {
@@ -211,7 +217,11 @@ impl Joiner {
     async fn join(&mut self) -> Result<(), StoreError> {
         let session = self.status.borrow_and_update().session;
         let Some(session) = session else { return Ok(()) };
-        let same = self.bound.is_some_and(|bound| bound.id == session.id);
+        let same = self.bound.is_some_and(|(bound, _)| bound.id == session.id);
+        if same && self.bound.is_some_and(|(_, at)| at > self.told) {
+            // The feed is about to tell.
+            return Ok(());
+        }
         let present = self.seen.borrow().members.get(&self.own).map(|(boot, _)| *boot);
         match present {
             Some(boot) if boot == self.boot && same => return Ok(()),
@@ -227,18 +237,13 @@ impl Joiner {
         }
         let ops =
             vec![Op::Bind { key: Arc::clone(&self.key), value: self.value.clone(), when: Condition::Always }];
-        self.store.commit(ops).await?;
-        self.bound = Some(session);
-        // The feed will say the same.
-        if let Some((id, member)) = read(&self.key, &self.value) {
-            self.seen.send_modify(|seen| {
-                seen.members.insert(id, member);
-            });
-        }
+        let revision = self.store.commit(ops).await?;
+        self.bound = Some((session, revision));
         Ok(())
     }
 
-    fn apply(&self, event: Event) {
+    fn apply(&mut self, event: Event) {
+        self.told = event.revision;
         self.seen.send_modify(|seen| {
             for (key, value) in event.changes {
                 match value.as_ref().and_then(|value| read(&key, value)) {
@@ -261,7 +266,7 @@ impl Joiner {
     /// Whether we are among those that are alive, for all who ask.
     fn tell(&self) {
         let session = self.session();
-        let same = self.bound.zip(session).is_some_and(|(bound, now)| bound.id == now.id && now.holds());
+        let same = self.bound.zip(session).is_some_and(|((bound, _), now)| bound.id == now.id && now.holds());
         self.seen.send_if_modified(|seen| {
             let ours = seen.members.get(&self.own).is_some_and(|(boot, _)| *boot == self.boot);
             let joined = same && ours;
