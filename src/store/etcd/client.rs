@@ -84,7 +84,7 @@ impl Client {
             };
             let mut endpoint = Endpoint::from_shared(address.clone())
                 .map_err(wrong)?
-                .connect_timeout(config.timeout / 2)
+                .connect_timeout(config.timeout / 3)
                 .tcp_nodelay(true)
                 .http2_keep_alive_interval(PING)
                 .keep_alive_timeout(PONG)
@@ -114,9 +114,9 @@ impl Client {
         Instant::now() + self.timeout
     }
 
-    /// How long one endpoint is waited for.
+    /// How long one endpoint is waited for: two may be silent, one by itself and one because it waits for the other.
     pub(super) fn patience(&self) -> Duration {
-        self.timeout / 2
+        self.timeout / 3
     }
 
     /// Which endpoint is spoken to; changes when it does not answer.
@@ -325,7 +325,7 @@ impl Client {
                 "the change has too many keys for one transaction of etcd ({said}): its --max-txn-ops is the most, less 2"
             );
         }
-        if said.contains("request is too large") {
+        if said.contains("request is too large") || said.contains("larger than max") {
             return format!("the change is too large for etcd ({said}): its --max-request-bytes is the most");
         }
         format!("etcd refuses it: {said}")

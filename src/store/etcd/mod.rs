@@ -58,7 +58,7 @@ pub struct EtcdConfig {
     pub user: Option<EtcdUser>,
     /// For endpoints with `https`.
     pub tls: Option<EtcdTls>,
-    /// How long a call may take in all; half of it is how long one endpoint is waited for. Default 5 s.
+    /// How long a call may take in all; a third of it is how long one endpoint is waited for. Default 5 s.
     pub timeout: Duration,
     /// How long what is bound to this process outlives it, in whole seconds. Default 10 s.
     pub session_ttl: Duration,

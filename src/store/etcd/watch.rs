@@ -223,7 +223,9 @@ impl Follower {
                 }
                 Err(status) => {
                     self.broken(status.message());
-                    self.store.client.leave(*self.endpoint.borrow());
+                    // The receiver is read before the sender is locked.
+                    let index = *self.endpoint.borrow();
+                    self.store.client.leave(index);
                     Ok(())
                 }
             },

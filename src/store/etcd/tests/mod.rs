@@ -17,12 +17,11 @@ use crate::{
 };
 
 /// A prefix of its own in an etcd.
-struct Prefix<'a> {
-    cluster: &'a Cluster,
+struct Prefix {
     config: EtcdConfig,
 }
 
-impl Place for Prefix<'_> {
+impl Place for Prefix {
     fn open(&self) -> BoxFuture<'_, Arc<dyn Store>> {
         Box::pin(async { Arc::new(EtcdStore::open(&self.config).unwrap()) as Arc<dyn Store> })
     }
@@ -49,7 +48,7 @@ async fn etcd_conforms() {
     let made = AtomicUsize::new(0);
     conforms(|| {
         let prefix = format!("/test/{}/", made.fetch_add(1, Ordering::Relaxed));
-        Prefix { cluster: &cluster, config: EtcdConfig { prefix, ..cluster.config() } }
+        Prefix { config: EtcdConfig { prefix, ..cluster.config() } }
     })
     .await;
 }
