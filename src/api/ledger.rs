@@ -25,8 +25,8 @@ use super::{
     Api,
     dto::{self, InstanceDto},
     error::{ApiError, Kind},
-    http::{Path, Query, Reply, instance_key, read_wait},
     proxies::{kind, streams_of},
+    request::{Path, Query, Reply, instance_key, read_wait},
 };
 use crate::{
     model::{Instance, Problems, Revision, ServiceId, State as Health, excerpt},

@@ -11,6 +11,7 @@ mod http;
 mod ledger;
 mod load;
 mod proxies;
+mod request;
 
 use std::sync::Arc;
 
@@ -31,6 +32,8 @@ use crate::{
 pub struct Config {
     /// Largest request body in bytes, on both edges.
     pub body_limit: usize,
+    /// HTTP requests at the same time.
+    pub requests: usize,
     /// The configuration in force, as YAML, for `/debug/config`.
     pub effective: String,
 }

@@ -13,7 +13,7 @@ use tonic::{Request, Status};
 use super::{
     Api, dto,
     error::{ApiError, Kind},
-    http::{Path, Reply, WAIT_MAX},
+    request::{Path, Reply, WAIT_MAX},
 };
 use crate::{
     model::{Problems, Revision, ServiceId, excerpt, nearest},

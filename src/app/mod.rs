@@ -7,6 +7,7 @@
 mod listen;
 mod loads;
 mod observe;
+mod serve;
 mod settings;
 mod views;
 
@@ -15,7 +16,6 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Mutex, mpsc},
 };
 use tonic::service::RoutesBuilder;
 
@@ -64,24 +64,16 @@ pub enum Error {
     /// The log filter is wrong.
     #[error("log.filter {0}")]
     Log(String),
-    /// A server ended by itself.
-    #[error("the {name} server ended: {reason}")]
-    Server {
-        /// Which.
-        name: &'static str,
-        /// Why.
-        reason: String,
-    },
     /// Signals cannot be listened to.
     #[error("signals cannot be listened to: {0}")]
     Signals(std::io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT, or until something fails that it cannot run without. `ready` is called once, when the
+/// Runs until SIGTERM or SIGINT. `ready` is called once, when the
 /// process serves.
 ///
 /// # Errors
-/// When it could not start, or a server ended by itself.
+/// When it could not start.
 pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), Error> {
     let log = LogFilter::start(&config.log.filter, config.log.format).map_err(Error::Log)?;
     listen::raise_descriptor_limit();
@@ -90,13 +82,12 @@ pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), E
 
     let running = Running::start(&config, log).await?;
     ready(&running.addresses);
-    let result = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        error = running.failed() => Err(error),
-    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     running.stop(config.shutdown.drain).await;
-    result
+    Ok(())
 }
 
 /// A process that serves.
@@ -108,7 +99,6 @@ struct Running {
     /// Tasks behind them.
     core: Tasks,
     store: Arc<dyn Store>,
-    failures: Mutex<mpsc::Receiver<Error>>,
 }
 
 impl Running {
@@ -155,12 +145,11 @@ impl Running {
             proxies,
             loads,
             readiness: readiness.clone(),
-            metrics,
+            metrics: metrics.clone(),
             log,
             tasks: edges.clone(),
         };
 
-        let (failed, failures) = mpsc::channel(1);
         if let Some(listener) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
@@ -177,23 +166,17 @@ impl Running {
                 routes.add_service(api.registry_service());
             }
             routes.add_service(api.proxies_service());
-            listen::serve_grpc(listener, routes.routes(), &edges, failed);
+            let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
+            serve::grpc(door, routes.routes(), config.xds.max_connection_age, &edges);
         }
         if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges);
+            let door = serve::Door::http(listener, config.limits.http_connections, &metrics);
+            serve::http(door, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());
         tracing::info!(grpc = shown(addresses.grpc), http = shown(addresses.http), "serving");
-        Ok(Self { addresses, readiness, edges, core, store, failures: Mutex::new(failures) })
-    }
-
-    /// Returns when a server ends by itself.
-    async fn failed(&self) -> Error {
-        match self.failures.lock().await.recv().await {
-            Some(error) => error,
-            None => std::future::pending().await,
-        }
+        Ok(Self { addresses, readiness, edges, core, store })
     }
 
     async fn stop(self, drain: Duration) {

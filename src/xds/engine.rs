@@ -259,6 +259,16 @@ impl<V: Variant> Engine<V> {
         answers.flatten().chain(grace).filter(|at| self.looked.is_none_or(|last| *at > last)).min()
     }
 
+    /// Whether the client has answered everything that it was sent, or had its time to.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.tracks.iter().all(|track| !track.awaits_answer())
+    }
+
+    /// How long an answer is waited for.
+    pub(super) fn patience(&self) -> Duration {
+        self.config.ack_timeout
+    }
+
     /// Types that the stream asked for.
     pub(super) fn status(&self) -> Vec<TypeStatus> {
         self.tracks.iter().filter(|track| track.seen).map(|track| track.status(self.current)).collect()

@@ -39,7 +39,7 @@ use super::{
     status::Seat,
     wire::{Incoming, Requests, Responses},
 };
-use crate::rt::{Shutdown, Tasks};
+use crate::rt::{Leave, Shutdown, Tasks};
 
 /// The discovery services, aggregated and per type, in both forms (rules G1, G2). A clone serves the same.
 #[derive(Debug, Clone)]
@@ -100,13 +100,15 @@ impl AdsServer {
         };
         let request = tonic::Request::from_http(request);
         let peer = request.remote_addr();
+        let leave =
+            request.extensions().get().map_or_else(|| shared.shutdown.clone(), |Leave(it)| it.clone());
         let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
         let place = Place::default();
         let session = {
             let place = place.clone();
             async move {
                 let _permit: OwnedSemaphorePermit = permit;
-                serve_stream::<V, B>(requests, place, peer, only, &shared).await
+                serve_stream::<V, B>(requests, place, (peer, leave), only, &shared).await
             }
         };
         let serving = Serving { session: Some(Box::pin(session)), place, end: None };
@@ -204,7 +206,7 @@ impl<F: Future<Output = Result<(), Status>>> Stream for Serving<F> {
 async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
     place: Place,
-    peer: Option<SocketAddr>,
+    (peer, leave): (Option<SocketAddr>, Shutdown),
     only: Option<ResourceType>,
     shared: &Shared,
 ) -> Result<(), Status> {
@@ -238,7 +240,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     let seat = shared.proxies.join(node, V::PROTOCOL);
     seat.serve(set.clone());
     let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run((first, arrival), requests, set, place, shutdown).await
+    session.run((first, arrival), requests, set, place, (shutdown, &leave)).await
 }
 
 /// A stream that was let in.
@@ -256,13 +258,15 @@ impl<V: Serve> Session<'_, V> {
         mut requests: Requests<V::Request, B>,
         mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
         place: Place,
-        shutdown: &Shutdown,
+        (shutdown, leave): (&Shutdown, &Shutdown),
     ) -> Result<(), Status> {
         let mut set = sets.borrow_and_update().clone();
         // What is waited for stays registered from one turn to the next: to come and go costs locks that all streams share.
         let mut sets = WatchStream::from_changes(sets);
-        let shutdown = shutdown.wait();
-        tokio::pin!(shutdown);
+        let leaving_time = leave.wait();
+        tokio::pin!(leaving_time);
+        // Once the connection is old: when the stream ends at the latest.
+        let mut last: Option<Instant> = None;
         let mut served = false;
         self.hear(first, set.as_ref())?;
         // Until the first response is made, which takes no help of the client; or until there is something to make it of.
@@ -313,10 +317,25 @@ impl<V: Serve> Session<'_, V> {
                     armed = None;
                     due = true;
                 }
-                () = &mut shutdown => return if served { Ok(()) } else { Err(leaving()) },
+                () = &mut leaving_time => {
+                    if shutdown.started() {
+                        return if served { Ok(()) } else { Err(leaving()) };
+                    }
+                    last = Some(Instant::now() + self.engine.patience());
+                    leaving_time.set(shutdown.wait());
+                }
+            }
+            // Rule K7: the client comes back over another connection and says what it holds. That is worth the most when it has
+            // acknowledged everything, and nothing to a client that was not served yet (rule K1).
+            if let Some(last) = last
+                && (served || !due || Instant::now() >= last)
+                && (self.engine.is_quiet() || Instant::now() >= last)
+            {
+                return Ok(());
             }
             // The timer is set anew only for something earlier: after each ACK it would be for nothing.
-            if let Some(deadline) = self.engine.deadline()
+            let deadline = self.engine.deadline().into_iter().chain(last).min();
+            if let Some(deadline) = deadline
                 && armed.is_none_or(|armed| deadline < armed)
             {
                 timer.as_mut().reset(deadline);

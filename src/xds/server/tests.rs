@@ -71,6 +71,8 @@ struct Server {
     proxies: Proxies,
     counts: Arc<Counts>,
     tasks: Tasks,
+    /// Starts when the connections are old.
+    leave: Shutdown,
     ads: AdsServer,
 }
 
@@ -94,12 +96,18 @@ async fn start_with(set: Option<ResourceSet>, config: Config) -> Server {
     let address = listener.local_addr().unwrap();
     let mut routes = RoutesBuilder::default();
     server.add_to(&mut routes);
+    let leave = tasks.shutdown().child();
+    let told = Leave(leave.clone());
     tasks.spawn_until_shutdown("test server", async move {
         let incoming = TcpListenerStream::new(listener);
-        let server = tonic::transport::Server::builder().add_routes(routes.routes());
+        let layer = tower::util::MapRequestLayer::new(move |mut request: http::Request<_>| {
+            request.extensions_mut().insert(told.clone());
+            request
+        });
+        let server = tonic::transport::Server::builder().layer(layer).add_routes(routes.routes());
         server.serve_with_incoming(incoming).await.unwrap();
     });
-    Server { address, sets, proxies, counts, tasks, ads: server }
+    Server { address, sets, proxies, counts, tasks, leave, ads: server }
 }
 
 impl Server {
@@ -309,6 +317,46 @@ async fn k1_streams_end_well_on_shutdown() {
     // Streams end by themselves; what their clients hear depends on when the connection goes, which here is at once.
     server.until("both gone", |server| server.proxies.is_empty()).await;
     let _ = (served.next().await, waiting.next().await);
+}
+
+#[tokio::test]
+async fn k7_on_an_old_connection_streams_end_well_once_everything_is_acknowledged() {
+    let server = start(Some(ResourceSet::default())).await;
+    server.publish(1, [put(CDS, "a", "1"), put(EDS, "a", "1")]);
+    let mut idle = server.delta("idle").await;
+    idle.ask(delta(CDS, &[], &[])).await;
+    idle.take().await;
+    let mut busy = server.delta("busy").await;
+    busy.ask(delta(CDS, &[], &[])).await;
+    let clusters = busy.next().await.unwrap().unwrap();
+    server.until("one acknowledged", |server| server.counts.get("acknowledged") == 1).await;
+    server.leave.start();
+    assert_eq!(idle.next().await.unwrap(), None, "with status OK");
+
+    // The other one's clusters wait for their endpoints, which it still gets, and then it has acknowledged everything.
+    busy.ask(delta(EDS, &["a"], &[])).await;
+    assert_eq!(busy.take().await, ["a"]);
+    busy.ask(DeltaDiscoveryRequest { response_nonce: clusters.nonce, ..delta(CDS, &[], &[]) }).await;
+    assert_eq!(busy.next().await.unwrap(), None);
+    server.until("all gone", |server| server.proxies.is_empty()).await;
+
+    // One that comes on the old connection all the same is served first (rule K1).
+    let mut late = server.delta("late").await;
+    late.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(late.take().await, ["a"]);
+    assert_eq!(late.next().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn k7_a_client_that_never_answers_does_not_keep_an_old_connection() {
+    let config = Config { ack_timeout: Duration::from_millis(100), ..Config::default() };
+    let server = start_with(Some(ResourceSet::default()), config).await;
+    server.publish(1, [put(CDS, "a", "1")]);
+    let mut mute = server.delta("mute").await;
+    mute.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(mute.next().await.unwrap().unwrap().resources.len(), 1);
+    server.leave.start();
+    assert_eq!(mute.next().await.unwrap(), None);
 }
 
 const CLUSTERS: [&str; 2] = [
