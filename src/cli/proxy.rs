@@ -65,6 +65,9 @@ pub(super) enum Kind {
     /// RDS
     #[value(aliases = ["routes", "rds"])]
     Route,
+    /// VHDS
+    #[value(name = "virtual_host", aliases = ["virtual-host", "virtual_hosts", "vhds"])]
+    VirtualHost,
 }
 
 pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure> {
@@ -83,6 +86,7 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
                 Some(Kind::Endpoints) => "&type=endpoints",
                 Some(Kind::Listener) => "&type=listener",
                 Some(Kind::Route) => "&type=route",
+                Some(Kind::VirtualHost) => "&type=virtual_host",
             };
             let path = path(&node, &format!("/resources?body={body}{only}"));
             let document = http.get(&path, Duration::ZERO).await?;

@@ -32,6 +32,8 @@ pub struct Node {
     pub client_features: Vec<String>,
     /// The other end of the connection.
     pub peer: Option<SocketAddr>,
+    /// The URL of the one type that the stream can have; `None` for an aggregated one.
+    pub only: Option<&'static str>,
 }
 
 /// Region, zone and sub-zone.
@@ -84,6 +86,7 @@ impl Node {
             metadata: node.metadata.map(object).unwrap_or_default(),
             client_features: node.client_features,
             peer,
+            only: None,
         })
     }
 

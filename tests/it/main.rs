@@ -23,3 +23,4 @@ mod real_clients;
 mod tidy;
 mod validate;
 mod views;
+mod virtual_hosts;

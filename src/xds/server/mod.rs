@@ -32,7 +32,7 @@ use tonic::{Status, body::Body, service::RoutesBuilder};
 
 use super::{
     Admit, Admitted, Code, Config, Heard, Node, Observer, Protocol, ProtocolError, Proxies, Refusal,
-    ResourceSet, ResourceType, Response, Unobserved,
+    ResourceSet, Response, Unobserved,
     delta::Delta,
     engine::{Engine, Variant},
     sotw::Sotw,
@@ -88,7 +88,7 @@ impl AdsServer {
     fn serve<V: Serve, B: Incoming>(
         &self,
         request: http::Request<B>,
-        only: Option<ResourceType>,
+        only: Option<&'static str>,
     ) -> http::Response<Body> {
         let shared = Arc::clone(&self.shared);
         let Ok(permit) = Arc::clone(&shared.streams).try_acquire_owned() else {
@@ -207,7 +207,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
     place: Place,
     (peer, leave): (Option<SocketAddr>, Shutdown),
-    only: Option<ResourceType>,
+    only: Option<&'static str>,
     shared: &Shared,
 ) -> Result<(), Status> {
     let shutdown = &shared.shutdown;
@@ -231,7 +231,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
         return Err(Status::unavailable("too many clients connect at the same time; connect again later"));
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
-    let node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
+    let node = Node { only, ..Node::of(V::node(&mut first), peer, &shared.config).map_err(status)? };
     let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));

@@ -431,12 +431,62 @@ async fn g3_k2_another_type_on_a_service_of_one_type_is_an_error() {
 }
 
 #[tokio::test]
+async fn g2_l3_virtual_hosts_have_an_incremental_service() {
+    let server = start(Some(one_of_each())).await;
+    let path = "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    let request = DeltaDiscoveryRequest { node: Some(node("n")), ..DeltaDiscoveryRequest::default() };
+    requests.send(request).await.unwrap();
+    let response = within(responses.unwrap()).await.unwrap();
+    assert_eq!((response.type_url.as_str(), response.resources.len()), (ResourceType::VirtualHost.url(), 1));
+}
+
+#[tokio::test]
+async fn c1_k3_secrets_have_services_and_do_not_exist() {
+    let server = start(Some(one_of_each())).await;
+    let url = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+    for type_url in ["", url] {
+        let path = "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets";
+        let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+        let request = DeltaDiscoveryRequest {
+            node: Some(node("n")),
+            type_url: type_url.into(),
+            resource_names_subscribe: vec!["cert".into()],
+            ..Default::default()
+        };
+        requests.send(request).await.unwrap();
+        let response = within(responses.unwrap()).await.unwrap();
+        assert_eq!((response.type_url.as_str(), response.removed_resources), (url, vec!["cert".to_owned()]));
+
+        // The other form has no words for it: the stream stays, and is silent.
+        let path = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
+        let (requests, responses) = server.stream::<_, DiscoveryResponse>(path).await;
+        let request = DiscoveryRequest {
+            node: Some(node("silent")),
+            type_url: type_url.into(),
+            resource_names: vec!["cert".into()],
+            ..Default::default()
+        };
+        requests.send(request).await.unwrap();
+        let mut responses = responses.unwrap();
+        server.until("there", |server| server.proxies.list().iter().any(|it| it.node.id == "silent")).await;
+        let quiet = tokio::time::timeout(Duration::from_millis(50), responses.message()).await;
+        assert!(quiet.is_err(), "{quiet:?}");
+    }
+    let clusters = DeltaDiscoveryRequest { node: Some(node("n")), ..delta(CDS, &[], &[]) };
+    let path = "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    requests.send(clusters).await.unwrap();
+    let error = within(responses.unwrap()).await.unwrap_err();
+    assert!(error.message().contains(url), "{error}");
+}
+
+#[tokio::test]
 async fn g2_k2_services_of_types_that_are_not_generated_are_unimplemented() {
     let server = start(Some(one_of_each())).await;
     for path in [
-        "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
-        "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
-        "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts",
+        "/envoy.service.route.v3.VirtualHostDiscoveryService/StreamVirtualHosts",
+        "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/StreamScopedRoutes",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/DeltaScopedRoutes",
         "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints",
