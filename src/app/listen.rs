@@ -77,10 +77,67 @@ pub(super) fn follow_readiness(
     });
 }
 
-pub(super) fn reflection()
--> tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection> {
-    tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+/// Tells what there is, so that tools such as grpcurl need no files: of `services`, which are those that are served.
+pub(super) fn reflection(
+    services: &[&str],
+) -> tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection>
+{
+    let own = "grpc.reflection.v1.ServerReflection";
+    let mut builder = tonic_reflection::server::Builder::configure().with_service_name(own);
+    for set in proto::DESCRIPTORS.into_iter().chain([tonic_health::pb::FILE_DESCRIPTOR_SET]) {
+        builder = builder.register_encoded_file_descriptor_set(set);
+    }
+    services
+        .iter()
+        .fold(builder, |builder, service| builder.with_service_name(*service))
         .build_v1()
         .unwrap_or_else(|error| unreachable!("our own descriptors were compiled by the build: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use prost_reflect::DescriptorPool;
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+
+    use super::*;
+    use crate::xds::AdsServer;
+
+    #[tokio::test]
+    async fn reflection_tells_of_what_is_served_and_of_all_that_it_takes_to_call_it() {
+        let services: Vec<_> = ["disco.v1.Registry", "grpc.health.v1.Health"]
+            .into_iter()
+            .chain(AdsServer::services())
+            .chain(["envoy.service.status.v3.ClientStatusDiscoveryService"])
+            .chain(["envoy.service.load_stats.v3.LoadReportingService"])
+            .collect();
+        let mut client = ServerReflectionClient::new(reflection(&services));
+        let mut ask = async |message: MessageRequest| {
+            let request = ServerReflectionRequest { host: String::new(), message_request: Some(message) };
+            let mut answers =
+                client.server_reflection_info(tokio_stream::iter([request])).await.unwrap().into_inner();
+            answers.message().await.unwrap().unwrap().message_response.unwrap()
+        };
+        let MessageResponse::ListServicesResponse(list) = ask(MessageRequest::ListServices("*".into())).await
+        else {
+            panic!("no list")
+        };
+        let listed: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+        assert_eq!(listed[1..], services);
+        for service in listed {
+            let answer = ask(MessageRequest::FileContainingSymbol(service.clone())).await;
+            assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{service}: {answer:?}");
+        }
+        // Whole: no type is left out.
+        for set in proto::DESCRIPTORS {
+            let pool = DescriptorPool::decode(set).unwrap();
+            for file in pool.files() {
+                let name = file.name().to_owned();
+                let answer = ask(MessageRequest::FileByFilename(name.clone())).await;
+                assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{name}: {answer:?}");
+            }
+        }
+    }
 }

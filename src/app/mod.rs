@@ -11,13 +11,13 @@ mod serve;
 mod settings;
 mod views;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
-use tonic::service::RoutesBuilder;
+use tonic::{server::NamedService, service::RoutesBuilder};
 
 use crate::{
     api::Api,
@@ -153,21 +153,24 @@ impl Running {
         if let Some(listener) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
-            let mut routes = RoutesBuilder::default();
-            routes.add_service(health_service).add_service(listen::reflection());
+            let mut services = Services::default();
+            services.add(health_service);
             if let Some(ads) = ads {
-                ads.add_to(&mut routes);
-                routes.add_service(api.client_status_service());
+                ads.add_to(&mut services.routes);
+                services.names.extend(AdsServer::services());
+                services.add(api.client_status_service());
             }
             if let Some(load_reports) = load_reports {
-                routes.add_service(load_reports);
+                services.add(load_reports);
             }
             if has(Role::Registry) {
-                routes.add_service(api.registry_service());
+                services.add(api.registry_service());
             }
-            routes.add_service(api.proxies_service());
+            services.add(api.proxies_service());
+            let reflection = listen::reflection(&services.names);
+            services.routes.add_service(reflection);
             let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
-            serve::grpc(door, routes.routes(), config.xds.max_connection_age, &edges);
+            serve::grpc(door, services.routes.routes(), config.xds.max_connection_age, &metrics, &edges);
         }
         if let Some(listener) = http {
             let door = serve::Door::http(listener, config.limits.http_connections, &metrics);
@@ -200,6 +203,30 @@ impl Running {
             tracing::error!(%error, "the store did not close cleanly; what was answered is durable all the same");
         }
         tracing::info!("bye");
+    }
+}
+
+/// The gRPC services of the process and their names.
+#[derive(Debug, Default)]
+struct Services {
+    routes: RoutesBuilder,
+    names: Vec<&'static str>,
+}
+
+impl Services {
+    fn add<S>(&mut self, service: S)
+    where
+        S: tower::Service<http::Request<tonic::body::Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Response: axum::response::IntoResponse,
+        S::Future: Send + 'static,
+    {
+        self.names.push(S::NAME);
+        self.routes.add_service(service);
     }
 }
 

@@ -2,6 +2,11 @@
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
+use axum::{
+    extract::{Request, State},
+    middleware::Next,
+    response::Response,
+};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use hyper::{
     body::Incoming,
@@ -11,7 +16,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
+use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -196,8 +201,11 @@ impl hyper::service::Service<http::Request<Incoming>> for Connection {
 
 /// Serves gRPC. With `age`, a connection that is about as old takes no new streams, and those that are there and can move to
 /// another connection at no cost do so when it suits them (rule K7). None is cut.
-pub(super) fn grpc(door: Door, routes: Routes, age: Option<Duration>, tasks: &Tasks) {
-    let routes = routes.prepare();
+pub(super) fn grpc(door: Door, routes: Routes, age: Option<Duration>, metrics: &Metrics, tasks: &Tasks) {
+    let errors =
+        metrics.register("grpc_errors", "gRPC requests that were refused at once", Errors::default());
+    let noting = axum::middleware::from_fn_with_state(errors, note_error);
+    let routes = Routes::from(routes.into_axum_router().layer(noting)).prepare();
     let owner = tasks.clone();
     tasks.spawn("grpc-server", async move {
         let (interval, timeout) = KEEPALIVE;
@@ -238,6 +246,21 @@ pub(super) fn grpc(door: Door, routes: Routes, age: Option<Duration>, tasks: &Ta
         };
         door.run(&owner, grpc_refusal, serve).await;
     });
+}
+
+type Errors = Family<[(&'static str, String); 1], Counter>;
+
+/// Counts and logs requests that are refused at once, such as those that cannot be read; streams that end later tell it themselves.
+async fn note_error(State(errors): State<Errors>, request: Request, next: Next) -> Response {
+    let path = request.uri().clone();
+    let response = next.run(request).await;
+    if let Some(status) = tonic::Status::from_header_map(response.headers())
+        && status.code() != tonic::Code::Ok
+    {
+        errors.get_or_create(&[("code", format!("{:?}", status.code()))]).inc();
+        tracing::debug!(path = path.path(), code = ?status.code(), message = status.message(), "refused");
+    }
+    response
 }
 
 async fn until_old(age: Option<Duration>, leave: &Shutdown) {
@@ -307,7 +330,13 @@ mod tests {
             if kind == "http" {
                 http(Door::http(listener, 1, &metrics), axum::Router::new(), &tasks);
             } else {
-                grpc(Door::grpc(listener, 1, &metrics), Routes::new(listen::reflection()), None, &tasks);
+                grpc(
+                    Door::grpc(listener, 1, &metrics),
+                    Routes::new(listen::reflection(&[])),
+                    None,
+                    &metrics,
+                    &tasks,
+                );
             }
             let start = Instant::now();
             let mut connection = TcpStream::connect(address).await.unwrap();
@@ -350,7 +379,7 @@ mod tests {
         let over_grpc = listener();
         let address = over_grpc.local_addr().unwrap();
         let (_reporter, health) = tonic_health::server::health_reporter();
-        grpc(Door::grpc(over_grpc, 1, &metrics), Routes::new(health), None, &tasks);
+        grpc(Door::grpc(over_grpc, 1, &metrics), Routes::new(health), None, &metrics, &tasks);
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
         let call = async |client: &mut HealthClient<_>| client.check(HealthCheckRequest::default()).await;
         let mut first = HealthClient::new(endpoint.connect().await.unwrap());

@@ -22,7 +22,7 @@ use crate::{
     rt::{Leave, Shutdown, Tasks},
     xds::{
         Config, Node, ProtocolError,
-        server::{leaving, status},
+        server::{leaving, status, unreadable},
     },
 };
 
@@ -63,7 +63,9 @@ impl LoadReports {
         let shutdown = self.tasks.shutdown();
         let patience = self.config.first_request_timeout;
         let first = tokio::select! {
-            first = tokio::time::timeout(patience, requests.message()) => first,
+            first = tokio::time::timeout(patience, requests.message()) => {
+                first.map(|first| first.map_err(unreadable))
+            }
             () = shutdown.wait() => return Err(leaving()),
         };
         let Ok(first) = first else {
@@ -89,7 +91,7 @@ impl LoadReports {
         loop {
             tokio::select! {
                 request = requests.message() => {
-                    let Some(request) = request? else { return Ok(()) };
+                    let Some(request) = request.map_err(unreadable)? else { return Ok(()) };
                     if let Some(now) = &request.node && !now.id.is_empty() && now.id != node.id {
                         let (was, now) = (node.id.clone(), now.id.clone());
                         return Err(status(ProtocolError::NodeChanged { was, now }));

@@ -80,6 +80,11 @@ impl AdsServer {
         Self { shared: Arc::new(Shared { admit, proxies, config, observer, shutdown, streams, arrivals }) }
     }
 
+    /// The names of all services.
+    pub fn services() -> impl Iterator<Item = &'static str> {
+        services::NAMES.iter().copied()
+    }
+
     /// Adds all services to those of a gRPC server.
     pub fn add_to(&self, routes: &mut RoutesBuilder) {
         services::add(self, routes);
@@ -378,6 +383,16 @@ impl<V: Serve> Drop for Session<'_, V> {
 /// Rule K1: a stream that ends before it was served counts as a failure of the server, one that was served does not.
 pub(super) fn leaving() -> Status {
     Status::unavailable("the server is shutting down; connect to another one, or again")
+}
+
+/// What a client is told whose message cannot be read: tonic's codec calls it an error of the server. What else ends a stream of
+/// requests has another code, or what it came from.
+pub fn unreadable(status: Status) -> Status {
+    use std::error::Error as _;
+    if status.code() == tonic::Code::Internal && status.source().is_none() {
+        return Status::invalid_argument(format!("the message cannot be read: {}", status.message()));
+    }
+    status
 }
 
 pub(super) fn status(error: ProtocolError) -> Status {

@@ -27,6 +27,8 @@ macro_rules! services {
             }
         )+
 
+        pub(super) const NAMES: &[&str] = &[$($name),+];
+
         pub(super) fn add(server: &AdsServer, routes: &mut RoutesBuilder) {
             $(routes.add_service(Service::<$marker> { server: server.clone(), name: PhantomData });)+
         }
