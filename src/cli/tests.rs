@@ -185,10 +185,7 @@ async fn all_servers_are_asked_about_proxies_and_one_that_is_away_leaves_it_open
 
     against(format!("{one},{two}"), "rollout status 5").await.unwrap();
     let cases = [
-        (
-            format!("{one},{behind}"),
-            "not yet: edge\\u{1b}-7".to_owned(),
-        ),
+        (format!("{one},{behind}"), "not yet: edge\\u{1b}-7".to_owned()),
         (format!("{one},{away}"), format!("not known: the proxies of {away} (cannot reach")),
         (format!("{away},{one}"), format!("not known: the proxies of {away} (cannot reach")),
         // It says that it knows no such revision.

@@ -30,7 +30,7 @@ impl Admit for AllOf {
         if node.id == "nobody" {
             return Err(Refusal { code: Code::PermissionDenied, message: "nobody may not".into() });
         }
-        Ok(Admitted { set: self.0.clone(), policy: StreamPolicy::of(node) })
+        Ok(Admitted { set: self.0.clone(), policy: StreamPolicy::ENVOY })
     }
 }
 
