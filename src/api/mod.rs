@@ -12,6 +12,7 @@ mod ledger;
 mod live;
 mod load;
 mod proxies;
+mod request;
 
 use std::sync::Arc;
 
@@ -38,6 +39,8 @@ pub const SYNCED: &str = "registry";
 pub struct Config {
     /// Largest request body in bytes, on both edges.
     pub body_limit: usize,
+    /// HTTP requests at the same time.
+    pub requests: usize,
     /// The configuration in force, as YAML, for `/debug/config`.
     pub effective: String,
 }

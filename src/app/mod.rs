@@ -7,17 +7,18 @@
 mod listen;
 mod loads;
 mod observe;
+mod serve;
 mod settings;
 mod views;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Mutex, mpsc, watch},
+    sync::watch,
 };
-use tonic::service::RoutesBuilder;
+use tonic::{server::NamedService, service::RoutesBuilder};
 
 use crate::{
     api::{Api, SYNCED},
@@ -68,24 +69,16 @@ pub enum Error {
     /// The log filter is wrong.
     #[error("log.filter {0}")]
     Log(String),
-    /// A server ended by itself.
-    #[error("the {name} server ended: {reason}")]
-    Server {
-        /// Which.
-        name: &'static str,
-        /// Why.
-        reason: String,
-    },
     /// Signals cannot be listened to.
     #[error("signals cannot be listened to: {0}")]
     Signals(std::io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT, or until something fails that it cannot run without. `ready` is called once, when the
+/// Runs until SIGTERM or SIGINT. `ready` is called once, when the
 /// process serves.
 ///
 /// # Errors
-/// When it could not start, or a server ended by itself.
+/// When it could not start.
 pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), Error> {
     let log = LogFilter::start(&config.log.filter, config.log.format).map_err(Error::Log)?;
     listen::raise_descriptor_limit();
@@ -94,13 +87,12 @@ pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), E
 
     let running = Running::start(&config, log).await?;
     ready(&running.addresses);
-    let result = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        error = running.failed() => Err(error),
-    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     running.stop(config.shutdown.drain).await;
-    result
+    Ok(())
 }
 
 /// A process that serves.
@@ -112,7 +104,6 @@ struct Running {
     /// Tasks behind them.
     core: Tasks,
     store: Arc<dyn Store>,
-    failures: Mutex<mpsc::Receiver<Error>>,
 }
 
 impl Running {
@@ -177,46 +168,42 @@ impl Running {
             proxies,
             loads,
             readiness: readiness.clone(),
-            metrics,
+            metrics: metrics.clone(),
             log,
             tasks: edges.clone(),
         };
 
-        let (failed, failures) = mpsc::channel(1);
         if let Some(listener) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
-            let mut routes = RoutesBuilder::default();
-            routes.add_service(health_service).add_service(listen::reflection());
+            let mut services = Services::default();
+            services.add(health_service);
             if let Some(ads) = ads {
-                ads.add_to(&mut routes);
-                routes.add_service(api.client_status_service());
+                ads.add_to(&mut services.routes);
+                services.names.extend(AdsServer::services());
+                services.add(api.client_status_service());
             }
             if let Some(load_reports) = load_reports {
-                routes.add_service(load_reports);
+                services.add(load_reports);
             }
             if let Some(registry) = api.registry_service() {
-                routes.add_service(registry);
+                services.add(registry);
             }
-            routes.add_service(api.proxies_service());
-            let routes = listen::when_synced(routes.routes(), readiness.clone());
-            listen::serve_grpc(listener, routes, &edges, failed);
+            services.add(api.proxies_service());
+            let reflection = listen::reflection(&services.names);
+            services.routes.add_service(reflection);
+            let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
+            let routes = listen::when_synced(services.routes.routes(), readiness.clone());
+            serve::grpc(door, routes, config.xds.max_connection_age, &metrics, &edges);
         }
         if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges);
+            let door = serve::Door::http(listener, config.limits.http_connections, &metrics);
+            serve::http(door, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());
         tracing::info!(grpc = shown(addresses.grpc), http = shown(addresses.http), "serving");
-        Ok(Self { addresses, readiness, edges, core, store, failures: Mutex::new(failures) })
-    }
-
-    /// Returns when a server ends by itself.
-    async fn failed(&self) -> Error {
-        match self.failures.lock().await.recv().await {
-            Some(error) => error,
-            None => std::future::pending().await,
-        }
+        Ok(Self { addresses, readiness, edges, core, store })
     }
 
     async fn stop(self, drain: Duration) {
@@ -240,6 +227,30 @@ impl Running {
             tracing::error!(%error, "the store did not close cleanly; what was answered is durable all the same");
         }
         tracing::info!("bye");
+    }
+}
+
+/// The gRPC services of the process and their names.
+#[derive(Debug, Default)]
+struct Services {
+    routes: RoutesBuilder,
+    names: Vec<&'static str>,
+}
+
+impl Services {
+    fn add<S>(&mut self, service: S)
+    where
+        S: tower::Service<http::Request<tonic::body::Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Response: axum::response::IntoResponse,
+        S::Future: Send + 'static,
+    {
+        self.names.push(S::NAME);
+        self.routes.add_service(service);
     }
 }
 

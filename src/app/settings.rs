@@ -67,5 +67,9 @@ pub(super) fn xds(config: &Config) -> xds::Config {
 }
 
 pub(super) fn api(config: &Config) -> api::Config {
-    api::Config { body_limit: config.limits.body, effective: config.to_yaml() }
+    api::Config {
+        body_limit: config.limits.body,
+        requests: config.limits.http_requests,
+        effective: config.to_yaml(),
+    }
 }

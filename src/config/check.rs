@@ -122,6 +122,9 @@ impl Reader<'_> {
             if let Some(streams) = streams.and_then(|streams| usize::try_from(streams).ok()) {
                 settings.streams = streams;
             }
+            let mut age = Duration::ZERO;
+            self.duration(&mut xds, "max_connection_age", &mut age, Duration::ZERO, 365 * DAY);
+            settings.max_connection_age = Some(age).filter(|age| !age.is_zero());
             for item in xds.list("resend_on_reconnect", &mut self.problems).unwrap_or_default() {
                 match resource_type(&item.value) {
                     Ok(kind) => settings.resend_on_reconnect.push(kind),
@@ -171,7 +174,7 @@ impl Reader<'_> {
         if let Some(weight) = limits.integer("weight_max", 1..=i128::from(u32::MAX), &mut self.problems) {
             registration.weight_max = u32::try_from(weight).unwrap_or(registration.weight_max);
         }
-        let counts: [(&'static str, &mut usize, i128); 7] = [
+        let counts: [(&'static str, &mut usize, i128); 10] = [
             ("metadata_entries", &mut registration.metadata_entries, 10_000),
             ("metadata_key", &mut registration.metadata_key, 4096),
             ("locality", &mut registration.locality, 4096),
@@ -179,6 +182,9 @@ impl Reader<'_> {
             ("services", &mut registration.services, 10_000_000),
             ("names_per_stream", &mut own.names_per_stream, 10_000_000),
             ("name_bytes", &mut own.name_bytes, 65_536),
+            ("grpc_connections", &mut own.grpc_connections, 10_000_000),
+            ("http_connections", &mut own.http_connections, 10_000_000),
+            ("http_requests", &mut own.http_requests, 10_000_000),
         ];
         for (name, target, most) in counts {
             let value = limits.integer(name, 1..=most, &mut self.problems);

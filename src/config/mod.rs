@@ -143,6 +143,12 @@ pub struct Limits {
     pub names_per_stream: usize,
     /// Longest resource name in bytes.
     pub name_bytes: usize,
+    /// gRPC connections at the same time; further ones are turned away.
+    pub grpc_connections: usize,
+    /// HTTP connections at the same time; further ones are turned away.
+    pub http_connections: usize,
+    /// HTTP requests that are worked on, or wait, at the same time; further ones are turned away.
+    pub http_requests: usize,
 }
 
 impl Default for Limits {
@@ -153,6 +159,9 @@ impl Default for Limits {
             xds_request: 64 << 20,
             names_per_stream: 200_000,
             name_bytes: 2048,
+            grpc_connections: 100_000,
+            http_connections: 20_000,
+            http_requests: 10_000,
         }
     }
 }
@@ -215,6 +224,9 @@ pub struct Xds {
     pub load_report_interval: Duration,
     /// Streams at the same time; further ones are turned away.
     pub streams: usize,
+    /// About how old a connection may get before its streams are to move to another one, maybe of another server; `None` for
+    /// as old as it likes.
+    pub max_connection_age: Option<Duration>,
     /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
     pub resend_on_reconnect: Vec<ResourceType>,
 }
@@ -228,6 +240,7 @@ impl Default for Xds {
             first_request_timeout: Duration::from_secs(30),
             load_report_interval: Duration::from_secs(10),
             streams: 50_000,
+            max_connection_age: None,
             resend_on_reconnect: Vec::new(),
         }
     }

@@ -36,10 +36,11 @@ limits:
   body: 64KiB
   weight_max: 7
   name_bytes: 99
+  http_requests: 8
 shutdown: {drain: 3s}
 log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
-xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, resend_on_reconnect: [endpoints, route]}
+xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age: 30m, resend_on_reconnect: [endpoints, route]}
 ";
     let config = parse(text).unwrap();
     assert_eq!(config.roles, Role::ALL.into());
@@ -49,6 +50,8 @@ xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, resend_on_reconnect
     assert_eq!(config.limits.registration.ttl_min, Duration::from_millis(500));
     assert_eq!(config.limits.registration.ttl_default, Duration::from_secs(30));
     assert_eq!((config.limits.body, config.limits.name_bytes), (64 << 10, 99));
+    assert_eq!((config.limits.http_requests, config.limits.grpc_connections), (8, 100_000));
+    assert_eq!(config.xds.max_connection_age, Some(Duration::from_secs(30 * 60)));
     assert_eq!(config.log, Log { filter: "warn,disco::xds=debug".into(), format: LogFormat::Json });
     assert_eq!(config.registry.session_grace, Duration::ZERO);
     assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
