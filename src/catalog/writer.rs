@@ -45,7 +45,9 @@ impl Writer {
                     Change::PutInstance(instance) => {
                         (revision, instance.key.service.clone(), Some(instance.key.id.clone()))
                     }
-                    Change::RemoveInstance(key) => (revision, key.service.clone(), Some(key.id.clone())),
+                    Change::RemoveInstance(key) | Change::PutHealth(key, ..) => {
+                        (revision, key.service.clone(), Some(key.id.clone()))
+                    }
                 });
             }
             times.push_back((revision, time));
@@ -76,7 +78,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{super::reader::Changes, *};
-    use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, State as Health};
+    use crate::model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, State::Serving};
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {
         Instance {
@@ -87,7 +89,9 @@ mod tests {
             locality: Locality::default(),
             weight: 1.try_into().unwrap(),
             metadata: BTreeMap::new(),
-            state: Health::Serving,
+            state: Serving,
+            check: None,
+            health: Health::unchecked(SystemTime::UNIX_EPOCH),
             lease: Lease::Session,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,

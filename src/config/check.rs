@@ -192,6 +192,13 @@ impl Reader<'_> {
         self.duration(&mut limits, "ttl_min", &mut registration.ttl_min, shortest, DAY);
         self.duration(&mut limits, "ttl_max", &mut registration.ttl_max, shortest, 365 * DAY);
         self.duration(&mut limits, "ttl_default", &mut registration.ttl_default, shortest, 365 * DAY);
+        self.duration(
+            &mut limits,
+            "check_interval_min",
+            &mut registration.check_interval_min,
+            shortest,
+            HOUR,
+        );
         if let Some(weight) = limits.integer("weight_max", 1..=i128::from(u32::MAX), &mut self.problems) {
             registration.weight_max = u32::try_from(weight).unwrap_or(registration.weight_max);
         }

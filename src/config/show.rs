@@ -32,6 +32,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("ttl_min", format_duration(registration.ttl_min)),
                 ("ttl_max", format_duration(registration.ttl_max)),
                 ("ttl_default", format_duration(registration.ttl_default)),
+                ("check_interval_min", format_duration(registration.check_interval_min)),
                 ("weight_max", registration.weight_max.to_string()),
                 ("metadata_entries", registration.metadata_entries.to_string()),
                 ("metadata_key", registration.metadata_key.to_string()),

@@ -6,7 +6,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::id::{Incarnation, InstanceKey, Revision};
+use super::{
+    health::{Check, Health},
+    id::{Incarnation, InstanceKey, Revision},
+};
 
 /// Where an instance or a proxy runs, from the widest to the narrowest. Empty parts are unknown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -56,10 +59,21 @@ pub struct Instance {
     pub metadata: BTreeMap<String, String>,
     /// Whether it takes new calls.
     pub state: State,
+    /// Who checks whether it works; `None`: nobody, and it is taken to work.
+    pub check: Option<Check>,
+    /// The verdict of the checks.
+    pub health: Health,
     /// What keeps it registered.
     pub lease: Lease,
-    /// The change that last touched it.
+    /// The change that last touched it, other than its health.
     pub revision: Revision,
     /// When this incarnation was registered.
     pub registered_at: SystemTime,
+}
+
+impl Instance {
+    /// Whether proxies may know of it: one that is checked has to pass once first.
+    pub fn is_published(&self) -> bool {
+        self.check.is_none() || self.health.passed
+    }
 }

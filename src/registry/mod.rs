@@ -5,7 +5,9 @@
 //! mirror of the store, kept by one task here. Renewals touch neither: leases live in memory, and start anew, whole, when
 //! the process does, so that a restart never expires anybody.
 
+mod check;
 mod error;
+mod health;
 mod leases;
 mod mirror;
 mod record;
@@ -16,6 +18,7 @@ mod write;
 
 use std::{sync::Arc, time::Duration};
 
+pub use check::{health_to_proto, raw_check, verdict_from_proto};
 pub use error::Error;
 pub use record::{instance_to_proto, lease_to_proto};
 pub use sessions::{Ended, Session};

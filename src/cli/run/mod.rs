@@ -188,6 +188,7 @@ impl Settings {
             weight: Some(args.weight.into()),
             metadata: args.metadata.into_iter().collect::<BTreeMap<_, _>>(),
             ttl: None,
+            check: None,
         };
         let registration = Registration::check_into(raw, &form_only(), &mut problems);
         let mut command = args.command.into_iter();

@@ -9,7 +9,10 @@ use tonic::{Code, Status};
 
 use super::{Change, Command, QUEUE, SessionError, SessionState};
 use crate::{
-    client::servers::{Servers, describe},
+    client::{
+        servers::{Servers, describe},
+        wire::check_to_proto,
+    },
     model::{Registration, Revision, Update},
     proto::v1::{
         DeregisterRequest, DrainRequest, InstanceRef, Locality, MetadataUpdate, RegisterRequest,
@@ -317,6 +320,7 @@ fn outcome(answer: SessionResponse) -> Result<Revision, (Code, String)> {
         Some(Response::Update(answer)) => Ok(Revision(answer.revision)),
         Some(Response::Drain(answer)) => Ok(Revision(answer.revision)),
         Some(Response::Deregister(answer)) => Ok(Revision(answer.revision)),
+        Some(Response::Health(answer)) => Ok(Revision(answer.revision)),
         Some(Response::Error(error)) => Err((Code::from_i32(error.code), error.message)),
         None => Err((Code::Internal, "the server sent an empty answer".to_owned())),
     }
@@ -324,7 +328,8 @@ fn outcome(answer: SessionResponse) -> Result<Revision, (Code, String)> {
 
 fn register_request(registration: &Registration) -> RegisterRequest {
     // The TTL is left out: the lease of a session is its stream.
-    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl: _ } = registration;
+    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl: _, check } =
+        registration;
     RegisterRequest {
         service: key.service.to_string(),
         id: key.id.to_string(),
@@ -339,5 +344,6 @@ fn register_request(registration: &Registration) -> RegisterRequest {
         weight: (*weight).into(),
         metadata: metadata.clone(),
         ttl: None,
+        check: check.as_ref().map(check_to_proto),
     }
 }
