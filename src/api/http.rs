@@ -463,6 +463,7 @@ mod tests {
         let api = Api {
             config: Arc::new(config),
             registry,
+            checks: Default::default(),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),
             readiness,

@@ -20,6 +20,7 @@ use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service
 };
 
 use crate::{
+    health::Monitor,
     proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
     registry::Registry,
     rt::{Readiness, Tasks},
@@ -43,6 +44,8 @@ pub struct Api {
     pub config: Arc<Config>,
     /// Takes the writes, and has the catalog.
     pub registry: Registry,
+    /// What the health checks of this node are doing.
+    pub checks: Monitor,
     /// Who is connected and has acknowledged what.
     pub proxies: Proxies,
     /// The calls that clients report.

@@ -8,6 +8,7 @@ mod listen;
 mod loads;
 mod observe;
 mod settings;
+mod verdicts;
 mod views;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -23,6 +24,7 @@ use crate::{
     api::Api,
     catalog,
     config::{Config, Role, Store as StoreConfig},
+    health::{Checker, Duty},
     registry::{self, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, FileStore, MemoryStore, Store},
@@ -138,6 +140,17 @@ impl Running {
         )
         .await?;
 
+        let checker = Checker::new(
+            settings::health(config),
+            reader.clone(),
+            Duty::alone(),
+            Arc::new(verdicts::Verdicts(registry.clone())),
+            &metrics,
+            &core,
+        );
+        let checks = checker.monitor();
+        core.spawn_until_shutdown("health-checks", checker.run());
+
         let proxies = Proxies::default();
         let loads = Loads::new(config.xds.load_report_interval);
         let load_reports = has(Role::Xds).then(|| {
@@ -152,6 +165,7 @@ impl Running {
         let api = Api {
             config: Arc::new(settings::api(config)),
             registry,
+            checks,
             proxies,
             loads,
             readiness: readiness.clone(),

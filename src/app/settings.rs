@@ -1,12 +1,20 @@
 //! Each room's part of the configuration.
 
-use crate::{api, config::Config, registry, xds};
+use crate::{api, config::Config, health, registry, xds};
 
 pub(super) fn registry(config: &Config) -> registry::Config {
     registry::Config {
         limits: config.limits.registration.clone(),
         session_grace: config.registry.session_grace,
         empty_service_retention: config.registry.empty_service_retention,
+    }
+}
+
+pub(super) fn health(config: &Config) -> health::Config {
+    health::Config {
+        concurrency: config.health.concurrency,
+        suspend_share: config.health.suspend_share,
+        ..health::Config::default()
     }
 }
 

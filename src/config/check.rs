@@ -104,6 +104,17 @@ impl Reader<'_> {
             self.duration(&mut registry, "empty_service_retention", retention, Duration::ZERO, 365 * DAY);
             registry.finish(&mut self.problems);
         }
+        if let Some(mut health) = fields.fields("health", &mut self.problems) {
+            let concurrency = health.integer("concurrency", 1..=100_000, &mut self.problems);
+            if let Some(concurrency) = concurrency.and_then(|n| usize::try_from(n).ok()) {
+                config.health.concurrency = concurrency;
+            }
+            let share = health.integer("suspend_share", 1..=100, &mut self.problems);
+            if let Some(share) = share.and_then(|n| u8::try_from(n).ok()) {
+                config.health.suspend_share = share;
+            }
+            health.finish(&mut self.problems);
+        }
         if let Some(mut xds) = fields.fields("xds", &mut self.problems) {
             let settings = &mut config.xds;
             self.duration(&mut xds, "ack_timeout", &mut settings.ack_timeout, SECOND, DAY);

@@ -44,6 +44,8 @@ pub struct Config {
     pub log: Log,
     /// The registry.
     pub registry: Registry,
+    /// Health checks by this server.
+    pub health: Health,
     /// The xDS server.
     pub xds: Xds,
 }
@@ -188,6 +190,21 @@ impl Default for Registry {
     }
 }
 
+/// Settings of the health checks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Checks under way at the same time.
+    pub concurrency: usize,
+    /// When nothing comes back from so many percent of the machines, silence makes no instance unhealthy.
+    pub suspend_share: u8,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { concurrency: 512, suspend_share: 50 }
+    }
+}
+
 /// Settings of the xDS server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Xds {
@@ -250,6 +267,7 @@ impl Default for Config {
             shutdown: Shutdown::default(),
             log: Log::default(),
             registry: Registry::default(),
+            health: Health::default(),
             xds: Xds::default(),
         }
     }

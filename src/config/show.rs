@@ -4,7 +4,7 @@ use super::{Config, LogFormat, Store, check::format_bytes};
 use crate::model::format_duration;
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { roles, listen, insecure, store, limits, shutdown, log, registry, xds } = config;
+    let Config { roles, listen, insecure, store, limits, shutdown, log, registry, health, xds } = config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -53,6 +53,13 @@ pub(super) fn yaml(config: &Config) -> String {
             vec![
                 ("session_grace", format_duration(registry.session_grace)),
                 ("empty_service_retention", format_duration(registry.empty_service_retention)),
+            ],
+        ),
+        (
+            "health",
+            vec![
+                ("concurrency", health.concurrency.to_string()),
+                ("suspend_share", health.suspend_share.to_string()),
             ],
         ),
         (

@@ -9,8 +9,10 @@ use std::{collections::BTreeMap, ffi::OsString, io::Write as _, net::SocketAddr,
 use crate::{
     cli::{Failure, Global},
     client::Servers,
-    health::Probe,
-    model::{Limits, MAX_INSTANCE_ID, Problems, RawRegistration, Registration, excerpt, parse_duration},
+    health::{Ask as _, Network, Prober},
+    model::{
+        Limits, MAX_INSTANCE_ID, Probe, Problems, RawRegistration, Registration, excerpt, parse_duration,
+    },
     rt::Tasks,
 };
 use life::{Check, Life, Plan};
@@ -109,13 +111,14 @@ pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
         ("DISCO_ADDRESS", registration.address.to_string()),
         ("PORT", registration.port.to_string()),
     ];
-    if probe.is_some() && Probe::Tcp.check(address, GLANCE).await.is_ok() {
+    let tasks = Tasks::default();
+    let prober = |probe, limit| Prober::new(Network::new(tasks.clone(), 0), probe, address, limit);
+    if probe.is_some() && prober(Probe::Tcp, GLANCE).ask().await.passed().is_ok() {
         say(&format!(
             "something answers on {address} before the command is started: its check may pass for another process"
         ));
     }
 
-    let tasks = Tasks::default();
     let stops = stop_requests(&tasks)?;
     let process = Running::start(&program, &arguments, &environment)?;
     let name = &plan.name;
@@ -127,7 +130,7 @@ pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
     });
     let life = Life {
         registrar: Sessions::new(servers, registration, tasks.clone()),
-        check: probe.map(|probe| At { probe, address }),
+        check: probe.map(|probe| prober(probe, CHECK)),
         plan,
         process,
         stops,
@@ -144,16 +147,9 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "disco run: {line}");
 }
 
-/// A probe and where to point it.
-#[derive(Debug)]
-struct At {
-    probe: Probe,
-    address: SocketAddr,
-}
-
-impl Check for At {
+impl Check for Prober {
     async fn check(&mut self) -> Result<(), String> {
-        self.probe.check(self.address, CHECK).await
+        self.ask().await.passed()
     }
 }
 

@@ -51,7 +51,7 @@ fn everything_given() {
 
 #[test]
 fn checks() {
-    let http = |path: &str| Some(Probe::Http { path: path.into() });
+    let http = |path: &str| format!("http:{path}").parse::<Probe>().ok();
     let grpc = |service: &str| Some(Probe::Grpc { service: service.into() });
     for (flags, probe) in [
         ("--health tcp", Some(Probe::Tcp)),
