@@ -23,6 +23,7 @@ use super::{
     ledger, load, proxies,
 };
 use crate::{
+    health::Status,
     model::{
         Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
         format_duration, parse_duration,
@@ -54,6 +55,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
+        .route("/v1/checks", routing::get(checks))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
         .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
         .route("/readyz", routing::get(readyz))
@@ -326,6 +328,13 @@ fn accepted_reply(Accepted { revision, instance }: &Accepted) -> Response {
     Json(json!({"revision": revision.0, "instance": InstanceDto::from(&**instance)})).into_response()
 }
 
+async fn checks(State(api): State<Api>) -> Response {
+    let Status { instances, machines, silent, suspended } = api.checks.status();
+    let suspended = suspended.map(dto::timestamp);
+    Json(json!({"instances": instances, "machines": machines, "silent": silent, "suspended": suspended}))
+        .into_response()
+}
+
 async fn renew(
     State(api): State<Api>,
     Path((service, id)): Path<(String, String)>,
@@ -412,6 +421,7 @@ async fn index() -> &'static str {
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\

@@ -312,7 +312,8 @@ async fn each_instance_is_checked_by_one_node_and_moves_when_that_dies() {
     for number in 0..100 {
         world.put(number, 1, Verdict::Healthy);
     }
-    let nodes = |ids: &[&str]| -> Nodes { Arc::new(ids.iter().map(ToString::to_string).collect::<BTreeSet<_>>()) };
+    let nodes =
+        |ids: &[&str]| -> Nodes { Arc::new(ids.iter().map(ToString::to_string).collect::<BTreeSet<_>>()) };
     let (live, seen) = watch::channel(nodes(&["a", "b"]));
     let dying = Tasks::new(Shutdown::default());
     let a = world.checker(&tasks, Duty::new("a", seen.clone()));
