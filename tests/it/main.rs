@@ -13,6 +13,7 @@
 
 mod bad_input;
 mod harness;
+mod health;
 mod ledger;
 mod load_reports;
 mod on_demand;
