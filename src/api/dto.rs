@@ -90,7 +90,7 @@ impl From<&Instance> for InstanceDto {
                 State::Serving => "serving",
                 State::Draining => "draining",
             },
-            check: check.as_ref().map(CheckDto::from),
+            check: check.as_deref().map(CheckDto::from),
             health: health.into(),
             lease: (*lease).into(),
             revision: revision.0,

@@ -67,7 +67,7 @@ pub(super) enum Command {
                       again by then; `disco run` does that for the command it wraps.",
         after_help = "Example:\n  disco instance register greeter/a --address 10.0.0.7 --port 50051 --zone eu-1a --ttl 5m\n  disco instance register db/a --address 10.0.0.8 --port 5432 --health http:/ready --health-port 8008"
     )]
-    Register(Register),
+    Register(Box<Register>),
     /// Stop new calls to an instance and wait until every proxy knows
     #[command(
         long_about = "Stop new calls to an instance and wait until every proxy knows.\n\nEnds with 2 when some proxies have \

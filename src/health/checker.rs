@@ -299,7 +299,7 @@ impl Checker {
         // Who drains takes no calls any more, whatever the verdict.
         let wanted = instance
             .filter(|instance| instance.state == State::Serving && self.duty.mine(key))
-            .and_then(|instance| match &instance.check {
+            .and_then(|instance| match instance.check.as_deref() {
                 Some(Check::Server(check)) => Some((instance, check)),
                 Some(Check::Owner) | None => None,
             });
@@ -319,13 +319,20 @@ impl Checker {
         self.forget(key);
         let id = self.next_id;
         self.next_id += 1;
+        let health = &instance.health;
         let target = Target {
             key: key.clone(),
             incarnation: instance.incarnation,
             check: check.clone(),
             address,
-            machine: Machine::new(check, &instance.health),
-            reason: instance.health.reason.to_string(),
+            machine: Machine::new(
+                check.healthy_threshold.get(),
+                check.unhealthy_threshold.get(),
+                check.interval,
+                health.verdict,
+                health.passed && health.verdict != Verdict::Unknown,
+            ),
+            reason: health.reason.to_string(),
             ask: Some((self.open)(check, address)),
             due: Instant::now(),
             silent_since: None,
@@ -376,12 +383,12 @@ impl Checker {
     fn done(&mut self, Done { id, ask, began, outcome }: Done) {
         let now = Instant::now();
         self.metrics.seconds.observe((now - began).as_secs_f64());
-        let (name, seen) = match &outcome {
-            Outcome::Passed => ("passed", Some(Verdict::Healthy)),
-            Outcome::Degraded(_) => ("degraded", Some(Verdict::Degraded)),
-            Outcome::Failed(_) => ("failed", Some(Verdict::Unhealthy)),
-            Outcome::Silent(_) => ("silent", Some(Verdict::Unhealthy)),
-            Outcome::NotAsked(_) => ("not_asked", None),
+        let name = match &outcome {
+            Outcome::Passed => "passed",
+            Outcome::Degraded(_) => "degraded",
+            Outcome::Failed(_) => "failed",
+            Outcome::Silent(_) => "silent",
+            Outcome::NotAsked(_) => "not_asked",
         };
         self.metrics.checks.get_or_create(&[("result", name)]).inc();
         if let Outcome::NotAsked(reason) = &outcome
@@ -392,7 +399,7 @@ impl Checker {
         }
         let Some(target) = self.targets.get_mut(&id) else { return };
         target.ask = Some(ask);
-        let Some(seen) = seen else {
+        let Some(seen) = outcome.verdict() else {
             let at = now + target.check.interval;
             return self.schedule(id, at);
         };
@@ -435,12 +442,7 @@ impl Checker {
         target.machine.accept(verdict, now);
         let seen = match outcome {
             Outcome::Passed => format!("{} passed", target.check.probe),
-            Outcome::Degraded(seen)
-            | Outcome::Failed(seen)
-            | Outcome::Silent(seen)
-            | Outcome::NotAsked(seen) => {
-                format!("{}: {seen}", target.check.probe)
-            }
+            other => format!("{}: {}", target.check.probe, other.seen()),
         };
         target.reason = match flapped || target.machine.flaps(now) {
             true => format!("{seen} (it flaps: twice as many checks have to pass)"),

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::model::{Health, ServerCheck, Verdict};
+use crate::model::Verdict;
 
 /// Changes of the verdict within [`WINDOW`] intervals from which on an instance flaps.
 const FLAPS: usize = 4;
@@ -17,7 +17,7 @@ const WINDOW: u32 = 60;
 /// A verdict moves when as many results in a row as the threshold says are all better, or all worse, and only as far as every one of
 /// them goes. An instance that has never passed needs one good result only. One that flaps needs twice as many as usual.
 #[derive(Debug)]
-pub(super) struct Machine {
+pub struct Machine {
     healthy: u32,
     unhealthy: u32,
     window: Duration,
@@ -32,27 +32,29 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    /// Goes on from what is known.
-    pub(super) fn new(check: &ServerCheck, health: &Health) -> Self {
+    /// Goes on from `verdict`; `passed` tells whether the instance was ever seen to work. The thresholds are how many good, and how
+    /// many bad, results in a row count.
+    pub fn new(healthy: u32, unhealthy: u32, interval: Duration, verdict: Verdict, passed: bool) -> Self {
         Self {
-            healthy: check.healthy_threshold.get(),
-            unhealthy: check.unhealthy_threshold.get(),
-            window: check.interval.saturating_mul(WINDOW),
-            verdict: health.verdict,
-            passed: health.passed && health.verdict != Verdict::Unknown,
+            healthy,
+            unhealthy,
+            window: interval.saturating_mul(WINDOW),
+            verdict,
+            passed,
             streak: 0,
-            nearest: health.verdict,
+            nearest: verdict,
             flips: VecDeque::new(),
         }
     }
 
-    pub(super) fn verdict(&self) -> Verdict {
+    /// The verdict that stands.
+    pub fn verdict(&self) -> Verdict {
         self.verdict
     }
 
     /// Takes in a result; returns the verdict that it is time for. It stands once it is [accepted](Self::accept); until then each
     /// further result of the kind asks for it again.
-    pub(super) fn observe(&mut self, seen: Verdict, now: Instant) -> Option<Verdict> {
+    pub fn observe(&mut self, seen: Verdict, now: Instant) -> Option<Verdict> {
         if rank(seen) == rank(self.verdict) {
             self.streak = 0;
             return None;
@@ -69,7 +71,7 @@ impl Machine {
     }
 
     /// The verdict changes.
-    pub(super) fn accept(&mut self, verdict: Verdict, now: Instant) {
+    pub fn accept(&mut self, verdict: Verdict, now: Instant) {
         if self.verdict != Verdict::Unknown {
             self.flips.push_back(now);
             while self.flips.len() > FLAPS {
@@ -82,12 +84,12 @@ impl Machine {
     }
 
     /// Whether the last results speak against the instance, but are too few.
-    pub(super) fn doubts(&self) -> bool {
+    pub fn doubts(&self) -> bool {
         self.streak > 0 && rank(self.nearest) < rank(self.verdict)
     }
 
     /// Whether the verdict has changed too often of late.
-    pub(super) fn flaps(&self, now: Instant) -> bool {
+    pub fn flaps(&self, now: Instant) -> bool {
         self.flips.len() == FLAPS && self.flips.front().is_some_and(|first| now - *first <= self.window)
     }
 
@@ -113,28 +115,12 @@ fn rank(verdict: Verdict) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::Probe;
-
-    fn check(healthy: u32, unhealthy: u32) -> ServerCheck {
-        ServerCheck {
-            probe: Probe::Tcp,
-            port: None,
-            interval: Duration::from_secs(1),
-            timeout: Duration::from_secs(1),
-            healthy_threshold: healthy.try_into().unwrap(),
-            unhealthy_threshold: unhealthy.try_into().unwrap(),
-            jitter: 0,
-        }
-    }
 
     fn machine(healthy: u32, unhealthy: u32, verdict: Verdict) -> Machine {
-        let health = Health { verdict, ..Health::unchecked(SystemTime::UNIX_EPOCH) };
-        Machine::new(&check(healthy, unhealthy), &health)
+        Machine::new(healthy, unhealthy, Duration::from_secs(1), verdict, verdict != Verdict::Unknown)
     }
 
     fn verdict(letter: char) -> Verdict {

@@ -2,9 +2,10 @@
 //!
 //! Reads the catalog for what to check, and hands verdicts to a [`Sink`] (in `app`: the registry, which makes them durable). With several
 //! nodes each checks its share ([`Duty`]); whoever takes an instance over goes on from the verdict in the catalog. A checker that is
-//! cut off condemns nobody for its silence (`reach`). [`Prober`] alone serves `disco run`.
+//! cut off condemns nobody for its silence (`reach`). [`Prober`], [`Command`] and [`Machine`] also serve `disco run`.
 
 mod checker;
+mod command;
 mod duty;
 mod machine;
 mod probe;
@@ -13,5 +14,7 @@ mod reach;
 mod tests;
 
 pub use checker::{Checker, Config, Monitor, Sink, Status};
+pub use command::Command;
 pub use duty::{Duty, Nodes};
+pub use machine::Machine;
 pub use probe::{Ask, Network, Outcome, Prober};

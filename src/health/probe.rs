@@ -20,7 +20,7 @@ use tonic_health::pb::{
 };
 
 use crate::{
-    model::{Probe, Statuses, excerpt, format_duration},
+    model::{Probe, Statuses, Verdict, excerpt, format_duration},
     rt::{Tasks, root_cause},
 };
 
@@ -40,6 +40,24 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// What the result says of the target, if anything.
+    pub fn verdict(&self) -> Option<Verdict> {
+        match self {
+            Self::Passed => Some(Verdict::Healthy),
+            Self::Degraded(_) => Some(Verdict::Degraded),
+            Self::Failed(_) | Self::Silent(_) => Some(Verdict::Unhealthy),
+            Self::NotAsked(_) => None,
+        }
+    }
+
+    /// What was seen; nothing when all was as expected.
+    pub fn seen(self) -> String {
+        match self {
+            Self::Passed => String::new(),
+            Self::Degraded(seen) | Self::Failed(seen) | Self::Silent(seen) | Self::NotAsked(seen) => seen,
+        }
+    }
+
     /// The result in two words. The error says what was seen, without naming the address.
     pub fn passed(self) -> Result<(), String> {
         match self {

@@ -123,7 +123,7 @@ impl World {
             weight: 1.try_into().unwrap(),
             metadata: BTreeMap::new(),
             state: State::Serving,
-            check,
+            check: check.map(Arc::new),
             health: Health { verdict, passed: verdict != Verdict::Unknown, ..unchecked },
             lease: Lease::Session,
             revision: Revision(1),

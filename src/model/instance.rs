@@ -60,7 +60,7 @@ pub struct Instance {
     /// Whether it takes new calls.
     pub state: State,
     /// Who checks whether it works; `None`: nobody, and it is taken to work.
-    pub check: Option<Check>,
+    pub check: Option<Arc<Check>>,
     /// The verdict of the checks.
     pub health: Health,
     /// What keeps it registered.

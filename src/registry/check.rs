@@ -1,6 +1,9 @@
 //! Checks and verdicts on the wire and in the store.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use super::record::wire_time;
 use crate::{
@@ -44,12 +47,12 @@ pub fn raw_check(check: Option<v1::HealthCheck>, problems: &mut Problems) -> Opt
 }
 
 /// Reads a stored check: what was accepted once stays accepted when the limits become narrower.
-pub(super) fn stored_check(check: Option<v1::HealthCheck>) -> Result<Option<Check>, String> {
+pub(super) fn stored_check(check: Option<v1::HealthCheck>) -> Result<Option<Arc<Check>>, String> {
     let mut problems = Problems::default();
     let raw = raw_check(check, &mut problems);
     let limits = Limits { check_interval_min: Duration::from_millis(1), ..Limits::default() };
     let check = raw.and_then(|raw| Check::check_into(raw, &limits, &mut problems));
-    if problems.is_empty() { Ok(check) } else { Err(problems.to_string()) }
+    if problems.is_empty() { Ok(check.map(Arc::new)) } else { Err(problems.to_string()) }
 }
 
 /// The wire form of a verdict.

@@ -47,7 +47,7 @@ impl Registry {
         let snapshot = self.inner.catalog.latest();
         let present = snapshot.instance(key).ok_or_else(|| Error::NotFound(key.clone()))?;
         super::write::expect_incarnation(present, Some(*incarnation))?;
-        if present.check != Some(Check::Owner) {
+        if present.check.as_deref() != Some(&Check::Owner) {
             let message = format!(
                 "instance {key} is not checked by its owner: register it with the check `owner` to report its health"
             );
@@ -67,7 +67,7 @@ impl Inner {
                 .iter()
                 .filter_map(|report| {
                     let present = snapshot.instance(&report.key)?;
-                    let checked = present.check.as_ref().is_some_and(&by);
+                    let checked = present.check.as_deref().is_some_and(&by);
                     let news =
                         present.incarnation == report.incarnation && present.health.verdict != report.verdict;
                     (checked && news).then(|| {

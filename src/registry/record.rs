@@ -126,7 +126,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         lease: Some(lease_to_proto(*lease)),
         revision: revision.0,
         registered_at: Some((*registered_at).into()),
-        check: check.as_ref().map(check_to_proto),
+        check: check.as_deref().map(check_to_proto),
         health: Some(health_to_proto(health)),
     }
 }
@@ -244,7 +244,7 @@ mod tests {
         for check in
             [Check::Owner, server(Probe::Tcp), server(http), server(Probe::Grpc { service: "a.B".into() })]
         {
-            let instance = Instance { check: Some(check), ..instance(Lease::Session) };
+            let instance = Instance { check: Some(check.into()), ..instance(Lease::Session) };
             let key = instance_key(&instance.key);
             let read = decode(&key, Some(&encode(&instance)), Revision(9)).unwrap();
             let Some(Change::PutInstance(read)) = read else { panic!("not an instance") };

@@ -33,7 +33,7 @@ enum Decision {
     /// It is so already.
     Keep(Arc<Instance>),
     /// Write this.
-    Put(Instance),
+    Put(Box<Instance>),
 }
 
 impl Registry {
@@ -117,7 +117,7 @@ impl Registry {
                     Ok(if next == **present {
                         Decision::Keep(Arc::clone(present))
                     } else {
-                        Decision::Put(next)
+                        Decision::Put(next.into())
                     })
                 })
                 .await
@@ -237,7 +237,7 @@ impl Inner {
                 self.admit(&registration, present)?;
                 let mut next = merge(&registration, present, holder);
                 let Some(present) = present.filter(|present| present.incarnation == next.incarnation) else {
-                    return Ok(Decision::Put(next));
+                    return Ok(Decision::Put(next.into()));
                 };
                 // The lease comes before the write, so that a removal under way sees it or loses to the write. Where the old
                 // lease was over there has to be a write for it to lose to.
@@ -246,7 +246,7 @@ impl Inner {
                 Ok(if held && next == **present {
                     Decision::Keep(Arc::clone(present))
                 } else {
-                    Decision::Put(next)
+                    Decision::Put(next.into())
                 })
             })
             .await?;
@@ -434,7 +434,7 @@ impl Inner {
                     if judged && next.check.is_some() {
                         next.health.revision = revision;
                     }
-                    return Ok(Accepted { revision, instance: Arc::new(next) });
+                    return Ok(Accepted { revision, instance: Arc::new(*next) });
                 }
                 Err(Some(error)) => return Err(error),
                 Err(None) => {}
@@ -549,7 +549,7 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         },
         revision: Revision::default(),
         registered_at,
-        check,
+        check: check.map(Arc::new),
         health,
     }
 }

@@ -246,7 +246,7 @@ fn judged(letter: char, port: u16) -> Instance {
     };
     let unchecked = instance("greeter", (&id, &address, "", 1, state));
     let health = Health { verdict, passed, ..unchecked.health };
-    Instance { check: Some(Check::Owner), health, ..unchecked }
+    Instance { check: Some(Check::Owner.into()), health, ..unchecked }
 }
 
 #[test]
