@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     io::{BufRead as _, BufReader, Write as _},
     net::{SocketAddr, TcpListener},
     sync::{
@@ -15,7 +16,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
-use crate::harness::{Disco, Envoy, PATIENCE, Protocol, eventually, request, scene};
+use crate::harness::{Disco, Envoy, PATIENCE, Process, Protocol, eventually, free_port, request, scene};
 
 const CONFIG: &str = "roles: [registry, xds, admin]\nstore: memory\n";
 
@@ -227,6 +228,44 @@ fn grpc_health_of_a_server_that_stops_and_goes_on() {
         let passed =
             metrics.lines().find(|line| line.starts_with("disco_health_checks_total{result=\"passed\"}"));
         ensure!(passed.is_some(), "{metrics}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_command_beside_the_service_tells_its_health() {
+    scene(|folder| {
+        let mut disco = Disco::start(folder)?;
+        let port = free_port()?.to_string();
+        let state = folder.join("state");
+        fs::write(&state, "0")?;
+        let health = format!("echo state; exit $(cat {})", state.display());
+        let mut command = disco.command()?;
+        command.args(["run", "--service", "web", "--id", "a", "--port", &port]);
+        command.args([
+            "--health-command",
+            &health,
+            "--health-recheck",
+            "100ms",
+            "--health-failures",
+            "2",
+            "--",
+        ]);
+        command.args(["sleep", "1000"]);
+        let _run = Process::start("a", folder, &mut command)?;
+        verdict(&disco, "a", "healthy")?;
+        for (code, want) in [("1", "unhealthy"), ("75", "degraded"), ("0", "healthy"), ("3", "unhealthy")] {
+            fs::write(&state, code)?;
+            verdict(&disco, "a", want)?;
+        }
+        let seen = disco.get("/v1/services/web/instances/a")?;
+        ensure!(seen["health"]["reason"] == "exit code 3: \"state\"", "{seen}");
+        ensure!(seen["check"]["kind"] == "owner", "{seen}");
+        // Another server, with nothing stored, is told as well.
+        disco.kill();
+        fs::remove_dir_all(folder.join("data"))?;
+        disco.start_again()?;
+        verdict(&disco, "a", "unhealthy")?;
         Ok(())
     });
 }
