@@ -1,5 +1,7 @@
 //! Each room's part of the configuration.
 
+use rustix::process::{Resource, getrlimit};
+
 use crate::{api, config::Config, health, registry, xds};
 
 pub(super) fn registry(config: &Config) -> registry::Config {
@@ -14,8 +16,16 @@ pub(super) fn health(config: &Config) -> health::Config {
     health::Config {
         concurrency: config.health.concurrency,
         suspend_share: config.health.suspend_share,
-        ..health::Config::default()
+        connections: most_kept(),
     }
+}
+
+/// Half of the descriptors are left to those who connect to this process.
+fn most_kept() -> usize {
+    let limit = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit / 2).ok());
+    limit.map_or(health::Config::default().connections, |limit| {
+        limit.min(health::Config::default().connections)
+    })
 }
 
 pub(super) fn xds(config: &Config) -> xds::Config {
