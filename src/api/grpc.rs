@@ -11,11 +11,11 @@ use super::{dto, error::ApiError, live};
 use crate::{
     catalog::Changes,
     model::{
-        Incarnation, InstanceId, InstanceKey, Problems, RawRegistration, Registration, Revision, ServiceId,
-        Update,
+        HealthReport, Incarnation, InstanceId, InstanceKey, Problems, RawRegistration, Registration,
+        Revision, ServiceId, Update, Verdict,
     },
     proto::v1::{self, registry_server, session_request, session_response},
-    registry::{Accepted, Ended, Registry, Session, instance_to_proto},
+    registry::{Accepted, Ended, Registry, Session, instance_to_proto, raw_check, verdict_from_proto},
     rt::{Fate, Hangup, Tasks},
 };
 
@@ -38,12 +38,23 @@ impl RegistryService {
     }
 
     fn read_registration(&self, request: v1::RegisterRequest) -> Result<Registration, ApiError> {
-        let v1::RegisterRequest { service, id, incarnation, address, port, locality, weight, metadata, ttl } =
-            request;
+        let v1::RegisterRequest {
+            service,
+            id,
+            incarnation,
+            address,
+            port,
+            locality,
+            weight,
+            metadata,
+            ttl,
+            check,
+        } = request;
         let mut problems = Problems::default();
         let ttl = ttl.and_then(|ttl| {
             problems.take("ttl", Duration::try_from(ttl).map_err(|_| "is negative: want 1s to 1h".to_owned()))
         });
+        let check = raw_check(check, &mut problems);
         let locality = locality.unwrap_or_default();
         let raw = RawRegistration {
             service,
@@ -55,6 +66,7 @@ impl RegistryService {
             weight: (weight != 0).then_some(weight.into()),
             metadata,
             ttl,
+            check,
         };
         match Registration::check_into(raw, self.registry.limits(), &mut problems) {
             Some(registration) if problems.is_empty() => Ok(registration),
@@ -96,9 +108,10 @@ impl RegistryService {
             Some(In::Update(request)) => self.do_update(request).await.map(Out::Update),
             Some(In::Drain(request)) => self.do_drain(request).await.map(Out::Drain),
             Some(In::Deregister(request)) => self.do_deregister(request).await.map(Out::Deregister),
+            Some(In::Health(request)) => self.do_health(request).await.map(Out::Health),
             None => {
                 let mut problems = Problems::default();
-                problems.add("request", "is missing: want register, update, drain or deregister");
+                problems.add("request", "is missing: want register, update, drain, deregister or health");
                 Err(problems.into())
             }
         };
@@ -128,6 +141,24 @@ impl RegistryService {
         let (key, incarnation) = require_ref(request.instance)?;
         let revision = self.registry.deregister(key, incarnation).await?;
         Ok(v1::DeregisterResponse { revision: revision.0 })
+    }
+
+    async fn do_health(&self, request: v1::HealthRequest) -> Result<v1::HealthResponse, ApiError> {
+        let verdict = verdict_from_proto(request.verdict());
+        let mut problems = Problems::default();
+        let reference = read_ref(request.instance, &mut problems);
+        if verdict == Verdict::Unknown {
+            problems.add("verdict", "is missing: want healthy, degraded or unhealthy");
+        }
+        if let Some((_, None)) = &reference {
+            problems.add("instance.incarnation", "is missing: want the run that the verdict is on");
+        }
+        let Some((key, Some(incarnation))) = reference.filter(|_| problems.is_empty()) else {
+            return Err(problems.into());
+        };
+        let report = HealthReport { key, incarnation, verdict, reason: request.reason };
+        let revision = self.registry.report_health(report).await?;
+        Ok(v1::HealthResponse { revision: revision.0 })
     }
 }
 
@@ -186,11 +217,12 @@ impl registry_server::Registry for RegistryService {
     async fn list_services(&self, _: Request<v1::ListServicesRequest>) -> Answer<v1::ListServicesResponse> {
         let snapshot = self.registry.catalog().latest();
         let services = snapshot.services().map(|service| {
-            let (serving, draining) = dto::count(service);
+            let dto::Counts { serving, draining, unhealthy } = dto::count(service);
             v1::Service {
                 name: service.id.to_string(),
                 serving: u32::try_from(serving).unwrap_or(u32::MAX),
                 draining: u32::try_from(draining).unwrap_or(u32::MAX),
+                unhealthy: u32::try_from(unhealthy).unwrap_or(u32::MAX),
                 revision: service.revision.0,
             }
         });

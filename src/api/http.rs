@@ -23,6 +23,7 @@ use super::{
     request::{Body, Path, Query, Reply, instance_key, read_incarnation, read_wait, service_id},
 };
 use crate::{
+    health::Status,
     model::{Fields, Problems, Revision, excerpt, format_duration},
     registry::{self, Accepted, Membership},
 };
@@ -45,6 +46,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
+        .route("/v1/checks", routing::get(checks))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
         .route("/v1/nodes", routing::get(list_nodes))
         .route("/debug/log", routing::get(get_log).put(set_log))
@@ -273,6 +275,13 @@ fn accepted_reply(Accepted { revision, instance }: &Accepted) -> Response {
     Json(json!({"revision": revision.0, "instance": InstanceDto::from(&**instance)})).into_response()
 }
 
+async fn checks(State(api): State<Api>) -> Response {
+    let Status { instances, machines, silent, suspended } = api.checks.status();
+    let suspended = suspended.map(dto::timestamp);
+    Json(json!({"instances": instances, "machines": machines, "silent": silent, "suspended": suspended}))
+        .into_response()
+}
+
 async fn renew(
     State(api): State<Api>,
     Path((service, id)): Path<(String, String)>,
@@ -362,6 +371,7 @@ async fn index() -> &'static str {
      PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
      GET    /v1/nodes                                  the Disco processes that share the store\n\
+     GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -412,6 +422,7 @@ mod tests {
             catalog: reader,
             nodes: None,
             registry: Some(registry),
+            checks: Default::default(),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),
             readiness,

@@ -29,7 +29,7 @@ use super::{
     request::{Path, Query, Reply, instance_key, read_wait},
 };
 use crate::{
-    model::{Instance, Problems, Revision, ServiceId, State as Health, excerpt},
+    model::{Instance, Problems, Revision, ServiceId, State as Health, Verdict, excerpt},
     proto, registry,
     resources::ClientKind,
     xds::{Concern, Delivery, Held, Lack, Progress, ProxyStatus, Resource, ResourceType, Version, Why},
@@ -271,9 +271,19 @@ impl Sight {
         let Some(set) = &status.set else { return no("what it is to be sent is not known yet".to_owned()) };
         let entry = set.get(ResourceType::Endpoints, service);
         let Some(health) = entry.and_then(|entry| health_of(&entry.resource)) else {
-            return no(match instance.state {
-                Health::Serving => "what it is sent leaves this instance out".to_owned(),
-                Health::Draining => "it drains: clients of this kind are told no more of it".to_owned(),
+            return no(match (instance.state, instance.health.verdict) {
+                _ if !instance.is_published() => {
+                    "it has not passed its check yet: proxies are told of it once it does".to_owned()
+                }
+                (Health::Draining, _) => "it drains: clients of this kind are told no more of it".to_owned(),
+                (_, Verdict::Unhealthy) => {
+                    "its checks fail: clients of this kind are told no more of it".to_owned()
+                }
+                (_, Verdict::Degraded) => {
+                    "it is degraded: clients of this kind are told of it when no healthy one is left"
+                        .to_owned()
+                }
+                _ => "what it is sent leaves this instance out".to_owned(),
             });
         };
         match status.holding(ResourceType::Endpoints, service).map(|held| held.delivery) {
@@ -286,7 +296,11 @@ impl Sight {
         }
         let why = match (health, instance.state) {
             (HealthStatus::Draining, _) | (_, Health::Draining) => "without new calls: it drains",
-            (HealthStatus::Unhealthy | HealthStatus::Timeout, _) => "without new calls: it is not healthy",
+            (HealthStatus::Unhealthy | HealthStatus::Timeout, _) => "without new calls: its checks fail",
+            (HealthStatus::Degraded, _) => "for when no healthy one is left: it is degraded",
+            _ if instance.health.verdict == Verdict::Unhealthy => {
+                "as a last resort: its checks fail, and so do those of all others"
+            }
             _ => "",
         };
         Self { sees: true, why: why.to_owned() }

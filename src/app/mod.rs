@@ -9,6 +9,7 @@ mod loads;
 mod observe;
 mod serve;
 mod settings;
+mod verdicts;
 mod views;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
@@ -24,6 +25,7 @@ use crate::{
     api::{Api, SYNCED},
     catalog,
     config::{Config, Role, Store as StoreConfig},
+    health::{Checker, Duty},
     model::Members,
     registry::{self, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
@@ -137,16 +139,25 @@ impl Running {
             }
             StoreConfig::Memory | StoreConfig::File { .. } => None,
         };
-        let members = match &nodes {
-            Some(nodes) => nodes.with_role(Role::Registry.name(), &core),
-            None => watch::channel(Members::alone(node)).1,
+        let members = |role: Role| match &nodes {
+            Some(nodes) => nodes.with_role(role.name(), &core),
+            None => watch::channel(Members::alone(node.clone())).1,
         };
         if nodes.is_some() && has(Role::Registry) {
-            listen::follow_membership(members.clone(), readiness.clone(), &core);
+            listen::follow_membership(members(Role::Registry), readiness.clone(), &core);
         }
-        let registry = has(Role::Registry).then(|| {
+        let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
+            let members = members(Role::Registry);
             Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
+        });
+        let checks = registry.clone().filter(|_| has(Role::Discovery)).map(|registry| {
+            let (settings, duty) = (settings::health(config), Duty::new(members(Role::Discovery)));
+            let verdicts = Arc::new(verdicts::Verdicts(registry));
+            let checker = Checker::new(settings, reader.clone(), duty, verdicts, &metrics, &core);
+            let checks = checker.monitor();
+            core.spawn_until_shutdown("health-checks", checker.run());
+            checks
         });
 
         let proxies = Proxies::default();
@@ -164,7 +175,8 @@ impl Running {
             config: Arc::new(settings::api(config)),
             catalog: reader,
             nodes,
-            registry,
+            registry: registry.filter(|_| has(Role::Registry)),
+            checks: checks.unwrap_or_default(),
             proxies,
             loads,
             readiness: readiness.clone(),

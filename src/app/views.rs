@@ -221,7 +221,7 @@ mod tests {
     use super::*;
     use crate::{
         catalog::{self, Writer, catalog},
-        model::{Incarnation, Instance, InstanceKey, Lease, Revision, State},
+        model::{Health, Incarnation, Instance, InstanceKey, Lease, Revision, State},
         rt::Shutdown,
         xds::ResourceType,
     };
@@ -253,6 +253,8 @@ mod tests {
                 weight: 1.try_into().unwrap(),
                 metadata: [].into(),
                 state: State::Serving,
+                check: None,
+                health: Health::unchecked(SystemTime::UNIX_EPOCH),
                 lease: Lease::Session,
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::live::Live;
-use crate::model::{Instance, InstanceId, InstanceKey, Revision, ServiceId};
+use crate::model::{Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, ServiceId};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
 #[derive(Debug, Clone, Default)]
@@ -31,8 +31,11 @@ pub enum Change {
     PutService(ServiceId),
     /// The service and its instances are gone.
     RemoveService(ServiceId),
-    /// This is what the instance is now; its service exists.
+    /// This is what the instance is now, except that the same incarnation keeps its health while it is checked; its service
+    /// exists.
     PutInstance(Instance),
+    /// This is the verdict on that incarnation of the instance; of no meaning for another one.
+    PutHealth(InstanceKey, Incarnation, Health),
     /// The instance is gone; its service stays.
     RemoveInstance(InstanceKey),
     /// What the instance says of itself now. For the board, not for the snapshot.
@@ -110,13 +113,27 @@ impl Snapshot {
                         next.instances -= service.instances.len();
                     }
                 }
-                Change::PutInstance(instance) => {
+                Change::PutInstance(mut instance) => {
+                    let present = next.instance(&instance.key);
+                    let same_run = present.filter(|present| present.incarnation == instance.incarnation);
+                    if let Some(present) = same_run.filter(|_| instance.check.is_some()) {
+                        instance.health = present.health.clone();
+                    }
                     let service = next.service_mut(revision, instance.key.service.clone());
                     service.revision = revision;
                     let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
                     next.instances += usize::from(before.is_none());
                 }
                 Change::PutLive(..) | Change::RemoveLive(_) => {}
+                Change::PutHealth(key, incarnation, health) => {
+                    let present = next.instance(&key).filter(|present| present.incarnation == incarnation);
+                    if let Some(present) = present.filter(|present| present.check.is_some()) {
+                        let instance = Instance { health, ..(**present).clone() };
+                        let service = next.service_mut(revision, key.service);
+                        service.revision = revision;
+                        service.instances.insert(key.id, Arc::new(instance));
+                    }
+                }
                 Change::RemoveInstance(key) => {
                     if next.instance(&key).is_some() {
                         let service = next.service_mut(revision, key.service);

@@ -63,6 +63,9 @@ impl Writer {
                         log.push_back((revision, key.service.clone(), Some(key.id.clone())));
                         said.push((key.clone(), None));
                     }
+                    Change::PutHealth(key, ..) => {
+                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
+                    }
                     Change::PutLive(key, live) => said.push((key.clone(), Some(live.clone()))),
                     Change::RemoveLive(key) => said.push((key.clone(), None)),
                 }
@@ -123,7 +126,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{super::reader::Changes, *};
-    use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, State as Health};
+    use crate::model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, State::Serving};
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {
         Instance {
@@ -134,7 +137,9 @@ mod tests {
             locality: Locality::default(),
             weight: 1.try_into().unwrap(),
             metadata: BTreeMap::new(),
-            state: Health::Serving,
+            state: Serving,
+            check: None,
+            health: Health::unchecked(SystemTime::UNIX_EPOCH),
             lease: Lease::Session,
             owner: None,
             revision,

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     client::{Http, HttpError},
-    model::{InstanceKey, ServiceId, format_duration, parse_duration},
+    model::{InstanceKey, Probe, ServiceId, format_duration, parse_duration},
     rt,
 };
 
@@ -66,9 +66,9 @@ pub(super) enum Command {
     #[command(
         long_about = "Register an instance, or renew and update it.\n\nIt is forgotten after its TTL unless it is registered \
                       again by then; `disco run` does that for the command it wraps.",
-        after_help = "Example:\n  disco instance register greeter/a --address 10.0.0.7 --port 50051 --zone eu-1a --ttl 5m"
+        after_help = "Example:\n  disco instance register greeter/a --address 10.0.0.7 --port 50051 --zone eu-1a --ttl 5m\n  disco instance register db/a --address 10.0.0.8 --port 5432 --health http:/ready --health-port 8008"
     )]
-    Register(Register),
+    Register(Box<Register>),
     /// Say what changes many times a second, to those who watch the service; proxies are not told
     #[command(
         long_about = "Say what changes many times a second, such as the range of blocks that an instance has, to those who watch \
@@ -151,7 +151,31 @@ pub(super) struct Register {
     /// Which run of the id this is; a later run has a greater number
     #[arg(long, value_name = "N")]
     incarnation: Option<u64>,
+    /// How the server is to check it: `tcp`, `http[:/PATH]`, `grpc[:SERVICE]` or `none` [default: none]
+    #[arg(long, value_name = "CHECK", value_parser = parse_check)]
+    health: Option<Checked>,
+    /// The port to check, if it is another one
+    #[arg(long, value_name = "PORT", requires = "health")]
+    health_port: Option<u64>,
+    /// Time between two checks
+    #[arg(long, value_name = "TIME", requires = "health", value_parser = parse_duration)]
+    health_interval: Option<Duration>,
+    /// How long an answer may take
+    #[arg(long, value_name = "TIME", requires = "health", value_parser = parse_duration)]
+    health_timeout: Option<Duration>,
 }
+
+/// `none` is no kind.
+fn parse_check(text: &str) -> Result<Checked, String> {
+    if text == "none" {
+        return Ok(Checked(None));
+    }
+    text.parse().map(|probe| Checked(Some(probe))).map_err(|error: String| format!("{error}; or none"))
+}
+
+/// How the server is to check an instance, if at all.
+#[derive(Debug, Clone)]
+struct Checked(Option<Probe>);
 
 fn parse_key(text: &str) -> Result<InstanceKey, String> {
     let (service, id) = text
@@ -243,11 +267,12 @@ async fn all_instances(http: &Http) -> Result<View, Failure> {
 }
 
 /// Columns of [`instance_row`].
-pub(super) const INSTANCE_COLUMNS: [Column; 14] = [
+pub(super) const INSTANCE_COLUMNS: [Column; 16] = [
     Column::new("SERVICE"),
     Column::new("ID"),
     Column::new("ADDRESS"),
     Column::new("STATE"),
+    Column::new("HEALTH"),
     Column::new("ZONE"),
     Column::new("WEIGHT"),
     Column::new("AGE"),
@@ -257,6 +282,7 @@ pub(super) const INSTANCE_COLUMNS: [Column; 14] = [
     Column::wide("LEASE"),
     Column::wide("REVISION"),
     Column::wide("REGISTERED"),
+    Column::wide("REASON"),
     Column::wide("METADATA"),
 ];
 
@@ -267,6 +293,7 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         cell(instance, "/id"),
         endpoint(instance),
         cell(instance, "/state"),
+        verdict(instance),
         cell(instance, "/locality/zone"),
         cell(instance, "/weight"),
         age(instance, "/registered_at", rt::now()),
@@ -276,6 +303,7 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         lease(instance),
         cell(instance, "/revision"),
         cell(instance, "/registered_at"),
+        cell(instance, "/health/reason"),
         metadata(instance, ","),
     ]
 }
@@ -286,6 +314,40 @@ fn endpoint(instance: &Value) -> String {
         (Ok(ip), Ok(port)) => SocketAddr::new(ip, port).to_string(),
         _ => format!("{address}:{port}"),
     }
+}
+
+/// The verdict; nothing for an instance that nobody checks.
+fn verdict(instance: &Value) -> String {
+    if instance.get("check").is_some() { cell(instance, "/health/verdict") } else { "-".to_owned() }
+}
+
+/// The verdict, since when, and why.
+fn health(instance: &Value) -> String {
+    if instance.get("check").is_none() {
+        return "nobody checks it".to_owned();
+    }
+    let age = age(instance, "/health/since", rt::now());
+    let published = instance.pointer("/health/passed").and_then(Value::as_bool).unwrap_or(true);
+    let note = if published { "" } else { "; proxies are not told of it before it passes once" };
+    let (verdict, reason) = (cell(instance, "/health/verdict"), cell(instance, "/health/reason"));
+    format!("{verdict} for {age}: {reason}{note}")
+}
+
+/// Who checks it and how.
+fn check(instance: &Value) -> String {
+    let Some(check) = instance.get("check") else { return "-".to_owned() };
+    let kind = cell(check, "/kind");
+    if kind == "owner" {
+        return "by its owner".to_owned();
+    }
+    let detail = ["/path", "/service", "/port"].map(|field| cell(check, field));
+    let detail: Vec<_> = detail.into_iter().filter(|detail| detail != "-").collect();
+    let (interval, timeout) = (cell(check, "/interval"), cell(check, "/timeout"));
+    let (bad, good) = (number(check, "/unhealthy_threshold"), number(check, "/healthy_threshold"));
+    format!(
+        "{} every {interval}, {timeout} to answer; {bad} bad or {good} good in a row count",
+        [vec![kind], detail].concat().join(" ")
+    )
 }
 
 fn lease(instance: &Value) -> String {
@@ -318,6 +380,8 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
         ("Incarnation", field("/incarnation")),
         ("Address", endpoint(instance)),
         ("State", field("/state")),
+        ("Health", health(instance)),
+        ("Check", check(instance)),
         ("Weight", field("/weight")),
         ("Region", field("/locality/region")),
         ("Zone", field("/locality/zone")),
@@ -376,6 +440,7 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         ("Registered", format!("{age} ago, incarnation {}", cell(instance, "/incarnation"))),
         ("Held", held),
         ("State", state),
+        ("Health", health(instance)),
         ("Changed", format!("at revision {}", cell(instance, "/revision"))),
         ("Seen by", seen),
     ];
@@ -432,6 +497,22 @@ fn body(register: &Register) -> Value {
         ("incarnation", register.incarnation.map(Value::from)),
     ];
     body.extend(optional.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+    if let Some(Checked(Some(probe))) = &register.health {
+        let kind = match probe {
+            Probe::Tcp => json!({"kind": "tcp"}),
+            Probe::Http { path, .. } => json!({"kind": "http", "path": path}),
+            Probe::Grpc { service } => json!({"kind": "grpc", "service": service}),
+        };
+        let time = |time: Option<Duration>| time.map(|time| Value::from(format_duration(time)));
+        let settings = [
+            ("port", register.health_port.map(Value::from)),
+            ("interval", time(register.health_interval)),
+            ("timeout", time(register.health_timeout)),
+        ];
+        let mut check = kind.as_object().cloned().unwrap_or_default();
+        check.extend(settings.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+        body.insert("health".into(), Value::Object(check));
+    }
     Value::Object(body)
 }
 

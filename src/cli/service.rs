@@ -125,9 +125,9 @@ fn live_tables(document: &Value, width: Option<usize>) -> String {
 
 fn services_table(document: &Value, width: Option<usize>) -> String {
     let services = document.get("services").and_then(Value::as_array).into_iter().flatten();
-    let fields = ["/name", "/serving", "/draining", "/revision"];
+    let fields = ["/name", "/serving", "/draining", "/unhealthy", "/revision"];
     let rows: Vec<_> = services.map(|service| fields.map(|field| cell(service, field)).to_vec()).collect();
-    render(&["NAME", "SERVING", "DRAINING", "REVISION"].map(Column::new), &rows, width)
+    render(&["NAME", "SERVING", "DRAINING", "UNHEALTHY", "REVISION"].map(Column::new), &rows, width)
 }
 
 async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
@@ -138,7 +138,14 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
 
     let instances = answer.get_mut("instances").map(Value::take).unwrap_or_default();
     let each = || instances.as_array().into_iter().flatten();
-    let in_state = |state: &str| each().filter(|instance| cell(instance, "/state") == state).count();
+    let (mut serving, mut draining, mut unhealthy) = (0, 0, 0);
+    for instance in each() {
+        match (cell(instance, "/state").as_str(), cell(instance, "/health/verdict").as_str()) {
+            ("draining", _) => draining += 1,
+            (_, "unhealthy") => unhealthy += 1,
+            _ => serving += 1,
+        }
+    }
     let mut zones = BTreeMap::<&str, usize>::new();
     for instance in each() {
         let zone = instance.pointer("/locality/zone").and_then(Value::as_str).unwrap_or_default();
@@ -147,8 +154,9 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
     let document = json!({
         "name": service.as_str(),
         "revision": revision,
-        "serving": in_state("serving"),
-        "draining": in_state("draining"),
+        "serving": serving,
+        "draining": draining,
+        "unhealthy": unhealthy,
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
@@ -167,11 +175,12 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
         .collect();
     let field = |name: &str| cell(document, name);
     let mut text = format!(
-        "Service    {}\nRevision   {}\nInstances  {} serving, {} draining\n",
+        "Service    {}\nRevision   {}\nInstances  {} serving, {} draining, {} unhealthy\n",
         field("/name"),
         field("/revision"),
         field("/serving"),
-        field("/draining")
+        field("/draining"),
+        field("/unhealthy")
     );
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
@@ -246,13 +255,13 @@ mod tests {
                    "weight": 1, "locality": {"zone": "z1"}, "registered_at": "2000-01-01T00:00:00Z"})
         };
         let document = json!({
-            "name": "greeter", "revision": 7, "serving": 1, "draining": 1, "zones": {"": 1, "z1": 1},
+            "name": "greeter", "revision": 7, "serving": 1, "draining": 1, "unhealthy": 0, "zones": {"": 1, "z1": 1},
             "proxies": {"acknowledged": 2, "pending": ["edge-\u{1b}1"]},
             "instances": [instance("a", "serving"), instance(&"b".repeat(128), "draining")],
         });
         let text = service_table(&document, Some(80));
         assert!(text.starts_with(
-            "Service    greeter\nRevision   7\nInstances  1 serving, 1 draining\nZones      (none) 1, z1 1\n\
+            "Service    greeter\nRevision   7\nInstances  1 serving, 1 draining, 0 unhealthy\nZones      (none) 1, z1 1\n\
              Proxies    2 up to date; not yet: edge-\\u{1b}1\n\nSERVICE "
         ));
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Roles of the design that this version does not have.
-const LATER: [&str; 2] = ["discovery", "federation"];
+const LATER: [&str; 1] = ["federation"];
 
 /// Where the state is kept when the file does not say.
 pub(super) const DEFAULT_DIR: &str = "./disco-data";
@@ -109,6 +109,17 @@ impl Reader<'_> {
             self.duration(&mut registry, "empty_service_retention", retention, Duration::ZERO, 365 * DAY);
             registry.finish(&mut self.problems);
         }
+        if let Some(mut health) = fields.fields("health", &mut self.problems) {
+            let concurrency = health.integer("concurrency", 1..=100_000, &mut self.problems);
+            if let Some(concurrency) = concurrency.and_then(|n| usize::try_from(n).ok()) {
+                config.health.concurrency = concurrency;
+            }
+            let share = health.integer("suspend_share", 1..=100, &mut self.problems);
+            if let Some(share) = share.and_then(|n| u8::try_from(n).ok()) {
+                config.health.suspend_share = share;
+            }
+            health.finish(&mut self.problems);
+        }
         if let Some(mut xds) = fields.fields("xds", &mut self.problems) {
             let settings = &mut config.xds;
             self.duration(&mut xds, "ack_timeout", &mut settings.ack_timeout, SECOND, DAY);
@@ -171,6 +182,13 @@ impl Reader<'_> {
         self.duration(&mut limits, "ttl_min", &mut registration.ttl_min, shortest, DAY);
         self.duration(&mut limits, "ttl_max", &mut registration.ttl_max, shortest, 365 * DAY);
         self.duration(&mut limits, "ttl_default", &mut registration.ttl_default, shortest, 365 * DAY);
+        self.duration(
+            &mut limits,
+            "check_interval_min",
+            &mut registration.check_interval_min,
+            shortest,
+            HOUR,
+        );
         if let Some(weight) = limits.integer("weight_max", 1..=i128::from(u32::MAX), &mut self.problems) {
             registration.weight_max = u32::try_from(weight).unwrap_or(registration.weight_max);
         }

@@ -54,6 +54,8 @@ pub struct Config {
     pub log: Log,
     /// The registry.
     pub registry: Registry,
+    /// Health checks by this server.
+    pub health: Health,
     /// The xDS server.
     pub xds: Xds,
 }
@@ -63,6 +65,8 @@ pub struct Config {
 pub enum Role {
     /// Takes registrations, leases and drains.
     Registry,
+    /// Checks the health of instances.
+    Discovery,
     /// Serves proxies.
     Xds,
     /// The HTTP API, metrics and health.
@@ -71,12 +75,13 @@ pub enum Role {
 
 impl Role {
     /// All that this version has.
-    pub const ALL: [Self; 3] = [Self::Registry, Self::Xds, Self::Admin];
+    pub const ALL: [Self; 4] = [Self::Registry, Self::Discovery, Self::Xds, Self::Admin];
 
     /// The name that the configuration uses.
     pub fn name(self) -> &'static str {
         match self {
             Self::Registry => "registry",
+            Self::Discovery => "discovery",
             Self::Xds => "xds",
             Self::Admin => "admin",
         }
@@ -86,6 +91,7 @@ impl Role {
     pub fn does(self) -> &'static str {
         match self {
             Self::Registry => "takes registrations, leases and drains",
+            Self::Discovery => "checks the health of instances that ask for it",
             Self::Xds => "serves proxies over ADS",
             Self::Admin => "HTTP API, metrics, health",
         }
@@ -209,6 +215,21 @@ impl Default for Registry {
     }
 }
 
+/// Settings of the health checks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Checks under way at the same time.
+    pub concurrency: usize,
+    /// When nothing comes back from so many percent of the machines, silence makes no instance unhealthy.
+    pub suspend_share: u8,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { concurrency: 512, suspend_share: 50 }
+    }
+}
+
 /// Settings of the xDS server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Xds {
@@ -277,6 +298,7 @@ impl Default for Config {
             shutdown: Shutdown::default(),
             log: Log::default(),
             registry: Registry::default(),
+            health: Health::default(),
             xds: Xds::default(),
         }
     }

@@ -6,8 +6,20 @@ use super::{Config, LogFormat, Store, check::format_bytes};
 use crate::{model::format_duration, store::EtcdConfig};
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { node, roles, listen, insecure, store, data_dir, limits, shutdown, log, registry, xds } =
-        config;
+    let Config {
+        node,
+        roles,
+        listen,
+        insecure,
+        store,
+        data_dir,
+        limits,
+        shutdown,
+        log,
+        registry,
+        health,
+        xds,
+    } = config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -36,6 +48,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("ttl_min", format_duration(registration.ttl_min)),
                 ("ttl_max", format_duration(registration.ttl_max)),
                 ("ttl_default", format_duration(registration.ttl_default)),
+                ("check_interval_min", format_duration(registration.check_interval_min)),
                 ("weight_max", registration.weight_max.to_string()),
                 ("metadata_entries", registration.metadata_entries.to_string()),
                 ("metadata_key", registration.metadata_key.to_string()),
@@ -59,6 +72,13 @@ pub(super) fn yaml(config: &Config) -> String {
             vec![
                 ("session_grace", format_duration(registry.session_grace)),
                 ("empty_service_retention", format_duration(registry.empty_service_retention)),
+            ],
+        ),
+        (
+            "health",
+            vec![
+                ("concurrency", health.concurrency.to_string()),
+                ("suspend_share", health.suspend_share.to_string()),
             ],
         ),
         (

@@ -23,7 +23,7 @@ fn problems(text: &str) -> String {
 #[test]
 fn an_example_with_everything() {
     let text = "
-roles: [registry, xds, admin]
+roles: [registry, discovery, xds, admin]
 listen:
   grpc: 10.0.0.1:18000
   http: '[::1]:0'
@@ -135,7 +135,7 @@ fn every_problem_names_its_place() {
     let cases = [
         (
             "",
-            "1:1 roles: is missing: name at least one role for this process; available: registry, xds, admin",
+            "1:1 roles: is missing: name at least one role for this process; available: registry, discovery, xds, admin",
         ),
         ("# nothing\n", "1:1 roles: is missing"),
         ("listen: {}", "1:1 roles: is missing"),
@@ -146,8 +146,8 @@ fn every_problem_names_its_place() {
             "3:4 roles: \"regsitry\" is not a role; did you mean `registry`?; available: ",
         ),
         (
-            "roles: [registry, discovery]",
-            "1:19 roles: `discovery` is not available in this version; available: registry, xds, admin",
+            "roles: [registry, federation]",
+            "1:19 roles: `federation` is not available in this version; available: registry, discovery, xds, admin",
         ),
         ("roles: [registry, 3]", "1:19 roles: is not the name of a role"),
         ("roles: [registry, registry]", "1:19 roles: `registry` stands here twice"),
@@ -299,7 +299,7 @@ fn all_problems_are_reported_at_once_with_their_lines() {
     let message = parse(text).unwrap_err().to_string();
     assert_eq!(
         message,
-        "error: disco.yaml:1:9: roles: `federation` is not available in this version; available: registry, xds, admin
+        "error: disco.yaml:1:9: roles: `federation` is not available in this version; available: registry, discovery, xds, admin
 1 | roles: [federation]
   |         ^
 error: disco.yaml:3:9: listen.grpc: 0.0.0.0:18000 listens beyond loopback without TLS, so anybody who reaches it may \

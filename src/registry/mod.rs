@@ -6,7 +6,9 @@
 //! the memory of one process, and start anew, whole, when it is another one, so that a restart never expires anybody.
 
 mod cache;
+mod check;
 mod error;
+mod health;
 mod keeper;
 mod leases;
 mod live;
@@ -21,6 +23,7 @@ mod write;
 use std::{sync::Arc, time::Duration};
 
 pub use cache::Cache;
+pub use check::{health_to_proto, raw_check, verdict_from_proto};
 pub use error::Error;
 pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};

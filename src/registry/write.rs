@@ -5,7 +5,8 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{Error, Inner, Registry, leases::Holder, record};
 use crate::{
     model::{
-        Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId, State, Update,
+        Health, Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId,
+        State, Update,
     },
     rt,
     store::{Condition, Op, StoreError},
@@ -29,7 +30,7 @@ enum Decision {
     /// It is so already.
     Keep(Arc<Instance>),
     /// Write this.
-    Put(Instance),
+    Put(Box<Instance>),
 }
 
 impl Registry {
@@ -120,7 +121,7 @@ impl Registry {
                     Ok(if next == **present {
                         Decision::Keep(Arc::clone(present))
                     } else {
-                        Decision::Put(next)
+                        Decision::Put(next.into())
                     })
                 })
                 .await
@@ -151,7 +152,7 @@ impl Registry {
     }
 
     /// Runs a write to its end even if the caller goes away: a commit must never be left without its lease.
-    async fn detached<T: Send + 'static>(
+    pub(super) async fn detached<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
@@ -247,7 +248,7 @@ impl Inner {
                 let mut next = merge(&registration, present, holder);
                 next.owner = Some(own.clone());
                 let Some(present) = present.filter(|present| present.incarnation == next.incarnation) else {
-                    return Ok(Decision::Put(next));
+                    return Ok(Decision::Put(next.into()));
                 };
                 // The lease comes before the write, so that a removal under way sees it or loses to the write. Where the old
                 // lease was over there has to be a write for it to lose to.
@@ -256,7 +257,7 @@ impl Inner {
                 Ok(if held && next == **present {
                     Decision::Keep(Arc::clone(present))
                 } else {
-                    Decision::Put(next)
+                    Decision::Put(next.into())
                 })
             })
             .await?;
@@ -373,7 +374,7 @@ impl Inner {
             .write(key, |present| {
                 let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
                 expect_incarnation(present, incarnation)?;
-                Ok(Decision::Put(Instance { owner: Some(own.clone()), ..(**present).clone() }))
+                Ok(Decision::Put(Instance { owner: Some(own.clone()), ..(**present).clone() }.into()))
             })
             .await?;
         let Lease::Ttl(ttl) = accepted.instance.lease else { return Err(Error::NotFound(key.clone())) };
@@ -386,9 +387,8 @@ impl Inner {
             let snapshot = self.catalog.latest();
             let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
             expect_incarnation(present, incarnation)?;
-            let op =
-                Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-            let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
+            let mut ops = removal(present);
+            ops.extend(self.unsay(key));
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     self.released(key, present.incarnation);
@@ -412,8 +412,8 @@ impl Inner {
         let present = snapshot.instance(key).filter(|present| present.incarnation == incarnation);
         let over = |present: &&Arc<Instance>| self.keeps(present) && !self.leases.held(key, incarnation);
         let Some(present) = present.filter(over) else { return Ok(None) };
-        let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-        let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
+        let mut ops = removal(present);
+        ops.extend(self.unsay(key));
         match self.commit(ops, snapshot.revision()).await {
             Ok(revision) => {
                 self.released(key, incarnation);
@@ -467,7 +467,7 @@ impl Inner {
                 Decision::Keep(instance) => return Ok(Accepted { revision: instance.revision, instance }),
                 Decision::Put(next) => next,
             };
-            let mut ops = Vec::with_capacity(2);
+            let mut ops = Vec::with_capacity(3);
             // With each new instance, also where the service is known: a removal of the empty service then loses to it.
             if present.is_none() {
                 ops.push(Op::Put {
@@ -478,10 +478,16 @@ impl Inner {
             }
             let when = present.map_or(Condition::Absent, |present| Condition::Unchanged(present.revision));
             ops.push(Op::Put { key: record::instance_key(key), value: record::encode(&next), when });
+            let health = health_op(present, &next);
+            let judged = health.is_some();
+            ops.extend(health);
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     next.revision = revision;
-                    return Ok(Accepted { revision, instance: Arc::new(next) });
+                    if judged && next.check.is_some() {
+                        next.health.revision = revision;
+                    }
+                    return Ok(Accepted { revision, instance: Arc::new(*next) });
                 }
                 Err(Some(error)) => return Err(error),
                 Err(None) => {}
@@ -492,7 +498,7 @@ impl Inner {
 
     /// Commits what was decided on the snapshot at `seen`, and waits until the catalog shows it. `Err(None)` is a lost race:
     /// the catalog has caught up with the winner.
-    async fn commit(&self, ops: Vec<Op>, seen: Revision) -> Result<Revision, Option<Error>> {
+    pub(super) async fn commit(&self, ops: Vec<Op>, seen: Revision) -> Result<Revision, Option<Error>> {
         let received = Instant::now();
         match self.store.commit(ops).await {
             Ok(revision) => {
@@ -518,7 +524,32 @@ impl Inner {
     }
 }
 
-fn contended(key: &InstanceKey) -> Error {
+/// Takes an instance and the verdict on it out of the store.
+fn removal(present: &Instance) -> Vec<Op> {
+    let delete = |key, when| Op::Delete { key, when };
+    let health = present.check.is_some().then(|| delete(record::health_key(&present.key), Condition::Always));
+    let instance = delete(record::instance_key(&present.key), Condition::Unchanged(present.revision));
+    [instance].into_iter().chain(health).collect()
+}
+
+/// Every instance with a check has a record of its verdict, from its first commit to its last: whoever changes that record
+/// makes sure of the instance by it.
+fn health_op(present: Option<&Arc<Instance>>, next: &Instance) -> Option<Op> {
+    let key = record::health_key(&next.key);
+    let before = present.filter(|present| present.check.is_some());
+    let same_run = before.is_some_and(|before| before.incarnation == next.incarnation);
+    match (&next.check, before) {
+        (Some(_), _) if same_run => None,
+        (Some(_), _) => {
+            let value = record::encode_health(&next.health, next.incarnation);
+            Some(Op::Put { key, value, when: Condition::Always })
+        }
+        (None, Some(_)) => Some(Op::Delete { key, when: Condition::Always }),
+        (None, None) => None,
+    }
+}
+
+pub(super) fn contended(key: &InstanceKey) -> Error {
     Error::conflict("id", format!("instance {key} is being written by many at once: try again"))
 }
 
@@ -537,7 +568,7 @@ pub(super) fn expect_incarnation(present: &Instance, given: Option<Incarnation>)
 
 /// What the instance is after the registration. The same run keeps its state: a renewal does not end a drain.
 fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: Holder) -> Instance {
-    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl } =
+    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl, check } =
         registration.clone();
     let now = rt::now();
     let by_clock = || {
@@ -546,6 +577,15 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
     };
     let same_run =
         present.filter(|present| incarnation.is_none() || incarnation == Some(present.incarnation));
+    let registered_at = same_run.map_or(now, |present| present.registered_at);
+    let health = match (&check, same_run) {
+        (None, _) => Health::unchecked(registered_at),
+        // Also under another check: what is known stands until that one says something else.
+        (Some(_), Some(present)) if present.check.is_some() => present.health.clone(),
+        // Proxies know of it.
+        (Some(check), Some(_)) => Health { passed: true, ..Health::first(check, now) },
+        (Some(check), None) => Health::first(check, now),
+    };
     Instance {
         key,
         incarnation: same_run
@@ -562,6 +602,8 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         },
         owner: None,
         revision: Revision::default(),
-        registered_at: same_run.map_or(now, |present| present.registered_at),
+        registered_at,
+        check: check.map(Arc::new),
+        health,
     }
 }

@@ -14,6 +14,7 @@
 mod ageing;
 mod bad_input;
 mod harness;
+mod health;
 mod ledger;
 mod live;
 mod load_reports;
