@@ -1,11 +1,13 @@
 use std::{net::SocketAddr, time::Duration};
 
+use axum::middleware;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tonic_health::ServingStatus;
 
 use super::Error;
 use crate::{
+    api::SYNCED,
     proto,
     rt::{Readiness, Tasks},
 };
@@ -92,6 +94,24 @@ pub(super) fn reflection(
         .fold(builder, |builder, service| builder.with_service_name(*service))
         .build_v1()
         .unwrap_or_else(|error| unreachable!("our own descriptors were compiled by the build: {error}"))
+}
+
+/// Turns away who asks for what is registered before that has been read back: nothing would be a wrong answer (never 2).
+/// Health and reflection answer at any time.
+pub(super) fn when_synced(routes: tonic::service::Routes, readiness: Readiness) -> tonic::service::Routes {
+    let check = move |request: axum::extract::Request, next: middleware::Next| {
+        let readiness = readiness.clone();
+        async move {
+            let about_us = request.uri().path().starts_with("/grpc.");
+            if !about_us && readiness.waits_for(SYNCED) {
+                let message =
+                    "what is registered has not been read back from the store yet: try another node or again";
+                return tonic::Status::unavailable(message).into_http();
+            }
+            next.run(request).await
+        }
+    };
+    routes.into_axum_router().layer(middleware::from_fn(check)).into()
 }
 
 #[cfg(test)]
