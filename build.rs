@@ -27,6 +27,7 @@ const SERVICES: &[&str] = &[
     "envoy/service/status/v3/csds.proto",
     "envoy/service/load_stats/v3/lrs.proto",
 ];
+const ETCD: &[&str] = &["etcd/rpc.proto"];
 const GREETER: &[&str] = &["greeter.proto"];
 
 #[allow(clippy::disallowed_methods, reason = "cargo speaks to build scripts through the environment")]
@@ -50,6 +51,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     config.enable_type_names();
     let codec = "crate::proto::Codec";
     tonic_prost_build::configure().btree_map(".").codec_path(codec).compile_fds_with_config(api, config)?;
+
+    let etcd = protox::compile(ETCD, ["proto"])?;
+    tonic_prost_build::configure().build_server(false).bytes(".").compile_fds(etcd)?;
 
     let greeter = protox::compile(GREETER, ["examples/greeter"])?;
     tonic_prost_build::configure().compile_fds(greeter)?;

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     model::{Fields, Problems, Revision, excerpt, format_duration},
-    registry::{self, Accepted},
+    registry::{self, Accepted, Membership},
 };
 
 /// All routes.
@@ -48,6 +48,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
+        .route("/v1/nodes", routing::get(list_nodes))
         .route("/debug/log", routing::get(get_log).put(set_log))
         .route("/debug/config", routing::get(debug_config))
         .route("/debug/catalog", routing::get(debug_catalog))
@@ -165,6 +166,12 @@ async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Rep
         json!({"revision": snapshot.revision().0, "services": services, "stale": StaleDto::of(&api.catalog)}),
     )
     .into_response())
+}
+
+async fn list_nodes(State(api): State<Api>) -> Reply {
+    let nodes = api.nodes.as_ref().map(Membership::latest).unwrap_or_default();
+    let nodes: Vec<_> = nodes.iter().map(dto::node).collect();
+    Ok(Json(json!({"nodes": nodes, "stale": StaleDto::of(&api.catalog)})).into_response())
 }
 
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
@@ -337,6 +344,7 @@ async fn index() -> &'static str {
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
      PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -376,6 +384,7 @@ mod tests {
         Api {
             config: Arc::new(config),
             catalog: reader,
+            nodes: None,
             registry: Some(registry),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),

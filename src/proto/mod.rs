@@ -19,6 +19,19 @@ pub mod v1 {
     tonic::include_proto!("disco.v1");
 }
 
+/// What Disco uses of etcd's API, version 3.
+#[allow(
+    unreachable_pub,
+    missing_debug_implementations,
+    unused_qualifications,
+    clippy::wildcard_imports,
+    clippy::allow_attributes_without_reason,
+    reason = "generated"
+)]
+pub mod etcd {
+    tonic::include_proto!("etcdserverpb");
+}
+
 /// The compiled descriptors of `proto/` and of the services that are Envoy's, for gRPC reflection. The latter are empty if the
 /// build found none.
 pub const DESCRIPTORS: [&[u8]; 2] = [
