@@ -1,6 +1,6 @@
 //! HTTP/JSON over the registry's handlers, and what operators ask a process.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json, Router,
@@ -20,7 +20,9 @@ use super::{
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
     ledger, live, load, proxies,
-    request::{Body, Path, Query, Reply, instance_key, read_incarnation, read_wait, service_id},
+    request::{
+        Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
+    },
 };
 use crate::{
     health::Status,
@@ -186,14 +188,6 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
-/// `?index` and `?wait` of a long poll.
-pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
-    Query::of(query).read(|fields, problems| {
-        let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
-        (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
-    })
-}
-
 async fn list_instances(
     State(api): State<Api>,
     Path(service): Path<String>,
@@ -217,17 +211,6 @@ async fn list_instances(
     let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
     let instances: Vec<_> = service.instances().map(|instance| InstanceDto::from(&**instance)).collect();
     Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances, "stale": StaleDto::of(&api.catalog)})).into_response())
-}
-
-/// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
-pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
-    if wait.is_zero() {
-        return;
-    }
-    tokio::select! {
-        _ = tokio::time::timeout(wait, event) => {}
-        () = api.tasks.shutdown().wait() => {}
-    }
 }
 
 async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
@@ -384,7 +367,7 @@ async fn index() -> &'static str {
 mod tests {
     use tower::ServiceExt as _;
 
-    use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::{
@@ -393,15 +376,6 @@ mod tests {
         telemetry::{LogFilter, LogFormat, Metrics},
         xds::{Loads, Proxies},
     };
-
-    #[test]
-    fn a_long_poll_says_from_where_and_how_long() {
-        let (index, wait) = read_poll(Some("index=7&wait=1m")).unwrap();
-        assert_eq!((index, wait), (Revision(7), Duration::from_secs(60)));
-        for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
-            assert!(read_poll(Some(bad)).is_err(), "{bad}");
-        }
-    }
 
     async fn api(tasks: &Tasks, requests: usize) -> Api {
         let core = Tasks::default();

@@ -204,8 +204,8 @@ impl Running {
             services.add(api.proxies_service());
             let reflection = listen::reflection(&services.names);
             services.routes.add_service(reflection);
-            let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
             let routes = listen::when_synced(services.routes.routes(), readiness.clone());
+            let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
             serve::grpc(door, routes, config.xds.max_connection_age, &metrics, &edges);
         }
         if let Some(listener) = http {
