@@ -6,9 +6,9 @@ use std::{
     collections::HashMap,
     io,
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Condvar, Mutex, MutexGuard},
-    task::ready,
+    task::{Poll, ready},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -24,7 +24,7 @@ use prost::{
 };
 use tokio::{
     io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf},
-    net::{TcpSocket, TcpStream},
+    net::TcpSocket,
     sync::oneshot,
 };
 use xxhash_rust::xxh3::xxh3_64;
@@ -173,7 +173,8 @@ struct State {
     latest: Vec<Option<(u64, Instant)>>,
     /// Responses to the first client, as they came.
     captured: Vec<Vec<u8>>,
-    connected: Count,
+    /// Clients whose SYN is on its way.
+    called: Count,
     /// Clients that have had a response.
     answered: Count,
 }
@@ -238,14 +239,14 @@ impl Fleet {
         self.started.elapsed()
     }
 
-    /// When the last client was connected, and when the last had its first response; since the start.
-    pub(crate) fn connected_and_answered(&self) -> (Duration, Duration) {
+    /// When the last client sent its SYN, and when the last had its first response; since the start.
+    pub(crate) fn called_and_answered(&self) -> (Duration, Duration) {
         let state = self.shared.state();
-        let [connected, answered] = [state.connected, state.answered].map(|count| {
-            assert_eq!(count.clients, self.clients, "all are connected and answered");
+        let [called, answered] = [state.called, state.answered].map(|count| {
+            assert_eq!(count.clients, self.clients, "all have called and were answered");
             count.last.map_or(Duration::ZERO, |last| last.duration_since(self.started))
         });
-        (connected, answered)
+        (called, answered)
     }
 
     /// Waits until nothing has come for `quiet`.
@@ -362,15 +363,18 @@ thread_local! {
 impl Client<'_> {
     /// Until the connection ends, or the client leaves (Ok).
     async fn run(&mut self, address: SocketAddr) -> io::Result<()> {
-        let mut tcp = if matches!(self.plan.behaviour, Behaviour::StopsReading | Behaviour::ByteASecond) {
-            let socket = TcpSocket::new_v4()?;
+        let socket = TcpSocket::new_v4()?;
+        if matches!(self.plan.behaviour, Behaviour::StopsReading | Behaviour::ByteASecond) {
             socket.set_recv_buffer_size(4096)?;
-            socket.connect(address).await?
-        } else {
-            TcpStream::connect(address).await?
+        }
+        let mut connecting = pin!(socket.connect(address));
+        let called = futures_util::poll!(&mut connecting);
+        self.shared.state().called.add(Instant::now());
+        let mut tcp = match called {
+            Poll::Ready(tcp) => tcp?,
+            Poll::Pending => connecting.await?,
         };
         tcp.set_nodelay(true)?;
-        self.shared.state().connected.add(Instant::now());
         tcp.write_all(&self.plan.opening).await?;
         let mut message = Vec::new();
         let mut out = Vec::new();
@@ -392,7 +396,7 @@ impl Client<'_> {
                     let mut buffer = ReadBuf::new(&mut scratch[..room]);
                     ready!(Pin::new(&mut tcp).poll_read(context, &mut buffer))?;
                     self.take(buffer.filled(), &mut message, &mut out);
-                    std::task::Poll::Ready(io::Result::Ok(buffer.filled().len()))
+                    Poll::Ready(io::Result::Ok(buffer.filled().len()))
                 })
             });
             if read.await? == 0 {

@@ -79,20 +79,23 @@ impl Report {
         let mut rows =
             self.of(part, case).filter_map(|row| Some((row.contender, row.outcome.as_ref().ok()?)));
         let Some(first) = rows.next() else { return };
-        let heads =
-            first.1.iter().map(|figure| format!("{:>24}", format!("{} {}", figure.name, figure.unit)));
+        let heads = first
+            .1
+            .iter()
+            .map(|figure| format!("{:>22}", format!("{} {}", figure.name, figure.unit).trim_end()));
         println!("  {:<34}{}", case, heads.collect::<String>());
         for (contender, figures) in std::iter::once(first).chain(rows) {
-            let cells = figures.iter().map(|figure| format!("{:>24}", self.cell(part, case, figure)));
+            let cells =
+                figures.iter().map(|figure| format!("{:>22}", self.cell(part, case, contender, figure)));
             println!("    {:<32}{}", contender.name(), cells.collect::<String>());
         }
     }
 
     /// The value, and how many times the limit's it is.
-    fn cell(&self, part: &str, case: &str, figure: &Figure) -> String {
+    fn cell(&self, part: &str, case: &str, contender: Contender, figure: &Figure) -> String {
         let value = text(figure.value);
         match self.limit(part, case, figure.name) {
-            Some(limit) if figure.aim.is_some() && limit > 0.0 => {
+            Some(limit) if figure.aim.is_some() && contender != Contender::Limit && limit > 0.0 => {
                 format!("{value} ({:.2} x)", figure.value / limit)
             }
             _ => value,
@@ -119,7 +122,9 @@ impl Report {
                         Some(Ok(figures)) => figures
                             .iter()
                             .find(|other| other.name == figure.name)
-                            .map_or_else(String::new, |other| self.cell(row.part, &row.case, other)),
+                            .map_or_else(String::new, |other| {
+                                self.cell(row.part, &row.case, contender, other)
+                            }),
                         Some(Err(reason)) => reason.clone(),
                         None => String::new(),
                     }

@@ -33,10 +33,10 @@ pub(crate) fn run(bench: &mut Bench) {
                 let opened = fleet.opened();
                 let after = counters();
                 assert_eq!(fleet.totals().ended, 0, "streams ended");
-                let (connected, answered) = fleet.connected_and_answered();
+                let (called, answered) = fleet.called_and_answered();
                 let counted =
                     COUNTERS.map(|name| after.get(name).unwrap_or(&0.0) - before.get(name).unwrap_or(&0.0));
-                ([connected, answered, opened], counted)
+                ([called, answered, opened], counted)
             });
             let Some((took, more)) = measured else { break };
             for (times, took) in times.iter_mut().zip(took) {
@@ -51,10 +51,10 @@ pub(crate) fn run(bench: &mut Bench) {
         if times[0].is_empty() {
             continue;
         }
-        let [connected, answered, opened] = times.map(median);
+        let [called, answered, opened] = times.map(median);
         let [overflows, drops, again] = counted;
         let figures = [
-            Figure::new("all connected", "s", connected),
+            Figure::new("all SYNs sent", "s", called),
             Figure::new("all answered", "s", answered),
             Figure::new("all open", "s", opened).aim(1.3),
             Figure::new("overflows", "", overflows),

@@ -1,6 +1,6 @@
-use std::{io, net::SocketAddr, pin::pin, time::Duration};
+use std::{collections::VecDeque, io, net::SocketAddr, pin::pin, time::Duration};
 
-use futures_util::{Stream, stream};
+use futures_util::{FutureExt as _, Stream, stream};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -10,6 +10,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
     sync::mpsc,
+    task::coop,
 };
 use tonic::transport::{
     Server,
@@ -61,26 +62,62 @@ pub(super) fn bind(
     open().map(Some).map_err(|source| Error::Listen { field, address, source })
 }
 
-/// The next connection. A failed accept (out of descriptors, a peer that left) is no end: the next one may do.
-async fn accept(listener: &TcpListener) -> TcpStream {
-    loop {
-        match listener.accept().await {
-            // An answer is written whole; waiting for more of it would only delay it.
-            Ok((stream, _)) if stream.set_nodelay(true).is_ok() => return stream,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+/// Connections in the order in which they came.
+///
+/// Serving one costs many times what accepting it does, and the system's queue is short (4,096 by default). So whenever
+/// there is time to accept, all that have come are accepted, and wait here.
+struct Incoming {
+    listener: TcpListener,
+    /// At most [`BACKLOG`].
+    waiting: VecDeque<TcpStream>,
+}
+
+impl Incoming {
+    fn new(listener: TcpListener) -> Self {
+        Self { listener, waiting: VecDeque::new() }
+    }
+
+    /// The next connection. A failed accept (out of descriptors, a peer that left) is no end: the next one may do.
+    async fn next(&mut self) -> TcpStream {
+        // In a storm there is always a next one, and those that are served want their turn.
+        coop::consume_budget().await;
+        loop {
+            self.accept_all();
+            if let Some(stream) = self.waiting.pop_front() {
+                return stream;
             }
+            match self.listener.accept().await {
+                Ok((stream, _)) => self.take(stream),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Accepts what has come. An error comes again when there is nothing else to do.
+    fn accept_all(&mut self) {
+        while self.waiting.len() < BACKLOG as usize
+            && let Some(Ok((stream, _))) = coop::unconstrained(self.listener.accept()).now_or_never()
+        {
+            self.take(stream);
+        }
+    }
+
+    fn take(&mut self, stream: TcpStream) {
+        // An answer is written whole; waiting for more of it would only delay it. It fails for a peer that has left.
+        if stream.set_nodelay(true).is_ok() {
+            self.waiting.push_back(stream);
         }
     }
 }
 
 /// All connections, watched.
 fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Watched>> {
-    stream::unfold(listener, |listener| async {
-        let watched = Watched::new(accept(&listener).await, PREFACE, HEADERS_WITHIN);
-        Some((Ok(watched), listener))
+    stream::unfold(Incoming::new(listener), |mut incoming| async {
+        let watched = Watched::new(incoming.next().await, PREFACE, HEADERS_WITHIN);
+        Some((Ok(watched), incoming))
     })
 }
 
@@ -162,9 +199,10 @@ pub(super) fn serve_http(listener: TcpListener, router: axum::Router, tasks: &Ta
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
         let shutdown = owner.shutdown().clone();
+        let mut incoming = Incoming::new(listener);
         loop {
             let stream = tokio::select! {
-                stream = accept(&listener) => TokioIo::new(stream),
+                stream = incoming.next() => TokioIo::new(stream),
                 () = shutdown.wait() => return,
             };
             let connection = http.serve_connection(stream, TowerToHyperService::new(router.clone()));
@@ -202,6 +240,23 @@ mod tests {
     };
 
     use super::*;
+
+    #[tokio::test]
+    async fn all_that_have_come_are_accepted_at_once() {
+        const COME: usize = 1000;
+        let listener = bind("listen", ([127, 0, 0, 1], 0).into(), true).unwrap().unwrap();
+        let address = listener.local_addr().unwrap();
+        // The system takes them, as far as its queue goes; this thread, which would accept them, is busy.
+        let clients: Vec<_> = (0..COME).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+        let mut incoming = Incoming::new(listener);
+        let mut ports = vec![];
+        for left in (0..COME).rev() {
+            ports.push(incoming.next().await.peer_addr().unwrap().port());
+            assert_eq!(incoming.waiting.len(), left);
+        }
+        let in_order: Vec<_> = clients.iter().map(|client| client.local_addr().unwrap().port()).collect();
+        assert_eq!(ports, in_order);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_asks_nothing_is_closed() {
