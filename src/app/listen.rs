@@ -1,17 +1,13 @@
-use std::{collections::VecDeque, io, net::SocketAddr, pin::pin, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, time::Duration};
 
-use futures_util::{FutureExt as _, Stream, stream};
+use futures_util::{Stream, stream};
 use hyper::server::conn::http1;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
-    sync::mpsc,
-    task::coop,
-};
+use tokio::sync::mpsc;
 use tonic::transport::{
     Server,
     server::{Connected, TcpConnectInfo},
@@ -19,15 +15,11 @@ use tonic::transport::{
 use tonic_health::ServingStatus;
 use tower::util::MapRequestLayer;
 
-use super::Error;
+use super::{Error, incoming::Incoming};
 use crate::{
     proto,
     rt::{Hangup, Readiness, Tasks, Watched},
 };
-
-/// Connections that may wait to be accepted. After a restart every proxy connects in the same second; with the usual 128
-/// most of them would wait for SYN retransmissions. The system caps it at net.core.somaxconn.
-const BACKLOG: u32 = 16_384;
 
 /// How often a silent peer is asked whether it is there, and how long it may take to answer: after both a dead proxy's
 /// stream is dropped. Live clients answer within a round trip.
@@ -41,81 +33,21 @@ const HEADERS_WITHIN: Duration = Duration::from_secs(30);
 /// Bytes of the preface that every HTTP/2 connection begins with. Keep-alive watches over it from there on.
 const PREFACE: usize = 24;
 
-/// After a failed accept, most likely for want of descriptors: time for some to become free.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Listens, if it is wanted, with a backlog fit for a reconnect storm.
+/// Listens, if it is wanted.
 pub(super) fn bind(
     field: &'static str,
     address: SocketAddr,
     wanted: bool,
-) -> Result<Option<TcpListener>, Error> {
+) -> Result<Option<Incoming>, Error> {
     if !wanted {
         return Ok(None);
     }
-    let open = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        socket.listen(BACKLOG)
-    };
-    open().map(Some).map_err(|source| Error::Listen { field, address, source })
-}
-
-/// Connections in the order in which they came.
-///
-/// Serving one costs many times what accepting it does, and the system's queue is short (4,096 by default). So whenever
-/// there is time to accept, all that have come are accepted, and wait here.
-struct Incoming {
-    listener: TcpListener,
-    /// At most [`BACKLOG`].
-    waiting: VecDeque<TcpStream>,
-}
-
-impl Incoming {
-    fn new(listener: TcpListener) -> Self {
-        Self { listener, waiting: VecDeque::new() }
-    }
-
-    /// The next connection. A failed accept (out of descriptors, a peer that left) is no end: the next one may do.
-    async fn next(&mut self) -> TcpStream {
-        // In a storm there is always a next one, and those that are served want their turn.
-        coop::consume_budget().await;
-        loop {
-            self.accept_all();
-            if let Some(stream) = self.waiting.pop_front() {
-                return stream;
-            }
-            match self.listener.accept().await {
-                Ok((stream, _)) => self.take(stream),
-                Err(error) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    }
-
-    /// Accepts what has come. An error comes again when there is nothing else to do.
-    fn accept_all(&mut self) {
-        while self.waiting.len() < BACKLOG as usize
-            && let Some(Ok((stream, _))) = coop::unconstrained(self.listener.accept()).now_or_never()
-        {
-            self.take(stream);
-        }
-    }
-
-    fn take(&mut self, stream: TcpStream) {
-        // An answer is written whole; waiting for more of it would only delay it. It fails for a peer that has left.
-        if stream.set_nodelay(true).is_ok() {
-            self.waiting.push_back(stream);
-        }
-    }
+    Incoming::bind(address).map(Some).map_err(|source| Error::Listen { field, address, source })
 }
 
 /// All connections, watched.
-fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<Watched>> {
-    stream::unfold(Incoming::new(listener), |mut incoming| async {
+fn connections(incoming: Incoming) -> impl Stream<Item = io::Result<Watched>> {
+    stream::unfold(incoming, |mut incoming| async {
         let watched = Watched::new(incoming.next().await, PREFACE, HEADERS_WITHIN);
         Some((Ok(watched), incoming))
     })
@@ -175,7 +107,7 @@ pub(super) fn reflection()
 }
 
 pub(super) fn serve_grpc(
-    listener: TcpListener,
+    incoming: Incoming,
     routes: tonic::service::Routes,
     tasks: &Tasks,
     failed: mpsc::Sender<Error>,
@@ -188,18 +120,17 @@ pub(super) fn serve_grpc(
             .http2_keepalive_timeout(Some(timeout))
             .layer(MapRequestLayer::new(spread_connect_info))
             .add_routes(routes)
-            .serve_with_incoming_shutdown(connections(listener), shutdown.wait());
+            .serve_with_incoming_shutdown(connections(incoming), shutdown.wait());
         report("grpc", server.await, &failed);
     });
 }
 
-pub(super) fn serve_http(listener: TcpListener, router: axum::Router, tasks: &Tasks) {
+pub(super) fn serve_http(mut incoming: Incoming, router: axum::Router, tasks: &Tasks) {
     let owner = tasks.clone();
     tasks.spawn("http-server", async move {
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
         let shutdown = owner.shutdown().clone();
-        let mut incoming = Incoming::new(listener);
         loop {
             let stream = tokio::select! {
                 stream = incoming.next() => TokioIo::new(stream),
@@ -241,23 +172,6 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn all_that_have_come_are_accepted_at_once() {
-        const COME: usize = 1000;
-        let listener = bind("listen", ([127, 0, 0, 1], 0).into(), true).unwrap().unwrap();
-        let address = listener.local_addr().unwrap();
-        // The system takes them, as far as its queue goes; this thread, which would accept them, is busy.
-        let clients: Vec<_> = (0..COME).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
-        let mut incoming = Incoming::new(listener);
-        let mut ports = vec![];
-        for left in (0..COME).rev() {
-            ports.push(incoming.next().await.peer_addr().unwrap().port());
-            assert_eq!(incoming.waiting.len(), left);
-        }
-        let in_order: Vec<_> = clients.iter().map(|client| client.local_addr().unwrap().port()).collect();
-        assert_eq!(ports, in_order);
-    }
-
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_asks_nothing_is_closed() {
         #[rustfmt::skip]
@@ -266,14 +180,14 @@ mod tests {
             ("grpc", ""), ("grpc", "PRI * HT"),
         ];
         for (kind, sent) in cases {
-            let listener = bind("listen", ([127, 0, 0, 1], 0).into(), true).unwrap().unwrap();
-            let address = listener.local_addr().unwrap();
+            let incoming = Incoming::bind(([127, 0, 0, 1], 0).into()).unwrap();
+            let address = incoming.address().unwrap();
             let tasks = Tasks::default();
             if kind == "http" {
-                serve_http(listener, axum::Router::new(), &tasks);
+                serve_http(incoming, axum::Router::new(), &tasks);
             } else {
                 let routes = tonic::service::Routes::new(reflection());
-                serve_grpc(listener, routes, &tasks, mpsc::channel(1).0);
+                serve_grpc(incoming, routes, &tasks, mpsc::channel(1).0);
             }
             let start = Instant::now();
             let mut connection = TcpStream::connect(address).await.unwrap();

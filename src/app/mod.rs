@@ -4,6 +4,7 @@
 //! accepting and end streams (proxies and owners go to another server); wait for what is under way; stop the tasks; flush
 //! the store.
 
+mod incoming;
 mod listen;
 mod loads;
 mod observe;
@@ -13,7 +14,6 @@ mod views;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::{Mutex, mpsc},
 };
@@ -29,6 +29,7 @@ use crate::{
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, LoadReports, Loads, Proxies},
 };
+use incoming::Incoming;
 use views::Views;
 
 /// Where the process listens.
@@ -122,7 +123,7 @@ impl Running {
         let has = |role| config.roles.contains(&role);
         let grpc = listen::bind("listen.grpc", config.listen.grpc, has(Role::Registry) || has(Role::Xds))?;
         let http = listen::bind("listen.http", config.listen.http, has(Role::Admin))?;
-        let address = |listener: &Option<TcpListener>| listener.as_ref().and_then(|l| l.local_addr().ok());
+        let address = |incoming: &Option<Incoming>| incoming.as_ref().and_then(Incoming::address);
         let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 
         let store = open_store(&config.store, &metrics)?;
@@ -161,7 +162,7 @@ impl Running {
         };
 
         let (failed, failures) = mpsc::channel(1);
-        if let Some(listener) = grpc {
+        if let Some(incoming) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
             let mut routes = RoutesBuilder::default();
@@ -177,10 +178,10 @@ impl Running {
                 routes.add_service(api.registry_service());
             }
             routes.add_service(api.proxies_service());
-            listen::serve_grpc(listener, routes.routes(), &edges, failed);
+            listen::serve_grpc(incoming, routes.routes(), &edges, failed);
         }
-        if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges);
+        if let Some(incoming) = http {
+            listen::serve_http(incoming, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());
