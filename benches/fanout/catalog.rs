@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Streams that a change concerns while the catalog grows.
-const CONCERNED: usize = 100;
+pub(crate) const CONCERNED: usize = 100;
 
 /// Services, and instances of each.
 const SMALL: (usize, usize) = (10, 10);
@@ -158,6 +158,6 @@ fn wildcards(bench: &mut Bench, servers: [&dyn Server; 2], large: (usize, usize)
 }
 
 /// A client that names what it wants the endpoints of.
-fn named(n: usize, names: &[&str]) -> Plan {
+pub(crate) fn named(n: usize, names: &[&str]) -> Plan {
     Plan::new(Protocol::Delta, &format!("bench-{n}"), &[Ask::new(ENDPOINTS, names)], 1)
 }
