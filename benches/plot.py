@@ -24,7 +24,7 @@ COLOURS = {
     "go-control-plane LinearCache": "#d98324",
     "go-control-plane SnapshotCache": "#c2554d",
 }
-WIDTH, LEFT, RIGHT = 860, 250, 190
+WIDTH, LEFT, RIGHT = 880, 275, 190
 BAR, GAP, GROUP = 12, 3, 14
 
 STYLE = """
@@ -48,7 +48,7 @@ def number(value):
 
 
 def groups(rows, part, figure):
-    """For each case: (server, value, unit) or (server, None, reason)."""
+    """For each case: (server, value, unit) or (server, None, reason). Of cost a stream only the largest numbers of streams."""
     cases = {}
     for row in rows:
         if row["part"] != part:
@@ -58,13 +58,15 @@ def groups(rows, part, figure):
             cases.setdefault(row["case"], []).append((row["server"], found[0]["value"], found[0]["unit"]))
         elif "missing" in row:
             cases.setdefault(row["case"], []).append((row["server"], None, row["missing"].split(":")[0]))
+    if figure in ("CPU a response", "memory a stream"):
+        most = max((int(case.split()[0]) for case in cases), default=0)
+        return {case: bars for case, bars in cases.items() if case.startswith(f"{most} ")}
     return cases
 
 
 def panel(out, y, heading, cases):
     room = WIDTH - LEFT - RIGHT
     values = [value for bars in cases.values() for _, value, _ in bars if value is not None]
-    first = next(iter(cases.values()))
     # What is a multiple of the limit is drawn as one; the rest, as a multiple of the smallest.
     limits = {case: next((v for s, v, _ in bars if s == "limit"), None) for case, bars in cases.items()}
     has_limit = all(limits.values())

@@ -62,7 +62,7 @@ fn cases(large: (usize, usize), others: usize) -> [String; 3] {
     [
         format!("{} instances", SMALL.0 * SMALL.1),
         format!("{} instances", large.0 * large.1),
-        format!("{} instances, {others} more streams that name others", large.0 * large.1),
+        format!("{} instances, {others} other streams", large.0 * large.1),
     ]
 }
 

@@ -1,6 +1,6 @@
 //! What a script of a client and of the world around it is, and how bytes spell one: whatever the bytes are, they spell some.
 
-use super::super::ResourceType;
+use crate::xds::ResourceType;
 
 /// A request of any kind, in the words of both forms.
 #[derive(Debug, Clone)]
