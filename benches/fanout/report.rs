@@ -82,11 +82,11 @@ impl Report {
         let heads = first
             .1
             .iter()
-            .map(|figure| format!("{:>22}", format!("{} {}", figure.name, figure.unit).trim_end()));
+            .map(|figure| format!("  {:>20}", format!("{} {}", figure.name, figure.unit).trim_end()));
         println!("  {:<34}{}", case, heads.collect::<String>());
         for (contender, figures) in std::iter::once(first).chain(rows) {
             let cells =
-                figures.iter().map(|figure| format!("{:>22}", self.cell(part, case, contender, figure)));
+                figures.iter().map(|figure| format!("  {:>20}", self.cell(part, case, contender, figure)));
             println!("    {:<32}{}", contender.name(), cells.collect::<String>());
         }
     }
