@@ -125,7 +125,7 @@ impl Report {
                             .map_or_else(String::new, |other| {
                                 self.cell(row.part, &row.case, contender, other)
                             }),
-                        Some(Err(reason)) => reason.clone(),
+                        Some(Err(reason)) => reason.split(':').next().unwrap_or_default().to_owned(),
                         None => String::new(),
                     }
                 });
