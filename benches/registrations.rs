@@ -39,6 +39,7 @@ const RECORDS: usize = 200_000;
 const VALUE: usize = 180;
 
 fn main() {
+    common::guard::start(Duration::from_secs(240));
     let runtime = Runtime::new().unwrap();
     runtime.block_on(async {
         println!("{ROUNDS} rounds of {ROUND:?} each, in turns with the floor; medians\n");

@@ -4,6 +4,7 @@
 //! accepting and end streams (proxies and owners go to another server); wait for what is under way; stop the tasks; flush
 //! the store.
 
+mod incoming;
 mod listen;
 mod loads;
 mod observe;
@@ -15,7 +16,6 @@ mod views;
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
@@ -33,6 +33,7 @@ use crate::{
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, LoadReports, Loads, Proxies},
 };
+use incoming::Incoming;
 use views::Views;
 
 /// Where the process listens.
@@ -119,7 +120,7 @@ impl Running {
         let has = |role| config.roles.contains(&role);
         let grpc = listen::bind("listen.grpc", config.listen.grpc, has(Role::Registry) || has(Role::Xds))?;
         let http = listen::bind("listen.http", config.listen.http, has(Role::Admin))?;
-        let address = |listener: &Option<TcpListener>| listener.as_ref().and_then(|l| l.local_addr().ok());
+        let address = |incoming: &Option<Incoming>| incoming.as_ref().and_then(Incoming::address);
         let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 
         let store = open_store(&config.store, &metrics)?;
@@ -185,7 +186,7 @@ impl Running {
             tasks: edges.clone(),
         };
 
-        if let Some(listener) = grpc {
+        if let Some(incoming) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
             let mut services = Services::default();
@@ -205,11 +206,11 @@ impl Running {
             let reflection = listen::reflection(&services.names);
             services.routes.add_service(reflection);
             let routes = listen::when_synced(services.routes.routes(), readiness.clone());
-            let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
+            let door = serve::Door::grpc(incoming, config.limits.grpc_connections, &metrics);
             serve::grpc(door, routes, config.xds.max_connection_age, &metrics, &edges);
         }
-        if let Some(listener) = http {
-            let door = serve::Door::http(listener, config.limits.http_connections, &metrics);
+        if let Some(incoming) = http {
+            let door = serve::Door::http(incoming, config.limits.http_connections, &metrics);
             serve::http(door, api.http(), &edges);
         }
         listening.open();
