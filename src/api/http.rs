@@ -21,14 +21,14 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, load, proxies,
+    ledger, live, load, proxies,
 };
 use crate::{
     model::{
         Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
         format_duration, parse_duration,
     },
-    registry::{self, Accepted},
+    registry::{self, Accepted, Membership},
 };
 
 /// Longest that a long poll is held.
@@ -47,15 +47,18 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/live", routing::get(live::list))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
+        .route(&format!("{instance}/live"), routing::put(live::publish))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
+        .route("/v1/nodes", routing::get(list_nodes))
         .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
         .route("/readyz", routing::get(readyz))
         .route("/metrics", routing::get(metrics))
@@ -103,7 +106,7 @@ async fn when_synced(State(api): State<Api>, request: Request, next: middleware:
 }
 
 /// A request body within the limit.
-struct Body(Bytes);
+pub(super) struct Body(pub(super) Bytes);
 
 impl FromRequest<Api> for Body {
     type Rejection = ApiError;
@@ -206,7 +209,7 @@ pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Dur
     wait
 }
 
-fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
+pub(super) fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
     fields
         .integer("incarnation", 1..=u64::MAX.into(), problems)
         .and_then(|number| u64::try_from(number).ok())
@@ -240,6 +243,12 @@ async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Rep
     .into_response())
 }
 
+async fn list_nodes(State(api): State<Api>) -> Reply {
+    let nodes = api.nodes.as_ref().map(Membership::latest).unwrap_or_default();
+    let nodes: Vec<_> = nodes.iter().map(dto::node).collect();
+    Ok(Json(json!({"nodes": nodes, "stale": StaleDto::of(&api.catalog)})).into_response())
+}
+
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
     let snapshot = api.catalog.latest();
@@ -253,7 +262,7 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
 }
 
 /// `?index` and `?wait` of a long poll.
-fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
+pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
     Query::of(query).read(|fields, problems| {
         let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
         (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
@@ -286,7 +295,7 @@ async fn list_instances(
 }
 
 /// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
-async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
     if wait.is_zero() {
         return;
     }
@@ -420,13 +429,16 @@ async fn index() -> &'static str {
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -481,6 +493,7 @@ mod tests {
         let api = Api {
             config: Arc::new(config),
             catalog: reader,
+            nodes: None,
             registry: Some(registry),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),

@@ -24,7 +24,7 @@ use crate::{
     catalog,
     config::{Config, Role, Store as StoreConfig},
     model::Members,
-    registry::{self, Mirror, Patience, Registry},
+    registry::{self, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, EtcdStore, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
@@ -131,14 +131,28 @@ impl Running {
 
         let store = open_store(&config.store, &metrics)?;
         let (writer, reader) = catalog::catalog();
+        let node = settings::node(config, &addresses);
         let mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
         let patience = match config.store {
-            StoreConfig::Etcd(_) => Patience::Wait(None),
+            StoreConfig::Etcd(_) => Patience::Wait(Some(settings::copy(config, &node))),
             StoreConfig::Memory | StoreConfig::File { .. } => Patience::None,
         };
         mirror.start(patience, &core, readiness.gate(SYNCED)).await?;
         metrics.collect(observe::CatalogMetrics(reader.clone()));
-        let (_, members) = watch::channel(Members::alone(settings::node(config)));
+        let nodes = match config.store {
+            StoreConfig::Etcd(_) => {
+                let me = settings::member(config, &addresses, node.clone());
+                Some(Membership::start(Arc::clone(&store), me, &core))
+            }
+            StoreConfig::Memory | StoreConfig::File { .. } => None,
+        };
+        let members = match &nodes {
+            Some(nodes) => nodes.with_role(Role::Registry.name(), &core),
+            None => watch::channel(Members::alone(node)).1,
+        };
+        if nodes.is_some() && has(Role::Registry) {
+            listen::follow_membership(members.clone(), readiness.clone(), &core);
+        }
         let registry = has(Role::Registry).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
             Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
@@ -158,6 +172,7 @@ impl Running {
         let api = Api {
             config: Arc::new(settings::api(config)),
             catalog: reader,
+            nodes,
             registry,
             proxies,
             loads,

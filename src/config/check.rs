@@ -1,6 +1,6 @@
 //! From the tree of a file to a checked configuration.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{Config, ConfigError, LogFormat, Overrides, Role, Store, yaml};
 use crate::{
@@ -74,6 +74,10 @@ impl Reader<'_> {
         let mut config = Config::default();
         let mut fields = Fields::of(root, "", &mut self.problems);
         config.node = fields.parse("node", &mut self.problems, str::parse);
+        self.set(&mut fields, "data_dir", &mut config.data_dir, |text| match text {
+            "" => Err("is empty: want a directory".to_owned()),
+            text => Ok(PathBuf::from(text)),
+        });
         self.roles(&mut fields, &mut config);
         if let Some(mut listen) = fields.fields("listen", &mut self.problems) {
             self.set(&mut listen, "grpc", &mut config.listen.grpc, address);

@@ -44,6 +44,8 @@ pub struct Config {
     pub insecure: bool,
     /// Where accepted writes are kept.
     pub store: Store,
+    /// Where it keeps what it could do without, such as the copy of what is registered that it serves while etcd is away.
+    pub data_dir: PathBuf,
     /// Bounds on what clients may ask for.
     pub limits: Limits,
     /// How it ends.
@@ -257,6 +259,7 @@ impl Default for Config {
             listen: Listen::default(),
             insecure: false,
             store: Store::File { dir: check::DEFAULT_DIR.into(), accept_loss: false },
+            data_dir: check::DEFAULT_DIR.into(),
             limits: Limits::default(),
             shutdown: Shutdown::default(),
             log: Log::default(),

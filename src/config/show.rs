@@ -6,7 +6,8 @@ use super::{Config, LogFormat, Store, check::format_bytes};
 use crate::{model::format_duration, store::EtcdConfig};
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { node, roles, listen, insecure, store, limits, shutdown, log, registry, xds } = config;
+    let Config { node, roles, listen, insecure, store, data_dir, limits, shutdown, log, registry, xds } =
+        config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -71,7 +72,9 @@ pub(super) fn yaml(config: &Config) -> String {
         ),
     ];
     let node = node.as_ref().map(|node| format!("node: {}\n", quoted(node.as_str()))).unwrap_or_default();
-    let mut text = format!("{node}roles: [{}]\ninsecure: {insecure}\n{store}", roles.join(", "));
+    let data_dir = quoted(&data_dir.to_string_lossy());
+    let mut text =
+        format!("{node}roles: [{}]\ninsecure: {insecure}\ndata_dir: {data_dir}\n{store}", roles.join(", "));
     for (name, fields) in blocks {
         text.push_str(&format!("{name}:\n"));
         for (field, value) in fields {

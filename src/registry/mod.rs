@@ -9,6 +9,8 @@ mod cache;
 mod error;
 mod keeper;
 mod leases;
+mod live;
+mod membership;
 mod mirror;
 mod record;
 mod sessions;
@@ -20,8 +22,9 @@ use std::{sync::Arc, time::Duration};
 
 pub use cache::Cache;
 pub use error::Error;
+pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
-pub use record::{instance_to_proto, lease_to_proto};
+pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};
 pub use write::Accepted;
 
@@ -70,6 +73,7 @@ struct Inner {
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
     leases: Leases,
+    said: live::Said,
     metrics: RegistryMetrics,
     tasks: Tasks,
 }
@@ -81,6 +85,7 @@ struct RegistryMetrics {
     refused: prometheus_client::metrics::counter::Counter,
     renewals: prometheus_client::metrics::counter::Counter,
     expired: prometheus_client::metrics::counter::Counter,
+    published: prometheus_client::metrics::counter::Counter,
 }
 
 impl RegistryMetrics {
@@ -90,6 +95,7 @@ impl RegistryMetrics {
             stored: metrics.propagation(Stage::Stored),
             refused: metrics.counter("registry_refused", "Requests that were refused"),
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
+            published: metrics.counter("registry_published", "Live metadata that instances published"),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
         }
     }
@@ -108,6 +114,7 @@ impl Registry {
     ) -> Self {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
+            said: live::Said::default(),
             config,
             store,
             catalog,
@@ -121,6 +128,7 @@ impl Registry {
         let registry = Self { inner };
         tasks.spawn_until_shutdown("lease-keeper", registry.clone().keep_leases(known.revision()));
         tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
+        tasks.spawn_until_shutdown("live-metadata", registry.clone().store_live());
         tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
         registry
     }
