@@ -27,6 +27,14 @@ pub(super) struct InstanceDto {
     lease: LeaseDto,
     revision: u64,
     registered_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stale: Option<StaleDto>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct StaleDto {
+    since: String,
+    reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -66,6 +74,7 @@ impl From<&Instance> for InstanceDto {
             lease,
             revision,
             registered_at,
+            stale,
         } = instance;
         Self {
             service: key.service.to_string(),
@@ -87,6 +96,9 @@ impl From<&Instance> for InstanceDto {
             lease: (*lease).into(),
             revision: revision.0,
             registered_at: timestamp(*registered_at),
+            stale: stale
+                .as_ref()
+                .map(|stale| StaleDto { since: timestamp(stale.since), reason: stale.reason.clone() }),
         }
     }
 }
@@ -96,13 +108,15 @@ pub(super) struct ServiceDto {
     name: String,
     serving: usize,
     draining: usize,
+    stale: usize,
     revision: u64,
 }
 
 impl From<&Service> for ServiceDto {
     fn from(service: &Service) -> Self {
         let (serving, draining) = count(service);
-        Self { name: service.id.to_string(), serving, draining, revision: service.revision.0 }
+        let stale = service.stale();
+        Self { name: service.id.to_string(), serving, draining, stale, revision: service.revision.0 }
     }
 }
 

@@ -182,6 +182,13 @@ impl registry_server::Registry for RegistryService {
         Ok(Response::new(self.do_deregister(request.into_inner()).await?))
     }
 
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
+        let service = read_service(&request.into_inner().service)?;
+        let (revision, removed) = self.registry.release(service).await.map_err(ApiError::from)?;
+        let removed = u32::try_from(removed).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::ReleaseResponse { revision: revision.0, removed }))
+    }
+
     async fn list_services(&self, _: Request<v1::ListServicesRequest>) -> Answer<v1::ListServicesResponse> {
         let snapshot = self.registry.catalog().latest();
         let services = snapshot.services().map(|service| {
@@ -191,6 +198,7 @@ impl registry_server::Registry for RegistryService {
                 serving: u32::try_from(serving).unwrap_or(u32::MAX),
                 draining: u32::try_from(draining).unwrap_or(u32::MAX),
                 revision: service.revision.0,
+                stale: u32::try_from(service.stale()).unwrap_or(u32::MAX),
             }
         });
         Ok(Response::new(v1::ListServicesResponse {
@@ -273,7 +281,7 @@ impl registry_server::Registry for RegistryService {
                     Some(Ok(request)) => {
                         let response = service.serve_session(&session, request).await;
                         if answers.send(Ok(response)).await.is_err() {
-                            break Ended::Closed;
+                            break how_it_ended(hangup.as_mut()).await;
                         }
                     }
                     Some(Err(_)) | None => break how_it_ended(hangup.as_mut()).await,
@@ -297,7 +305,8 @@ const DROP: Duration = Duration::from_millis(20);
 async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
     let Some(hangup) = hangup else { return Ended::Lost };
     match hangup.fate(DROP).await {
-        Fate::Open | Fate::HungUp => Ended::Closed,
+        Fate::Open => Ended::Closed,
+        Fate::HungUp => Ended::HungUp,
         Fate::GivenUp => Ended::Lost,
     }
 }

@@ -45,6 +45,7 @@ pub(super) fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
+        .route("/v1/services/{service}/release", routing::post(release))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
@@ -237,6 +238,11 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
+async fn release(State(api): State<Api>, Path(service): Path<String>) -> Reply {
+    let (revision, removed) = api.registry.release(service_id(&service)?).await?;
+    Ok(Json(json!({"revision": revision.0, "removed": removed})).into_response())
+}
+
 /// `?index` and `?wait` of a long poll.
 fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
     Query::of(query).read(|fields, problems| {
@@ -404,6 +410,7 @@ async fn index() -> &'static str {
      GET    /v1/services                               all services\n\
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
+     POST   /v1/services/{service}/release             remove its stale instances, whatever they answer\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\

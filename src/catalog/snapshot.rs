@@ -10,6 +10,7 @@ pub struct Snapshot {
     revision: Revision,
     services: imbl::OrdMap<ServiceId, Arc<Service>>,
     instances: usize,
+    stale: usize,
     pub(super) taken: Option<Instant>,
 }
 
@@ -21,6 +22,7 @@ pub struct Service {
     /// The change that last touched it or one of its instances.
     pub revision: Revision,
     instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    stale: usize,
 }
 
 /// One change to the catalog.
@@ -45,6 +47,11 @@ impl Service {
     /// All instances by id.
     pub fn instances(&self) -> impl ExactSizeIterator<Item = &Arc<Instance>> {
         self.instances.values()
+    }
+
+    /// How many of them are stale.
+    pub fn stale(&self) -> usize {
+        self.stale
     }
 }
 
@@ -79,6 +86,11 @@ impl Snapshot {
         self.instances
     }
 
+    /// How many of them are stale.
+    pub fn stale(&self) -> usize {
+        self.stale
+    }
+
     /// The state after `changes`, as of `revision`. Costs as much as the changes.
     #[must_use]
     pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
@@ -92,19 +104,27 @@ impl Snapshot {
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
+                        next.stale -= service.stale;
                     }
                 }
                 Change::PutInstance(instance) => {
                     let service = next.service_mut(revision, instance.key.service.clone());
                     service.revision = revision;
+                    let stale = usize::from(instance.stale.is_some());
                     let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
+                    let was_stale = before.as_ref().is_some_and(|before| before.stale.is_some());
+                    service.stale = service.stale + stale - usize::from(was_stale);
+                    next.stale = next.stale + stale - usize::from(was_stale);
                     next.instances += usize::from(before.is_none());
                 }
                 Change::RemoveInstance(key) => {
                     if next.instance(&key).is_some() {
                         let service = next.service_mut(revision, key.service);
                         service.revision = revision;
-                        service.instances.remove(&key.id);
+                        let before = service.instances.remove(&key.id);
+                        let was_stale = before.is_some_and(|before| before.stale.is_some());
+                        service.stale -= usize::from(was_stale);
+                        next.stale -= usize::from(was_stale);
                         next.instances -= 1;
                     }
                 }
@@ -117,7 +137,7 @@ impl Snapshot {
         let service = self
             .services
             .entry(id.clone())
-            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new() }));
+            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new(), stale: 0 }));
         Arc::make_mut(service)
     }
 }

@@ -76,7 +76,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{super::reader::Changes, *};
-    use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, State as Health};
+    use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, Stale, State as Health};
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {
         Instance {
@@ -91,6 +91,8 @@ mod tests {
             lease: Lease::Session,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,
+            stale: (port % 2 == 0)
+                .then(|| Box::new(Stale { since: SystemTime::UNIX_EPOCH, reason: String::new() })),
         }
     }
 
@@ -137,6 +139,9 @@ mod tests {
                     .collect();
                 prop_assert_eq!(got, want);
                 prop_assert_eq!(now.instances(), naive.values().map(BTreeMap::len).sum::<usize>());
+                let stale = naive.values().flat_map(BTreeMap::values).filter(|port| *port % 2 == 0).count();
+                prop_assert_eq!(now.stale(), stale);
+                prop_assert_eq!(now.services().map(|service| service.stale()).sum::<usize>(), stale);
 
                 if n % 3 == 0 {
                     let Changes::Touched(touched) = reader.since(seen.revision()).1 else { panic!("resync") };

@@ -221,7 +221,7 @@ async fn all_instances(http: &Http) -> Result<View, Failure> {
 }
 
 /// Columns of [`instance_row`].
-pub(super) const INSTANCE_COLUMNS: [Column; 14] = [
+pub(super) const INSTANCE_COLUMNS: [Column; 15] = [
     Column::new("SERVICE"),
     Column::new("ID"),
     Column::new("ADDRESS"),
@@ -236,6 +236,7 @@ pub(super) const INSTANCE_COLUMNS: [Column; 14] = [
     Column::wide("REVISION"),
     Column::wide("REGISTERED"),
     Column::wide("METADATA"),
+    Column::wide("STALE"),
 ];
 
 /// One instance as a row of a table.
@@ -244,7 +245,7 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         cell(instance, "/service"),
         cell(instance, "/id"),
         endpoint(instance),
-        cell(instance, "/state"),
+        state(instance),
         cell(instance, "/locality/zone"),
         cell(instance, "/weight"),
         age(instance, "/registered_at", rt::now()),
@@ -255,7 +256,20 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         cell(instance, "/revision"),
         cell(instance, "/registered_at"),
         metadata(instance, ","),
+        cell(instance, "/stale/reason"),
     ]
+}
+
+fn state(instance: &Value) -> String {
+    let mark = if instance.get("stale").is_some() { ", stale" } else { "" };
+    cell(instance, "/state") + mark
+}
+
+/// `None` for an instance that is not stale.
+fn stale(instance: &Value) -> Option<String> {
+    instance.get("stale")?;
+    let age = age(instance, "/stale/since", rt::now());
+    Some(format!("for {age}: {}", cell(instance, "/stale/reason")))
 }
 
 fn endpoint(instance: &Value) -> String {
@@ -296,6 +310,7 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
         ("Incarnation", field("/incarnation")),
         ("Address", endpoint(instance)),
         ("State", field("/state")),
+        ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
         ("Weight", field("/weight")),
         ("Region", field("/locality/region")),
         ("Zone", field("/locality/zone")),
@@ -316,7 +331,12 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
     let instance = document.get("instance").unwrap_or(&empty);
     let abandoned = document.get("abandoned").and_then(Value::as_bool).unwrap_or_default();
     let ttl = instance.pointer("/lease/ttl").is_some();
+    let stale = stale(instance);
     let held = match (ttl, abandoned) {
+        _ if stale.is_some() => format!(
+            "by nobody any more; it stays until it refuses connections, its owner comes back, or `disco service release {}`",
+            cell(instance, "/service")
+        ),
         (true, _) => format!("by renewals, at least every {}", lease(instance)),
         (false, false) => "by the open session of its owner, such as `disco run`".to_owned(),
         (false, true) => {
@@ -358,6 +378,9 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         ("Seen by", seen),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
+    if let Some(stale) = stale {
+        text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
+    }
     let columns = [
         Column::new("NODE"),
         Column::new("SEES IT"),

@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 use super::{
     Failure, Global,
     instance::{INSTANCE_COLUMNS, instance_row},
-    output::{Column, ListOptions, ShowOptions, View, cell, clean, list, number, print, render, some_of},
+    output::{
+        Column, ListOptions, ShowOptions, View, cell, clean, count, list, number, print, render, some_of,
+    },
 };
 use crate::{client::Http, model::ServiceId};
 
@@ -30,6 +32,17 @@ pub(super) enum Command {
         after_help = "Example:\n  disco service load greeter"
     )]
     Load(Show),
+    /// Remove the stale instances of a service
+    #[command(
+        long_about = "Remove the stale instances of a service.\n\nWhen more leases end at once than can be believed, the \
+                      instances that do not refuse connections are held: they go on taking calls, and are shown as stale. This \
+                      removes them, whatever they answer; one whose owner is alive comes back with its next registration.",
+        after_help = "Example:\n  disco service release greeter"
+    )]
+    Release {
+        /// Its name
+        service: ServiceId,
+    },
     /// Forget a service that has no instances
     #[command(after_help = "Example:\n  disco service remove greeter")]
     Remove {
@@ -56,6 +69,12 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
             let document = http.get(&format!("/v1/services/{service}/load"), Duration::ZERO).await?;
             View { document, items: None, table: load_table, empty: "" }.print(options.output)
         }
+        Command::Release { service } => {
+            let path = format!("/v1/services/{service}/release");
+            let answer = http.send(Method::POST, &path, None, Duration::ZERO).await?;
+            let removed = count(number(&answer, "/removed"), "stale instance");
+            print(&format!("{service}: {removed} removed, revision {}\n", number(&answer, "/revision")))
+        }
         Command::Remove { service } => {
             let answer =
                 http.send(Method::DELETE, &format!("/v1/services/{service}"), None, Duration::ZERO).await?;
@@ -75,9 +94,9 @@ async fn services(http: &Http) -> Result<View, Failure> {
 
 fn services_table(document: &Value, width: Option<usize>) -> String {
     let services = document.get("services").and_then(Value::as_array).into_iter().flatten();
-    let fields = ["/name", "/serving", "/draining", "/revision"];
+    let fields = ["/name", "/serving", "/draining", "/stale", "/revision"];
     let rows: Vec<_> = services.map(|service| fields.map(|field| cell(service, field)).to_vec()).collect();
-    render(&["NAME", "SERVING", "DRAINING", "REVISION"].map(Column::new), &rows, width)
+    render(&["NAME", "SERVING", "DRAINING", "STALE", "REVISION"].map(Column::new), &rows, width)
 }
 
 async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
@@ -99,6 +118,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
         "revision": revision,
         "serving": in_state("serving"),
         "draining": in_state("draining"),
+        "stale": each().filter(|instance| instance.get("stale").is_some()).count(),
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
@@ -122,6 +142,12 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
         field("/serving"),
         field("/draining")
     );
+    if number(document, "/stale") > 0 {
+        text.push_str(&format!(
+            "Stale      {}: their leases are over, with too many others; they stay unless they refuse connections\n",
+            number(document, "/stale")
+        ));
+    }
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
     }

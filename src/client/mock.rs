@@ -11,8 +11,8 @@ use crate::{
     proto::v1::{
         DeregisterRequest, DeregisterResponse, DrainRequest, DrainResponse, ListInstancesRequest,
         ListInstancesResponse, ListServicesRequest, ListServicesResponse, RegisterRequest, RegisterResponse,
-        RenewRequest, RenewResponse, SessionError, SessionRequest, SessionResponse, UpdateRequest,
-        UpdateResponse, WatchRequest, WatchResponse,
+        ReleaseRequest, ReleaseResponse, RenewRequest, RenewResponse, SessionError, SessionRequest,
+        SessionResponse, UpdateRequest, UpdateResponse, WatchRequest, WatchResponse,
         registry_server::{Registry, RegistryServer},
         session_request::Request as Asked,
         session_response::Response as Answer,
@@ -137,6 +137,10 @@ impl Registry for Scripted {
         &self,
         _: Request<DeregisterRequest>,
     ) -> Result<Response<DeregisterResponse>, Status> {
+        unused()
+    }
+
+    async fn release(&self, _: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         unused()
     }
 

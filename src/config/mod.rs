@@ -20,13 +20,13 @@ use std::{
     time::Duration,
 };
 
-pub use crate::telemetry::LogFormat;
+pub use crate::{registry::Guards, telemetry::LogFormat};
 pub use problem::ConfigError;
 
 use crate::{model, xds::ResourceType};
 
 /// What one process does. It runs nothing that it was not told to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// The parts that run; never empty.
     pub roles: BTreeSet<Role>,
@@ -44,6 +44,8 @@ pub struct Config {
     pub log: Log,
     /// The registry.
     pub registry: Registry,
+    /// When to doubt that instances are gone.
+    pub guards: Guards,
     /// The xDS server.
     pub xds: Xds,
 }
@@ -250,6 +252,7 @@ impl Default for Config {
             shutdown: Shutdown::default(),
             log: Log::default(),
             registry: Registry::default(),
+            guards: Guards::default(),
             xds: Xds::default(),
         }
     }

@@ -4,7 +4,7 @@ use super::{Config, LogFormat, Store, check::format_bytes};
 use crate::model::format_duration;
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { roles, listen, insecure, store, limits, shutdown, log, registry, xds } = config;
+    let Config { roles, listen, insecure, store, limits, shutdown, log, registry, guards, xds } = config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -52,6 +52,15 @@ pub(super) fn yaml(config: &Config) -> String {
             vec![
                 ("session_grace", format_duration(registry.session_grace)),
                 ("empty_service_retention", format_duration(registry.empty_service_retention)),
+            ],
+        ),
+        (
+            "guards",
+            vec![
+                ("min_share", guards.min_share.to_string()),
+                ("window", format_duration(guards.window)),
+                ("ask_timeout", format_duration(guards.ask_timeout)),
+                ("ask_interval", format_duration(guards.ask_interval)),
             ],
         ),
         (

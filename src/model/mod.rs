@@ -11,5 +11,5 @@ mod registration;
 
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
 pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
-pub use instance::{Instance, Lease, Locality, State};
+pub use instance::{Instance, Lease, Locality, Stale, State};
 pub use registration::{Limits, RawRegistration, Registration, Update, format_duration, parse_duration};

@@ -4,9 +4,19 @@
 //! A write is committed to the store first and answered once it is durable and visible in the catalog. The catalog is a
 //! mirror of the store, kept by one task here. Renewals touch neither: leases live in memory, and start anew, whole, when
 //! the process does, so that a restart never expires anybody.
+//!
+//! Nobody is removed in masses without evidence: where too many leases end at once, each instance is asked, and one that
+//! does not refuse a connection is held: it stays as it is, marked as stale.
 
+mod ask;
+mod batch;
 mod error;
+mod guard;
+#[cfg(test)]
+mod guard_tests;
+mod held;
 mod leases;
+mod leave;
 mod mirror;
 mod record;
 mod sessions;
@@ -17,6 +27,7 @@ mod write;
 use std::{sync::Arc, time::Duration};
 
 pub use error::Error;
+pub use guard::Guards;
 pub use record::{instance_to_proto, lease_to_proto};
 pub use sessions::{Ended, Session};
 pub use write::Accepted;
@@ -40,6 +51,8 @@ pub struct Config {
     pub session_grace: Duration,
     /// How long a service without instances stays known.
     pub empty_service_retention: Duration,
+    /// When to doubt that instances are gone.
+    pub guards: Guards,
 }
 
 impl Default for Config {
@@ -48,6 +61,7 @@ impl Default for Config {
             limits: Limits::default(),
             session_grace: Duration::from_secs(10),
             empty_service_retention: Duration::from_secs(60 * 60),
+            guards: Guards::default(),
         }
     }
 }
@@ -64,6 +78,8 @@ struct Inner {
     store: Arc<dyn Store>,
     catalog: catalog::Reader,
     leases: Leases,
+    door: leave::Door,
+    held: held::Held,
     metrics: RegistryMetrics,
     tasks: Tasks,
 }
@@ -75,6 +91,7 @@ struct RegistryMetrics {
     refused: prometheus_client::metrics::counter::Counter,
     renewals: prometheus_client::metrics::counter::Counter,
     expired: prometheus_client::metrics::counter::Counter,
+    trips: prometheus_client::metrics::counter::Counter,
 }
 
 impl RegistryMetrics {
@@ -85,6 +102,10 @@ impl RegistryMetrics {
             refused: metrics.counter("registry_refused", "Requests that were refused"),
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
+            trips: metrics.counter(
+                "registry_guard_trips",
+                "Times that too many instances of a service left to be believed",
+            ),
         }
     }
 }
@@ -106,6 +127,8 @@ impl Registry {
     ) -> Result<Self, Error> {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
+            door: leave::Door::new(config.guards.clone()),
+            held: held::Held::default(),
             config,
             store: Arc::clone(&store),
             catalog,
@@ -114,15 +137,19 @@ impl Registry {
         });
         let mirror = mirror::Mirror::load(store, writer, inner.catalog.clone()).await?;
         for service in inner.catalog.latest().services() {
-            for instance in service.instances() {
+            // Stale ones had no lease before either.
+            for instance in service.instances().filter(|instance| instance.stale.is_none()) {
                 inner.leases.hold_after_restart(instance, tokio::time::Instant::now());
             }
         }
+        metrics.collect(held::HeldMetric(inner.catalog.clone()));
         synced.open();
 
         tasks.spawn_until_shutdown("catalog-mirror", mirror.run());
         let registry = Self { inner };
         tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
+        tasks.spawn_until_shutdown("held-instances", registry.clone().ask_held());
+        tasks.spawn_until_shutdown("renewed-instances", registry.clone().free_renewed());
         tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
         Ok(registry)
     }

@@ -8,7 +8,7 @@ use prost::Message as _;
 use super::Error;
 use crate::{
     catalog::Change,
-    model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, State},
+    model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, Stale, State},
     proto::v1,
     store::Key,
 };
@@ -74,6 +74,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         lease,
         revision,
         registered_at,
+        stale,
     } = instance;
     v1::Instance {
         service: key.service.to_string(),
@@ -96,6 +97,9 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         lease: Some(lease_to_proto(*lease)),
         revision: revision.0,
         registered_at: Some((*registered_at).into()),
+        stale: stale
+            .as_ref()
+            .map(|stale| v1::Stale { since: Some(stale.since.into()), reason: stale.reason.clone() }),
     }
 }
 
@@ -134,10 +138,19 @@ fn instance_from_proto(
         state,
         lease,
         revision,
-        registered_at: message.registered_at.map_or(Ok(SystemTime::UNIX_EPOCH), |at| {
-            SystemTime::try_from(at).map_err(|e| format!("registered_at: {e}"))
-        })?,
+        registered_at: time_from_proto(message.registered_at).map_err(|e| format!("registered_at: {e}"))?,
+        stale: match message.stale {
+            Some(v1::Stale { since, reason }) => {
+                let since = time_from_proto(since).map_err(|e| format!("stale.since: {e}"))?;
+                Some(Box::new(Stale { since, reason }))
+            }
+            None => None,
+        },
     })
+}
+
+fn time_from_proto(at: Option<prost_types::Timestamp>) -> Result<SystemTime, prost_types::TimestampError> {
+    at.map_or(Ok(SystemTime::UNIX_EPOCH), SystemTime::try_from)
 }
 
 fn duration_to_proto(duration: Duration) -> prost_types::Duration {
@@ -162,6 +175,10 @@ mod tests {
             lease,
             revision: Revision(9),
             registered_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+            stale: Some(Box::new(Stale {
+                since: SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123),
+                reason: "silent".to_owned(),
+            })),
         }
     }
 

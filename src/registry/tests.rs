@@ -10,17 +10,17 @@ use crate::{
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
 
-const GRACE: Duration = Duration::from_secs(10);
-const TTL: Duration = Duration::from_secs(30);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
+pub(super) const TTL: Duration = Duration::from_secs(30);
 
 /// A registry over a store, and the tasks that keep it.
-struct Node {
-    registry: Registry,
+pub(super) struct Node {
+    pub(super) registry: Registry,
     tasks: Tasks,
 }
 
 impl Node {
-    async fn start(store: Arc<dyn Store>) -> Self {
+    pub(super) async fn start(store: Arc<dyn Store>) -> Self {
         let tasks = Tasks::new(Shutdown::default());
         let (writer, reader) = catalog::catalog();
         let config = Config { session_grace: GRACE, ..Config::default() };
@@ -30,13 +30,13 @@ impl Node {
         Self { registry, tasks }
     }
 
-    async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.tasks.shutdown().start();
         assert_eq!(self.tasks.join(Duration::from_secs(5)).await, 0);
     }
 }
 
-async fn node() -> Node {
+pub(super) async fn node() -> Node {
     Node::start(Arc::new(MemoryStore::default())).await
 }
 
@@ -103,7 +103,7 @@ impl Store for Gated {
     }
 }
 
-fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
+pub(super) fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
     let raw = RawRegistration {
         service: "greeter".into(),
         id: id.into(),
@@ -116,17 +116,17 @@ fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
     Registration::check(raw, &Limits::default()).unwrap()
 }
 
-fn key(id: &str) -> InstanceKey {
+pub(super) fn key(id: &str) -> InstanceKey {
     InstanceKey { service: "greeter".parse().unwrap(), id: id.parse().unwrap() }
 }
 
-fn ids(catalog: &Reader) -> Vec<String> {
+pub(super) fn ids(catalog: &Reader) -> Vec<String> {
     let snapshot = catalog.latest();
     let service = snapshot.service(&key("a").service).cloned();
     service.map(|s| s.instances().map(|i| i.key.id.to_string()).collect()).unwrap_or_default()
 }
 
-fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
+pub(super) fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
     match result.unwrap_err() {
         Error::Conflict(problem) => format!("conflict {}", problem.field),
         Error::NotFound(key) => format!("not found {key}"),

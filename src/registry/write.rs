@@ -5,6 +5,7 @@ use tokio::{sync::oneshot, time::Instant};
 use super::{
     Error, Inner, Registry,
     leases::{Holder, Renewal},
+    leave::Cause,
     record,
 };
 use crate::{
@@ -24,7 +25,10 @@ pub struct Accepted {
 
 /// A commit that lost a race is tried again on what the winner left. Each loss means that somebody else's write was
 /// accepted, so this many in a row is a key that many writers fight for.
-const ATTEMPTS: usize = 16;
+pub(super) const ATTEMPTS: usize = 16;
+
+/// How long leases that end are collected for.
+const TOGETHER: Duration = Duration::from_millis(20);
 
 /// What a request makes of the present state of one instance.
 enum Decision {
@@ -146,7 +150,7 @@ impl Registry {
     }
 
     /// Runs a write to its end even if the caller goes away: a commit must never be left without its lease.
-    async fn detached<T: Send + 'static>(
+    pub(super) async fn detached<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
@@ -158,46 +162,26 @@ impl Registry {
         answered.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
-    fn count<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn count<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
         if result.is_err() {
             self.inner.metrics.refused.inc();
         }
         result
     }
 
-    /// Removes instances whose lease is over.
+    /// Looks after instances whose lease is over.
     pub(super) async fn expire(self) {
         loop {
             let due = self.inner.leases.next_due().await;
-            let removed = self.remove_over(due, "removed: its lease ended without a renewal").await;
-            self.inner.metrics.expired.inc_by(removed);
+            let registry = self.clone();
+            // Those that are asked may take their time, and nobody waits for them.
+            self.inner.tasks.spawn("leases-over", async move {
+                let removed = registry.leave(due, Cause::Expired).await;
+                registry.inner.metrics.expired.inc_by(removed);
+            });
+            // What ends within this time goes together: one look at who else is silent, and few commits.
+            tokio::time::sleep(TOGETHER).await;
         }
-    }
-
-    /// Removes instances whose lease is over, and returns how many. One whose owner comes back meanwhile stays.
-    pub(super) async fn remove_over(&self, over: Vec<(InstanceKey, Incarnation)>, why: &'static str) -> u64 {
-        let removals = over.into_iter().map(|(key, incarnation)| {
-            let inner = Arc::clone(&self.inner);
-            self.detached(async move {
-                match inner.remove_without_lease(&key, incarnation).await {
-                    Ok(Some(revision)) => {
-                        tracing::info!(instance = %key, %revision, "{why}");
-                        return Ok(1);
-                    }
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::warn!(instance = %key, %error, "its lease is over but it could not be removed; trying again");
-                    }
-                }
-                let is_there = || {
-                    let snapshot = inner.catalog.latest();
-                    snapshot.instance(&key).is_some_and(|present| present.incarnation == incarnation)
-                };
-                inner.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
-                Ok(0)
-            })
-        });
-        futures_util::future::join_all(removals).await.into_iter().flatten().sum()
     }
 
     /// Forgets services that have had no instance for long.
@@ -320,10 +304,14 @@ impl Inner {
         let snapshot = self.catalog.latest();
         let present = snapshot.instance(key).ok_or_else(|| Error::NotFound(key.clone()))?;
         expect_incarnation(present, incarnation)?;
-        match self.leases.renew(key, present.incarnation, Instant::now()) {
-            Some(Renewal::Extended(ttl)) => Ok((ttl, snapshot.revision())),
-            None => Err(Error::NotFound(key.clone())),
-            Some(Renewal::NotNeeded) => Err(Error::conflict(
+        match (self.leases.renew(key, present.incarnation, Instant::now()), present.lease) {
+            (Some(Renewal::Extended(ttl)), _) => Ok((ttl, snapshot.revision())),
+            (None, Lease::Ttl(ttl)) if present.stale.is_some() => {
+                self.revive(key.clone(), present.incarnation, ttl);
+                Ok((ttl, snapshot.revision()))
+            }
+            (None, _) => Err(Error::NotFound(key.clone())),
+            (Some(Renewal::NotNeeded), _) => Err(Error::conflict(
                 "instance",
                 format!(
                     "instance {key} is held by a session, which needs no renewals; only a TTL lease is renewed"
@@ -351,28 +339,7 @@ impl Inner {
         Err(contended(key))
     }
 
-    /// Removes an instance whose lease is over, unless its owner came back: the snapshot is older than the look at the
-    /// lease, so whoever takes the lease after that writes after the snapshot.
-    async fn remove_without_lease(
-        &self,
-        key: &InstanceKey,
-        incarnation: Incarnation,
-    ) -> Result<Option<Revision>, Error> {
-        let snapshot = self.catalog.latest();
-        let present = snapshot.instance(key).filter(|present| present.incarnation == incarnation);
-        let Some(present) = present.filter(|_| !self.leases.held(key, incarnation)) else { return Ok(None) };
-        let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-        match self.commit(vec![op], snapshot.revision()).await {
-            Ok(revision) => {
-                self.released(key, incarnation);
-                Ok(Some(revision))
-            }
-            Err(Some(error)) => Err(error),
-            Err(None) => Ok(None),
-        }
-    }
-
-    fn released(&self, key: &InstanceKey, incarnation: Incarnation) {
+    pub(super) fn released(&self, key: &InstanceKey, incarnation: Incarnation) {
         self.leases.release(key, incarnation, || self.catalog.latest().instance(key).is_some());
     }
 
@@ -440,7 +407,7 @@ impl Inner {
 
     /// Commits what was decided on the snapshot at `seen`, and waits until the catalog shows it. `Err(None)` is a lost race:
     /// the catalog has caught up with the winner.
-    async fn commit(&self, ops: Vec<Op>, seen: Revision) -> Result<Revision, Option<Error>> {
+    pub(super) async fn commit(&self, ops: Vec<Op>, seen: Revision) -> Result<Revision, Option<Error>> {
         let received = Instant::now();
         match self.store.commit(ops).await {
             Ok(revision) => {
@@ -510,5 +477,7 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         },
         revision: Revision::default(),
         registered_at: same_run.map_or(now, |present| present.registered_at),
+        // Its owner vouches for it.
+        stale: None,
     }
 }
