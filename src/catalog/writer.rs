@@ -91,7 +91,8 @@ mod tests {
             lease: Lease::Session,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,
-            stale: (port % 2 == 0)
+            stale: port
+                .is_multiple_of(2)
                 .then(|| Box::new(Stale { since: SystemTime::UNIX_EPOCH, reason: String::new() })),
         }
     }

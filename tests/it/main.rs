@@ -12,6 +12,7 @@
 )]
 
 mod bad_input;
+mod guards;
 mod harness;
 mod ledger;
 mod load_reports;
