@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    catalog::Service,
+    catalog::{Reader, Service},
     model::{
         Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, State, Update, Value,
         format_duration, parse_duration,
@@ -26,15 +26,12 @@ pub(super) struct InstanceDto {
     state: &'static str,
     lease: LeaseDto,
     revision: u64,
+    /// The Disco process that counts its lease.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<String>,
     registered_at: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     stale: Option<StaleDto>,
-}
-
-#[derive(Debug, Serialize)]
-pub(super) struct StaleDto {
-    since: String,
-    reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -73,6 +70,7 @@ impl From<&Instance> for InstanceDto {
             state,
             lease,
             revision,
+            owner,
             registered_at,
             stale,
         } = instance;
@@ -95,11 +93,26 @@ impl From<&Instance> for InstanceDto {
             },
             lease: (*lease).into(),
             revision: revision.0,
+            owner: owner.as_ref().map(ToString::to_string),
             registered_at: timestamp(*registered_at),
             stale: stale
                 .as_ref()
                 .map(|stale| StaleDto { since: timestamp(stale.since), reason: stale.reason.clone() }),
         }
+    }
+}
+
+/// Since when nobody vouches for what is answered, the whole catalog or an instance of it.
+#[derive(Debug, Serialize)]
+pub(super) struct StaleDto {
+    since: String,
+    reason: String,
+}
+
+impl StaleDto {
+    /// `None`, which is `null`, when it is the truth.
+    pub(super) fn of(catalog: &Reader) -> Option<Self> {
+        catalog.stale().map(|stale| Self { since: timestamp(stale.since), reason: stale.reason.to_string() })
     }
 }
 

@@ -166,7 +166,7 @@ impl registry_server::Registry for RegistryService {
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Answer<v1::RenewResponse> {
         let (key, incarnation) = require_ref(request.into_inner().instance)?;
-        let (ttl, revision) = self.registry.renew(&key, incarnation).map_err(ApiError::from)?;
+        let (ttl, revision) = self.registry.renew(key, incarnation).await.map_err(ApiError::from)?;
         Ok(Response::new(v1::RenewResponse { revision: revision.0, ttl: ttl.try_into().ok() }))
     }
 
@@ -276,6 +276,7 @@ impl registry_server::Registry for RegistryService {
                     request = requests.next() => request,
                     // The owner is alive; it comes back to the next server, within the grace.
                     () = shutdown.wait() => break Ended::Lost,
+                    () = service.registry.left() => break Ended::Lost,
                 };
                 match request {
                     Some(Ok(request)) => {
@@ -288,9 +289,11 @@ impl registry_server::Registry for RegistryService {
                 }
             };
             session.end(how).await;
-            if how == Ended::Lost && shutdown.started() {
+            if how == Ended::Lost {
+                let reason =
+                    if shutdown.started() { "is shutting down" } else { "has lost touch with the store" };
                 let _ =
-                    answers.try_send(Err(Status::unavailable("this server is shutting down; use another")));
+                    answers.try_send(Err(Status::unavailable(format!("this server {reason}; use another"))));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))

@@ -257,6 +257,7 @@ mod tests {
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,
                 stale: None,
+                owner: None,
             }));
         }
 

@@ -7,6 +7,6 @@ mod reader;
 mod snapshot;
 mod writer;
 
-pub use reader::{Changes, Reader};
+pub use reader::{Changes, Reader, Stale};
 pub use snapshot::{Change, Service, Snapshot};
 pub use writer::{Writer, catalog};

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    reader::{Reader, State},
+    reader::{Reader, Stale, State},
     snapshot::Change,
 };
 use crate::{model::Revision, rt};
@@ -61,8 +61,25 @@ impl Writer {
         }
         if snapshot.revision() > now.snapshot.revision() {
             snapshot.taken = Some(Instant::now());
-            self.state.send_replace(Arc::new(State { snapshot: Arc::new(snapshot), log, log_from, times }));
+            let (snapshot, stale) = (Arc::new(snapshot), now.stale.clone());
+            self.state.send_replace(Arc::new(State { snapshot, log, log_from, times, stale }));
         }
+    }
+
+    /// Notes that what is known may be older than the truth, or is not any more. What is known stays.
+    pub fn set_stale(&mut self, stale: Option<Stale>) {
+        let now = Arc::clone(&self.state.borrow());
+        if now.stale == stale {
+            return;
+        }
+        let State { snapshot, log, log_from, times, .. } = &*now;
+        self.state.send_replace(Arc::new(State {
+            snapshot: Arc::clone(snapshot),
+            log: log.clone(),
+            log_from: *log_from,
+            times: times.clone(),
+            stale,
+        }));
     }
 }
 
@@ -89,6 +106,7 @@ mod tests {
             metadata: BTreeMap::new(),
             state: Health::Serving,
             lease: Lease::Session,
+            owner: None,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,
             stale: port

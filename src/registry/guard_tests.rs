@@ -72,7 +72,7 @@ async fn instances_that_live_stay_when_all_renewals_stop() {
     for _ in 0..2 {
         for id in &ids {
             tokio::time::sleep(TTL / 30).await;
-            registry.renew(&key(id), None).unwrap();
+            registry.renew(key(id), None).await.unwrap();
         }
     }
     let before = registry.catalog().latest().revision();
@@ -91,7 +91,7 @@ async fn instances_that_live_stay_when_all_renewals_stop() {
     // Owners come back: by a renewal, by a registration.
     for (n, id) in ids.iter().enumerate() {
         if n % 2 == 0 {
-            registry.renew(&key(id), None).unwrap();
+            registry.renew(key(id), None).await.unwrap();
         } else {
             let back = registry.register(registration(id, process.port, None)).await.unwrap();
             assert_eq!(back.instance.stale, None);
@@ -179,7 +179,7 @@ async fn held_instances_survive_a_restart_and_an_operator_lets_them_go() {
     assert_eq!((removed, released), (1, second.catalog().latest().revision()));
     assert_eq!(ids(second.catalog()), ["i2"]);
     assert!(matches!(second.release("else".parse().unwrap()).await, Err(Error::NoService(_))));
-    assert_eq!(refused(second.renew(&key("i1"), None)), "not found greeter/i1");
+    assert_eq!(refused(second.renew(key("i1"), None).await), "not found greeter/i1");
 }
 
 #[tokio::test(start_paused = true)]

@@ -195,7 +195,8 @@ impl Inner {
             return;
         }
         let services = snapshot.services().filter(|service| service.stale() > 0);
-        let stale = services.flat_map(|service| service.instances()).filter(|it| it.stale.is_some());
+        let instances = services.flat_map(|service| service.instances());
+        let stale = instances.filter(|it| it.stale.is_some() && self.keeps(it));
         self.held.soon(stale.map(|it| (it.key.clone(), it.incarnation)));
     }
 
@@ -204,7 +205,7 @@ impl Inner {
         let snapshot = self.catalog.latest();
         let questions = self.held.due(now).into_iter().map(async |(run, wait)| {
             let present = snapshot.instance(&run.0).filter(|it| it.incarnation == run.1);
-            let present = present.filter(|it| it.stale.is_some() && !self.leases.held(&run.0, run.1));
+            let present = present.filter(|it| it.stale.is_some() && self.is_over(it));
             let answer = match present {
                 Some(it) => Some(ask(SocketAddr::new(it.address, it.port.get()), settings.ask_timeout).await),
                 None => None,

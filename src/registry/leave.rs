@@ -115,11 +115,16 @@ impl Registry {
 impl Inner {
     async fn leave(&self, over: Vec<Run>, cause: Cause) -> usize {
         let groups = self.judge(over, Instant::now());
-        join_all(groups.into_iter().map(|group| self.settle(group, cause))).await.into_iter().sum()
+        join_all(groups.into_iter().map(|group| self.let_go(group, cause))).await.into_iter().sum()
     }
 
     fn text(&self, cause: Cause, instance: &Instance) -> String {
         cause.text(instance, self.config.session_grace)
+    }
+
+    /// Whether this process counts its lease, and it is over.
+    pub(super) fn is_over(&self, present: &Instance) -> bool {
+        self.keeps(present) && !self.leases.held(&present.key, present.incarnation)
     }
 
     /// Those that are still there, by service, and whether they may go.
@@ -128,7 +133,7 @@ impl Inner {
         let mut services: BTreeMap<ServiceId, Vec<Arc<Instance>>> = BTreeMap::new();
         for (key, incarnation) in over {
             let present = snapshot.instance(&key).filter(|present| present.incarnation == incarnation);
-            let Some(present) = present.filter(|_| !self.leases.held(&key, incarnation)) else { continue };
+            let Some(present) = present.filter(|present| self.is_over(present)) else { continue };
             if present.stale.is_some() {
                 self.held.soon([(key, incarnation)]);
             } else {
@@ -179,7 +184,7 @@ impl Inner {
     }
 
     /// Removes or holds; returns how many were removed.
-    async fn settle(&self, group: Leaving, cause: Cause) -> usize {
+    async fn let_go(&self, group: Leaving, cause: Cause) -> usize {
         let Leaving { service, instances, verdict } = group;
         let count = instances.len();
         let runs = |instances: &[Arc<Instance>]| {
@@ -238,7 +243,7 @@ impl Inner {
         let written = self
             .write_each(runs, |present| {
                 let run = (present.key.clone(), present.incarnation);
-                let said = said.get(&run).filter(|_| !self.leases.held(&run.0, run.1))?;
+                let said = said.get(&run).filter(|_| self.is_over(present))?;
                 let reason = format!("{}, too many others went, and {said}", self.text(cause, present));
                 let mut next = (**present).clone();
                 next.stale = Some(Box::new(Stale { since, reason }));
@@ -259,11 +264,7 @@ impl Inner {
         runs: Vec<Run>,
         why: &(dyn Fn(&Instance) -> String + Send + Sync),
     ) -> usize {
-        let written = self
-            .write_each(runs, |present| {
-                (!self.leases.held(&present.key, present.incarnation)).then_some(Edit::Remove)
-            })
-            .await;
+        let written = self.write_each(runs, |present| self.is_over(present).then_some(Edit::Remove)).await;
         for instance in &written.done {
             self.released(&instance.key, instance.incarnation);
             tracing::info!(instance = %instance.key, "removed: {}", why(instance));
@@ -280,7 +281,8 @@ impl Inner {
         for (key, incarnation) in failed {
             let is_there = || {
                 let snapshot = self.catalog.latest();
-                snapshot.instance(&key).is_some_and(|present| present.incarnation == incarnation)
+                let present = snapshot.instance(&key);
+                present.is_some_and(|present| present.incarnation == incarnation && self.keeps(present))
             };
             self.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
         }

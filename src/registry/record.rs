@@ -72,6 +72,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         metadata,
         state,
         lease,
+        owner,
         revision,
         registered_at,
         stale,
@@ -100,10 +101,11 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         stale: stale
             .as_ref()
             .map(|stale| v1::Stale { since: Some(stale.since.into()), reason: stale.reason.clone() }),
+        owner: owner.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 
-fn instance_from_proto(
+pub(super) fn instance_from_proto(
     key: InstanceKey,
     message: v1::Instance,
     revision: Revision,
@@ -118,6 +120,10 @@ fn instance_from_proto(
         }
         Some(v1::lease::Kind::Session(_)) => Lease::Session,
         None => return Err("it has no lease".to_owned()),
+    };
+    let owner = match message.owner.as_str() {
+        "" => None,
+        owner => Some(owner.parse().map_err(|e| format!("owner: {e}"))?),
     };
     let locality = message.locality.unwrap_or_default();
     Ok(Instance {
@@ -137,6 +143,7 @@ fn instance_from_proto(
         metadata: message.metadata,
         state,
         lease,
+        owner,
         revision,
         registered_at: time_from_proto(message.registered_at).map_err(|e| format!("registered_at: {e}"))?,
         stale: match message.stale {
@@ -173,6 +180,7 @@ mod tests {
             metadata: [("k".to_owned(), "v".to_owned())].into(),
             state: State::Draining,
             lease,
+            owner: Some("n1".parse().unwrap()),
             revision: Revision(9),
             registered_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
             stale: Some(Box::new(Stale {

@@ -43,6 +43,7 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
         stale: None,
+        owner: None,
     }
 }
 
