@@ -15,20 +15,21 @@ use axum::{
     routing,
 };
 use serde_json::json;
+use tonic::transport::server::TcpConnectInfo;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, load, proxies,
+    history, ledger, load, proxies,
 };
 use crate::{
     model::{
         Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
         format_duration, parse_duration,
     },
-    registry::{self, Accepted},
+    registry::{self, Accepted, Registry},
 };
 
 /// Longest that a long poll is held.
@@ -48,6 +49,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/release", routing::post(release))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/history", routing::get(history::of_service))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
@@ -148,6 +150,19 @@ impl<T: serde::de::DeserializeOwned + Send> FromRequestParts<Api> for Path<T> {
             Ok(extract::Path(path)) => Ok(Self(path)),
             Err(error) => Err(ApiError::new(Kind::Invalid, format!("the path is not text: {error}"))),
         }
+    }
+}
+
+/// The registry for the one who asks, whom the history names.
+struct Called(Registry);
+
+impl FromRequestParts<Api> for Called {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        let peer = parts.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        let registry = api.registry()?;
+        Ok(Self(peer.map_or_else(|| registry.clone(), |peer| registry.called_by(peer.to_string()))))
     }
 }
 
@@ -253,8 +268,8 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
-async fn release(State(api): State<Api>, Path(service): Path<String>) -> Reply {
-    let (revision, removed) = api.registry()?.release(service_id(&service)?).await?;
+async fn release(Called(registry): Called, Path(service): Path<String>) -> Reply {
+    let (revision, removed) = registry.release(service_id(&service)?).await?;
     Ok(Json(json!({"revision": revision.0, "removed": removed})).into_response())
 }
 
@@ -310,36 +325,36 @@ async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String
 }
 
 async fn register(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     Body(body): Body,
 ) -> Reply {
-    let registration = dto::read_registration(service, id, &body, api.registry()?.limits())?;
-    let Accepted { revision, instance } = api.registry()?.register(registration).await?;
+    let registration = dto::read_registration(service, id, &body, registry.limits())?;
+    let Accepted { revision, instance } = registry.register(registration).await?;
     let lease = LeaseDto::from(instance.lease);
     Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
         .into_response())
 }
 
 async fn update(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
     Body(body): Body,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let update = dto::read_update(&body, api.registry()?.limits())?;
-    let accepted = api.registry()?.update(instance_key(&service, &id)?, incarnation, update).await?;
+    let update = dto::read_update(&body, registry.limits())?;
+    let accepted = registry.update(instance_key(&service, &id)?, incarnation, update).await?;
     Ok(accepted_reply(&accepted))
 }
 
 async fn drain(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let accepted = api.registry()?.drain(instance_key(&service, &id)?, incarnation).await?;
+    let accepted = registry.drain(instance_key(&service, &id)?, incarnation).await?;
     Ok(accepted_reply(&accepted))
 }
 
@@ -348,22 +363,22 @@ fn accepted_reply(Accepted { revision, instance }: &Accepted) -> Response {
 }
 
 async fn renew(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let (ttl, revision) = api.registry()?.renew(instance_key(&service, &id)?, incarnation).await?;
+    let (ttl, revision) = registry.renew(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0, "ttl": format_duration(ttl)})).into_response())
 }
 
 async fn deregister(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let revision = api.registry()?.deregister(instance_key(&service, &id)?, incarnation).await?;
+    let revision = registry.deregister(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
@@ -427,13 +442,14 @@ async fn index() -> &'static str {
      DELETE /v1/services/{service}                     forget one that has no instances\n\
      POST   /v1/services/{service}/release             remove its stale instances, whatever they answer\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/history             what changed, when, by whom and why; ?since=TIME&id=ID\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
-     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it; ?at=TIME: what it was then\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -482,7 +498,7 @@ mod tests {
         let (members, config) =
             (crate::model::Members::alone("n1".parse().unwrap()), registry::Config::default());
         let members = tokio::sync::watch::Sender::new(members).subscribe();
-        let registry = registry::Registry::start(config, store, reader.clone(), members, &metrics, &core);
+        let registry = Registry::start(config, store, reader.clone(), members, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
         let config = super::super::Config { body_limit: 1024, effective: String::new() };
         let api = Api {

@@ -7,6 +7,7 @@ mod csds;
 mod dto;
 mod error;
 mod grpc;
+mod history;
 mod http;
 mod ledger;
 mod load;

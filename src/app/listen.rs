@@ -2,7 +2,7 @@ use std::{io, net::SocketAddr, pin::pin, time::Duration};
 
 use axum::middleware;
 use futures_util::{Stream, stream};
-use hyper::server::conn::http1;
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -17,7 +17,7 @@ use tonic::transport::{
     server::{Connected, TcpConnectInfo},
 };
 use tonic_health::ServingStatus;
-use tower::util::MapRequestLayer;
+use tower::util::{MapRequest, MapRequestLayer};
 
 use super::Error;
 use crate::{
@@ -184,10 +184,15 @@ pub(super) fn serve_http(listener: TcpListener, router: axum::Router, tasks: &Ta
         let shutdown = owner.shutdown().clone();
         loop {
             let stream = tokio::select! {
-                stream = accept(&listener) => TokioIo::new(stream),
+                stream = accept(&listener) => stream,
                 () = shutdown.wait() => return,
             };
-            let connection = http.serve_connection(stream, TowerToHyperService::new(router.clone()));
+            let peer = stream.connect_info();
+            let service = MapRequest::new(router.clone(), move |mut request: http::Request<Incoming>| {
+                request.extensions_mut().insert(peer.clone());
+                request
+            });
+            let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
             let shutdown = shutdown.clone();
             owner.spawn("http-connection", async move {
                 let mut connection = pin!(connection);

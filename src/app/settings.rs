@@ -13,6 +13,7 @@ pub(super) fn registry(config: &Config) -> registry::Config {
         session_grace: config.registry.session_grace,
         empty_service_retention: config.registry.empty_service_retention,
         guards: config.guards.clone(),
+        history: config.history.clone(),
     }
 }
 

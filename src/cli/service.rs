@@ -2,13 +2,15 @@ use std::{collections::BTreeMap, time::Duration};
 
 use clap::{Args, Subcommand};
 use http::Method;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    instance::{INSTANCE_COLUMNS, instance_row},
+    instance::{INSTANCE_COLUMNS, endpoint, instance_row},
     output::{
-        Column, ListOptions, ShowOptions, View, cell, clean, count, list, number, print, render, some_of,
+        Column, ListOptions, ShowOptions, View, cell, clean, count, list, number, parse_when, print, render,
+        some_of,
     },
 };
 use crate::{client::Http, model::ServiceId};
@@ -32,6 +34,21 @@ pub(super) enum Command {
         after_help = "Example:\n  disco service load greeter"
     )]
     Load(Show),
+    /// Show what changed in a service, when, by whom and why
+    #[command(
+        long_about = "Show what changed in a service, when, by whom and why, oldest first.\n\nIt is kept as long as \
+                      `history.keep` says (a week by default), up to `history.entries` and `history.per_service`.",
+        after_help = "Example:\n  disco service history greeter --since 1h"
+    )]
+    History {
+        /// Its name
+        service: ServiceId,
+        /// Only what changed since then: a time, e.g. 2026-01-31T12:00:00Z, or how long ago, e.g. 10m
+        #[arg(long, value_name = "TIME", value_parser = parse_when)]
+        since: Option<Timestamp>,
+        #[command(flatten)]
+        options: ShowOptions,
+    },
     /// Remove the stale instances of a service
     #[command(
         long_about = "Remove the stale instances of a service.\n\nWhen more leases end at once than can be believed, the \
@@ -68,6 +85,13 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
         Command::Load(Show { service, options }) => {
             let document = http.get(&format!("/v1/services/{service}/load"), Duration::ZERO).await?;
             View { document, items: None, table: load_table, empty: "" }.print(options.output)
+        }
+        Command::History { service, since, options } => {
+            let query = since.map(|since| format!("?since={since}")).unwrap_or_default();
+            let document =
+                http.get(&format!("/v1/services/{service}/history{query}"), Duration::ZERO).await?;
+            let empty = "nothing is remembered of it in that time; `disco service list` shows what there is";
+            View { document, items: Some("entries"), table: history_table, empty }.print(options.output)
         }
         Command::Release { service } => {
             let path = format!("/v1/services/{service}/release");
@@ -164,6 +188,33 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
         text.push_str(&render(&INSTANCE_COLUMNS, &rows, width));
     }
     text
+}
+
+fn history_table(document: &Value, width: Option<usize>) -> String {
+    let entries = document.get("entries").and_then(Value::as_array).into_iter().flatten();
+    let columns = [
+        Column::new("AT"),
+        Column::new("ID"),
+        Column::new("WHAT"),
+        Column::new("BY"),
+        Column::new("WHY"),
+        Column::wide("INCARNATION"),
+        Column::wide("REVISION"),
+        Column::wide("ADDRESS"),
+        Column::wide("STATE"),
+        Column::wide("WEIGHT"),
+    ];
+    let fields = ["/at", "/id", "/what", "/by", "/why", "/incarnation", "/revision"];
+    let rows: Vec<_> = entries
+        .map(|entry| {
+            let mut row = fields.map(|field| cell(entry, field)).to_vec();
+            let instance = entry.get("instance").filter(|instance| !instance.is_null());
+            row.push(instance.map_or_else(|| "-".to_owned(), endpoint));
+            row.extend(["/instance/state", "/instance/weight"].map(|field| cell(entry, field)));
+            row
+        })
+        .collect();
+    render(&columns, &rows, width)
 }
 
 fn load_table(document: &Value, width: Option<usize>) -> String {

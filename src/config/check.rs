@@ -114,6 +114,19 @@ impl Reader<'_> {
             self.duration(&mut guards, "ask_interval", &mut settings.ask_interval, SECOND, DAY);
             guards.finish(&mut self.problems);
         }
+        if let Some(mut history) = fields.fields("history", &mut self.problems) {
+            let settings = &mut config.history;
+            self.duration(&mut history, "keep", &mut settings.keep, HOUR, 365 * DAY);
+            for (name, target) in
+                [("entries", &mut settings.entries), ("per_service", &mut settings.per_service)]
+            {
+                let value = history.integer(name, 0..=10_000_000, &mut self.problems);
+                if let Some(value) = value.and_then(|value| usize::try_from(value).ok()) {
+                    *target = value;
+                }
+            }
+            history.finish(&mut self.problems);
+        }
         if let Some(mut xds) = fields.fields("xds", &mut self.problems) {
             let settings = &mut config.xds;
             self.duration(&mut xds, "ack_timeout", &mut settings.ack_timeout, SECOND, DAY);

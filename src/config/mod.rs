@@ -20,7 +20,10 @@ use std::{
     time::Duration,
 };
 
-pub use crate::{registry::Guards, telemetry::LogFormat};
+pub use crate::{
+    registry::{Guards, HistoryLimits},
+    telemetry::LogFormat,
+};
 pub use problem::ConfigError;
 
 use crate::{
@@ -52,6 +55,8 @@ pub struct Config {
     pub registry: Registry,
     /// When to doubt that instances are gone.
     pub guards: Guards,
+    /// How much of what happened is kept.
+    pub history: HistoryLimits,
     /// The xDS server.
     pub xds: Xds,
 }
@@ -260,6 +265,7 @@ impl Default for Config {
             log: Log::default(),
             registry: Registry::default(),
             guards: Guards::default(),
+            history: HistoryLimits::default(),
             xds: Xds::default(),
         }
     }

@@ -4,8 +4,20 @@ use super::{Config, LogFormat, Store, check::format_bytes};
 use crate::model::format_duration;
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { node, roles, listen, insecure, store, limits, shutdown, log, registry, guards, xds } =
-        config;
+    let Config {
+        node,
+        roles,
+        listen,
+        insecure,
+        store,
+        limits,
+        shutdown,
+        log,
+        registry,
+        guards,
+        history,
+        xds,
+    } = config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -62,6 +74,14 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("window", format_duration(guards.window)),
                 ("ask_timeout", format_duration(guards.ask_timeout)),
                 ("ask_interval", format_duration(guards.ask_interval)),
+            ],
+        ),
+        (
+            "history",
+            vec![
+                ("keep", format_duration(history.keep)),
+                ("entries", history.entries.to_string()),
+                ("per_service", history.per_service.to_string()),
             ],
         ),
         (

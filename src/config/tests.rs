@@ -39,6 +39,7 @@ shutdown: {drain: 3s}
 log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
 guards: {min_share: 0.75, window: 5m, ask_timeout: 300ms, ask_interval: 1m}
+history: {keep: 48h, entries: 0, per_service: 7}
 xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, resend_on_reconnect: [endpoints, route]}
 ";
     let config = parse(text).unwrap();
@@ -51,6 +52,7 @@ xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, resend_on_reconnect
     assert_eq!((config.limits.body, config.limits.name_bytes), (64 << 10, 99));
     assert_eq!(config.log, Log { filter: "warn,disco::xds=debug".into(), format: LogFormat::Json });
     assert_eq!(config.registry.session_grace, Duration::ZERO);
+    assert_eq!((config.history.entries, config.history.per_service), (0, 7));
     assert_eq!((config.guards.min_share, config.guards.window), (0.75, Duration::from_secs(300)));
     assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
     assert_eq!(config.xds.load_report_interval, Duration::from_secs(1));

@@ -2,13 +2,13 @@ use std::sync::Arc;
 
 use futures_util::{StreamExt as _, stream};
 
-use super::{Error, Inner, record, write::ATTEMPTS};
+use super::{Error, Inner, history::What, record, write::ATTEMPTS};
 use crate::{
     model::{Incarnation, Instance, InstanceKey, Revision},
     store::{Condition, Op},
 };
 
-/// Most instances in one commit: stores bound what one holds (etcd: 128 operations).
+/// Most instances in one commit: each is two operations, and stores bound those (etcd: 128).
 const CHUNK: usize = 50;
 
 /// Commits of one batch under way at the same time.
@@ -22,6 +22,14 @@ pub(super) type Run = (InstanceKey, Incarnation);
 pub(super) enum Edit {
     Put(Instance),
     Remove,
+}
+
+/// What the history says of an edit.
+#[derive(Debug)]
+pub(super) struct Note {
+    pub(super) what: What,
+    pub(super) by: Arc<str>,
+    pub(super) why: String,
 }
 
 /// What became of a batch.
@@ -53,7 +61,7 @@ impl Inner {
     pub(super) async fn write_each(
         &self,
         runs: Vec<Run>,
-        edit: impl Fn(&Arc<Instance>) -> Option<Edit>,
+        edit: impl Fn(&Arc<Instance>) -> Option<(Edit, Note)>,
     ) -> Written {
         let edit = &edit;
         let chunks: Vec<Vec<Run>> = runs.chunks(CHUNK).map(<[Run]>::to_vec).collect();
@@ -62,7 +70,11 @@ impl Inner {
         written.fold(Written::default(), async |all, some| all.add(some)).await
     }
 
-    async fn write_chunk(&self, runs: Vec<Run>, edit: &impl Fn(&Arc<Instance>) -> Option<Edit>) -> Written {
+    async fn write_chunk(
+        &self,
+        runs: Vec<Run>,
+        edit: &impl Fn(&Arc<Instance>) -> Option<(Edit, Note)>,
+    ) -> Written {
         if let Some(written) = self.try_chunk(&runs, edit).await {
             return written;
         }
@@ -85,21 +97,26 @@ impl Inner {
     async fn try_chunk(
         &self,
         runs: &[Run],
-        edit: &impl Fn(&Arc<Instance>) -> Option<Edit>,
+        edit: &impl Fn(&Arc<Instance>) -> Option<(Edit, Note)>,
     ) -> Option<Written> {
         let snapshot = self.catalog.latest();
         let mut written = Written::default();
-        let mut ops = Vec::with_capacity(runs.len());
+        let mut ops = Vec::with_capacity(2 * runs.len());
         for (key, incarnation) in runs {
             let present = snapshot.instance(key).filter(|present| present.incarnation == *incarnation);
-            let Some((present, edit)) = present.and_then(|present| Some((present, edit(present)?))) else {
-                continue;
-            };
+            let Some(present) = present else { continue };
+            let Some((edit, Note { what, by, why })) = edit(present) else { continue };
             let (key, when) = (record::instance_key(key), Condition::Unchanged(present.revision));
-            ops.push(match edit {
-                Edit::Put(next) => Op::Put { key, value: record::encode(&next), when },
-                Edit::Remove => Op::Delete { key, when },
-            });
+            match edit {
+                Edit::Put(next) => {
+                    ops.push(Op::Put { key, value: record::encode(&next), when });
+                    ops.extend(self.history.note(&next, what, &by, &why));
+                }
+                Edit::Remove => {
+                    ops.push(Op::Delete { key, when });
+                    ops.extend(self.history.note(present, what, &by, &why));
+                }
+            }
             written.done.push(Arc::clone(present));
         }
         if ops.is_empty() {

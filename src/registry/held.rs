@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet},
     net::SocketAddr,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -18,8 +18,10 @@ use tokio::{sync::Notify, time::Instant};
 use super::{
     Error, Inner, Registry,
     ask::{Answer, ask},
-    batch::{Edit, Run, Written},
+    batch::{Edit, Note, Run, Written},
+    history::What,
     leases::Holder,
+    leave::BY,
 };
 use crate::{
     catalog,
@@ -105,8 +107,8 @@ impl Registry {
     /// # Errors
     /// [`Error::NoService`], [`Error::Store`].
     pub async fn release(&self, service: ServiceId) -> Result<(Revision, usize), Error> {
-        let inner = std::sync::Arc::clone(&self.inner);
-        self.count(self.detached(async move { inner.release(&service).await }).await)
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.release(&service, &by).await }).await)
     }
 
     /// Asks held instances again and again.
@@ -167,17 +169,23 @@ impl Inner {
             present.stale.as_ref()?;
             let mut next = (**present).clone();
             next.stale = None;
-            Some(Edit::Put(next))
+            let why = "it was renewed".to_owned();
+            Some((Edit::Put(next), Note { what: What::Returned, by: BY.into(), why }))
         })
         .await
     }
 
-    async fn release(&self, service: &ServiceId) -> Result<(Revision, usize), Error> {
+    async fn release(&self, service: &ServiceId, by: &Arc<str>) -> Result<(Revision, usize), Error> {
         let snapshot = self.catalog.latest();
         let found = snapshot.service(service).ok_or_else(|| Error::NoService(service.clone()))?;
         let stale = found.instances().filter(|it| it.stale.is_some());
         let runs: Vec<Run> = stale.map(|it| (it.key.clone(), it.incarnation)).collect();
-        let written = self.write_each(runs, |present| present.stale.as_ref().map(|_| Edit::Remove)).await;
+        let written = self
+            .write_each(runs, |present| {
+                let why = present.stale.as_ref()?.reason.clone();
+                Some((Edit::Remove, Note { what: What::Released, by: Arc::clone(by), why }))
+            })
+            .await;
         for instance in &written.done {
             self.released(&instance.key, instance.incarnation);
         }
@@ -228,7 +236,7 @@ impl Inner {
             }
         }
         if !refused.is_empty() {
-            self.remove_unheld(refused, &|instance| {
+            self.remove_unheld(refused, What::Expired, &|instance| {
                 let reason = instance.stale.as_ref().map(|stale| stale.reason.as_str()).unwrap_or_default();
                 format!("{reason}; by now it refuses connections")
             })

@@ -13,13 +13,17 @@ use tokio::{sync::Semaphore, time::Instant};
 use super::{
     Inner, Registry,
     ask::{Answer, ask},
-    batch::{Edit, Run},
+    batch::{Edit, Note, Run},
     guard::{Count, Guard, Guards, Verdict},
+    history::What,
 };
 use crate::{
     model::{Instance, Lease, ServiceId, Stale, format_duration},
     rt,
 };
+
+/// Who does what nobody asked for, in the history.
+pub(super) const BY: &str = "disco";
 
 /// How long an instance may take to answer before it is held for now. It is asked again soon, and then with more patience.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -42,6 +46,14 @@ pub(super) enum Cause {
 }
 
 impl Cause {
+    fn what(self) -> What {
+        match self {
+            Self::Expired => What::Expired,
+            Self::HungUp => What::HungUp,
+            Self::Closed => What::Closed,
+        }
+    }
+
     fn text(self, instance: &Instance, grace: Duration) -> String {
         match (self, instance.lease) {
             (Self::Expired, Lease::Ttl(ttl)) => {
@@ -102,7 +114,9 @@ impl Registry {
         let removed = self.detached(async move {
             Ok(match cause {
                 Cause::Closed => {
-                    let removed = inner.remove_unheld(over, &|instance| inner.text(cause, instance)).await;
+                    let removed = inner
+                        .remove_unheld(over, cause.what(), &|instance| inner.text(cause, instance))
+                        .await;
                     removed as u64
                 }
                 Cause::Expired | Cause::HungUp => inner.leave(over, cause).await as u64,
@@ -191,14 +205,18 @@ impl Inner {
             instances.iter().map(|it| (it.key.clone(), it.incarnation)).collect::<Vec<_>>()
         };
         let removed = match verdict {
-            Verdict::Go => self.remove_unheld(runs(&instances), &|instance| self.text(cause, instance)).await,
+            Verdict::Go => {
+                self.remove_unheld(runs(&instances), cause.what(), &|instance| self.text(cause, instance))
+                    .await
+            }
             Verdict::Ask { .. } => {
                 let (refused, unsure) = self.ask_all(instances).await;
                 let held = self.hold(unsure, cause);
                 let why = |instance: &Instance| {
                     format!("{}, and it refuses connections", self.text(cause, instance))
                 };
-                let (removed, held) = tokio::join!(self.remove_unheld(runs(&refused), &why), held);
+                let (removed, held) =
+                    tokio::join!(self.remove_unheld(runs(&refused), cause.what(), &why), held);
                 tracing::info!(%service, removed, held, "asked instances that nobody vouches for");
                 removed
             }
@@ -246,8 +264,8 @@ impl Inner {
                 let said = said.get(&run).filter(|_| self.is_over(present))?;
                 let reason = format!("{}, too many others went, and {said}", self.text(cause, present));
                 let mut next = (**present).clone();
-                next.stale = Some(Box::new(Stale { since, reason }));
-                Some(Edit::Put(next))
+                next.stale = Some(Box::new(Stale { since, reason: reason.clone() }));
+                Some((Edit::Put(next), Note { what: What::Held, by: BY.into(), why: reason }))
             })
             .await;
         self.held.soon(written.done.iter().map(|it| (it.key.clone(), it.incarnation)));
@@ -258,13 +276,19 @@ impl Inner {
         written.done.len()
     }
 
-    /// Removes those that have no lease, and returns how many. `why` is what the log says.
+    /// Removes those that have no lease, and returns how many. `why` is what the log and the history say.
     pub(super) async fn remove_unheld(
         &self,
         runs: Vec<Run>,
+        what: What,
         why: &(dyn Fn(&Instance) -> String + Send + Sync),
     ) -> usize {
-        let written = self.write_each(runs, |present| self.is_over(present).then_some(Edit::Remove)).await;
+        let written = self
+            .write_each(runs, |present| {
+                let note = || Note { what, by: BY.into(), why: why(present) };
+                self.is_over(present).then(|| (Edit::Remove, note()))
+            })
+            .await;
         for instance in &written.done {
             self.released(&instance.key, instance.incarnation);
             tracing::info!(instance = %instance.key, "removed: {}", why(instance));

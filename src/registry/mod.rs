@@ -16,6 +16,7 @@ mod guard;
 #[cfg(test)]
 mod guard_tests;
 mod held;
+mod history;
 mod keeper;
 mod leases;
 mod leave;
@@ -31,6 +32,7 @@ use std::{sync::Arc, time::Duration};
 pub use cache::Cache;
 pub use error::Error;
 pub use guard::Guards;
+pub use history::{Entry, HistoryLimits, What};
 pub use mirror::{Mirror, Patience};
 pub use record::{instance_to_proto, lease_to_proto};
 pub use sessions::{Ended, Session};
@@ -58,6 +60,8 @@ pub struct Config {
     pub empty_service_retention: Duration,
     /// When to doubt that instances are gone.
     pub guards: Guards,
+    /// How much of what happened is kept.
+    pub history: HistoryLimits,
 }
 
 impl Default for Config {
@@ -67,6 +71,7 @@ impl Default for Config {
             session_grace: Duration::from_secs(10),
             empty_service_retention: Duration::from_secs(60 * 60),
             guards: Guards::default(),
+            history: HistoryLimits::default(),
         }
     }
 }
@@ -75,6 +80,8 @@ impl Default for Config {
 #[derive(Debug, Clone)]
 pub struct Registry {
     inner: Arc<Inner>,
+    /// For whom this handle acts.
+    by: Arc<str>,
 }
 
 #[derive(Debug)]
@@ -86,6 +93,7 @@ struct Inner {
     leases: Leases,
     door: leave::Door,
     held: held::Held,
+    history: history::History,
     metrics: RegistryMetrics,
     tasks: Tasks,
 }
@@ -131,6 +139,7 @@ impl Registry {
             leases: Leases::new(config.session_grace),
             door: leave::Door::new(config.guards.clone()),
             held: held::Held::default(),
+            history: history::History::new(config.history.clone()),
             config,
             store,
             catalog,
@@ -142,13 +151,20 @@ impl Registry {
         inner.settle_all(&known);
         metrics.collect(held::HeldMetric(inner.catalog.clone()));
 
-        let registry = Self { inner };
+        let registry = Self { inner, by: "disco".into() };
         tasks.spawn_until_shutdown("lease-keeper", registry.clone().keep_leases(known.revision()));
         tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
         tasks.spawn_until_shutdown("held-instances", registry.clone().ask_held());
         tasks.spawn_until_shutdown("renewed-instances", registry.clone().free_renewed());
+        tasks.spawn_until_shutdown("history", registry.clone().prune_history());
         tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
         registry
+    }
+
+    /// A handle whose changes the history ascribes to `by`, such as the address of a caller.
+    #[must_use]
+    pub fn called_by(&self, by: impl Into<Arc<str>>) -> Self {
+        Self { inner: Arc::clone(&self.inner), by: by.into() }
     }
 
     /// What is registered.

@@ -156,7 +156,9 @@ pub(super) fn instance_from_proto(
     })
 }
 
-fn time_from_proto(at: Option<prost_types::Timestamp>) -> Result<SystemTime, prost_types::TimestampError> {
+pub(super) fn time_from_proto(
+    at: Option<prost_types::Timestamp>,
+) -> Result<SystemTime, prost_types::TimestampError> {
     at.map_or(Ok(SystemTime::UNIX_EPOCH), SystemTime::try_from)
 }
 

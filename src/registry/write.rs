@@ -2,7 +2,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Error, Inner, Registry, leases::Holder, leave::Cause, record};
+use super::{Error, Inner, Registry, history::What, leases::Holder, leave::Cause, record};
 use crate::{
     model::{
         Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId, State, Update,
@@ -50,8 +50,8 @@ impl Registry {
         registration: Registration,
         holder: Holder,
     ) -> Result<Accepted, Error> {
-        let inner = Arc::clone(&self.inner);
-        self.count(self.detached(async move { inner.register(registration, holder).await }).await)
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.register(registration, holder, &by).await }).await)
     }
 
     /// Extends a TTL lease. Returns the TTL and the present revision; a renewal makes none, unless another process has counted
@@ -68,8 +68,8 @@ impl Registry {
         let result = match self.inner.renew(&key, incarnation) {
             Some(result) => result,
             None => {
-                let inner = Arc::clone(&self.inner);
-                self.detached(async move { inner.take_over(&key, incarnation).await }).await
+                let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+                self.detached(async move { inner.take_over(&key, incarnation, &by).await }).await
             }
         };
         if result.is_ok() {
@@ -112,10 +112,10 @@ impl Registry {
         incarnation: Option<Incarnation>,
         edit: impl Fn(&mut Instance) + Send + Sync + 'static,
     ) -> Result<Accepted, Error> {
-        let inner = Arc::clone(&self.inner);
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
         let result = self.detached(async move {
             inner
-                .write(&key, |present| {
+                .write(&key, &by, |present| {
                     let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
                     expect_incarnation(present, incarnation)?;
                     let mut next = (**present).clone();
@@ -140,8 +140,8 @@ impl Registry {
         key: InstanceKey,
         incarnation: Option<Incarnation>,
     ) -> Result<Revision, Error> {
-        let inner = Arc::clone(&self.inner);
-        self.count(self.detached(async move { inner.remove(&key, incarnation).await }).await)
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.remove(&key, incarnation, &by).await }).await)
     }
 
     /// Removes a service that has no instances.
@@ -220,11 +220,16 @@ impl Registry {
 }
 
 impl Inner {
-    async fn register(&self, registration: Registration, holder: Holder) -> Result<Accepted, Error> {
+    async fn register(
+        &self,
+        registration: Registration,
+        holder: Holder,
+        by: &str,
+    ) -> Result<Accepted, Error> {
         let key = registration.key.clone();
         let own = self.member()?;
         let accepted = self
-            .write(&key, |present| {
+            .write(&key, by, |present| {
                 self.admit(&registration, present)?;
                 let mut next = merge(&registration, present, holder);
                 next.owner = Some(own.clone());
@@ -356,10 +361,11 @@ impl Inner {
         &self,
         key: &InstanceKey,
         incarnation: Option<Incarnation>,
+        by: &str,
     ) -> Result<(Duration, Revision), Error> {
         let own = self.member()?;
         let accepted = self
-            .write(key, |present| {
+            .write(key, by, |present| {
                 let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
                 expect_incarnation(present, incarnation)?;
                 Ok(Decision::Put(Instance { owner: Some(own.clone()), stale: None, ..(**present).clone() }))
@@ -370,14 +376,21 @@ impl Inner {
         Ok((ttl, accepted.revision))
     }
 
-    async fn remove(&self, key: &InstanceKey, incarnation: Option<Incarnation>) -> Result<Revision, Error> {
+    async fn remove(
+        &self,
+        key: &InstanceKey,
+        incarnation: Option<Incarnation>,
+        by: &str,
+    ) -> Result<Revision, Error> {
         for _ in 0..ATTEMPTS {
             let snapshot = self.catalog.latest();
             let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
             expect_incarnation(present, incarnation)?;
             let op =
                 Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-            match self.commit(vec![op], snapshot.revision()).await {
+            let mut ops = vec![op];
+            ops.extend(self.history.note(present, What::Deregistered, by, ""));
+            match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     self.released(key, present.incarnation);
                     return Ok(revision);
@@ -423,6 +436,7 @@ impl Inner {
     async fn write(
         &self,
         key: &InstanceKey,
+        by: &str,
         decide: impl Fn(Option<&Arc<Instance>>) -> Result<Decision, Error>,
     ) -> Result<Accepted, Error> {
         for _ in 0..ATTEMPTS {
@@ -443,6 +457,8 @@ impl Inner {
             }
             let when = present.map_or(Condition::Absent, |present| Condition::Unchanged(present.revision));
             ops.push(Op::Put { key: record::instance_key(key), value: record::encode(&next), when });
+            let what = What::of(present.map(|present| &**present), &next);
+            ops.extend(self.history.note(&next, what, by, ""));
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     next.revision = revision;

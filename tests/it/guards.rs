@@ -98,6 +98,30 @@ fn living_instances_whose_renewals_stop_stay() {
         let text = said("service release payments")?;
         ensure!(text.starts_with("payments: 1 stale instance removed"), "{text}");
         wait(&disco, &["a"], &[])?;
+
+        let text = said("service history payments -o jsonl")?;
+        for (id, what, why) in [
+            ("a", "held", "its lease of 2s ended without a renewal, too many others went"),
+            ("a", "returned", ""),
+            ("b", "expired", "by now it refuses connections"),
+            ("c", "released", "its lease of 2s ended"),
+        ] {
+            let found = text
+                .lines()
+                .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+                .any(|it| {
+                    it["id"] == id
+                        && it["what"] == what
+                        && it["why"].as_str().is_some_and(|it| it.contains(why))
+                });
+            ensure!(found, "no {id} {what} {why} in\n{text}");
+        }
+        let by_us = text.lines().filter(|line| line.contains(r#""by":"127.0.0.1:"#)).count();
+        ensure!(by_us >= 5, "callers are not named in\n{text}");
+        for (when, want) in [("0s", "not registered\nSince       expired"), ("1h", "not known any more")] {
+            let text = said(&format!("instance explain payments/b --at {when}"))?;
+            ensure!(text.contains(want), "at {when}: no {want:?} in\n{text}");
+        }
         Ok(())
     });
 }
