@@ -22,14 +22,14 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    history, ledger, load, proxies,
+    history, ledger, live, load, proxies,
 };
 use crate::{
     model::{
         Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
         format_duration, parse_duration,
     },
-    registry::{self, Accepted, Registry},
+    registry::{self, Accepted, Membership, Registry},
 };
 
 /// Longest that a long poll is held.
@@ -50,15 +50,18 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services/{service}/release", routing::post(release))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
         .route("/v1/services/{service}/history", routing::get(history::of_service))
+        .route("/v1/services/{service}/live", routing::get(live::list))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
+        .route(&format!("{instance}/live"), routing::put(live::publish))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
+        .route("/v1/nodes", routing::get(list_nodes))
         .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
         .route("/readyz", routing::get(readyz))
         .route("/metrics", routing::get(metrics))
@@ -106,7 +109,7 @@ async fn when_synced(State(api): State<Api>, request: Request, next: middleware:
 }
 
 /// A request body within the limit.
-struct Body(Bytes);
+pub(super) struct Body(pub(super) Bytes);
 
 impl FromRequest<Api> for Body {
     type Rejection = ApiError;
@@ -222,7 +225,7 @@ pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Dur
     wait
 }
 
-fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
+pub(super) fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
     fields
         .integer("incarnation", 1..=u64::MAX.into(), problems)
         .and_then(|number| u64::try_from(number).ok())
@@ -256,6 +259,12 @@ async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Rep
     .into_response())
 }
 
+async fn list_nodes(State(api): State<Api>) -> Reply {
+    let nodes = api.nodes.as_ref().map(Membership::latest).unwrap_or_default();
+    let nodes: Vec<_> = nodes.iter().map(dto::node).collect();
+    Ok(Json(json!({"nodes": nodes, "stale": StaleDto::of(&api.catalog)})).into_response())
+}
+
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
     let snapshot = api.catalog.latest();
@@ -274,7 +283,7 @@ async fn release(Called(registry): Called, Path(service): Path<String>) -> Reply
 }
 
 /// `?index` and `?wait` of a long poll.
-fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
+pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
     Query::of(query).read(|fields, problems| {
         let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
         (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
@@ -307,7 +316,7 @@ async fn list_instances(
 }
 
 /// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
-async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
     if wait.is_zero() {
         return;
     }
@@ -443,13 +452,16 @@ async fn index() -> &'static str {
      POST   /v1/services/{service}/release             remove its stale instances, whatever they answer\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
      GET    /v1/services/{service}/history             what changed, when, by whom and why; ?since=TIME&id=ID\n\
+     GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it; ?at=TIME: what it was then\n\
+     GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -504,6 +516,7 @@ mod tests {
         let api = Api {
             config: Arc::new(config),
             catalog: reader,
+            nodes: None,
             registry: Some(registry),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),

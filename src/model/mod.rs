@@ -14,4 +14,6 @@ pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, R
 pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
 pub use instance::{Instance, Lease, Locality, Stale, State};
 pub use members::{MemberId, Members};
-pub use registration::{Limits, RawRegistration, Registration, Update, format_duration, parse_duration};
+pub use registration::{
+    Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,
+};

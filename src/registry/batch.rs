@@ -8,8 +8,8 @@ use crate::{
     store::{Condition, Op},
 };
 
-/// Most instances in one commit: each is two operations, and stores bound those (etcd: 128).
-const CHUNK: usize = 50;
+/// Most instances in one commit: each is up to three operations, and stores bound those (etcd: 128).
+const CHUNK: usize = 40;
 
 /// Commits of one batch under way at the same time.
 const COMMITS: usize = 16;
@@ -114,6 +114,7 @@ impl Inner {
                 }
                 Edit::Remove => {
                     ops.push(Op::Delete { key, when });
+                    ops.extend(self.unsay(&present.key));
                     ops.extend(self.history.note(present, what, &by, &why));
                 }
             }

@@ -191,7 +191,7 @@ async fn thousands_that_are_held_at_once_are_few_commits() {
     let Revision(before) = registry.catalog().latest().revision();
     until(&registry, 2000, 2000).await;
     let Revision(after) = registry.catalog().latest().revision();
-    assert!(after - before <= 2000 / 50 + 20, "{} commits", after - before);
+    assert!(after - before <= 2000 / 40 + 20, "{} commits", after - before);
     let address = SocketAddr::from(([127, 0, 0, 1], process.port));
     assert!(tokio::net::TcpStream::connect(address).await.is_ok());
 }

@@ -20,6 +20,8 @@ mod history;
 mod keeper;
 mod leases;
 mod leave;
+mod live;
+mod membership;
 mod mirror;
 mod record;
 mod sessions;
@@ -33,8 +35,9 @@ pub use cache::Cache;
 pub use error::Error;
 pub use guard::Guards;
 pub use history::{Entry, HistoryLimits, What};
+pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
-pub use record::{instance_to_proto, lease_to_proto};
+pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};
 pub use write::Accepted;
 
@@ -94,6 +97,7 @@ struct Inner {
     door: leave::Door,
     held: held::Held,
     history: history::History,
+    said: live::Said,
     metrics: RegistryMetrics,
     tasks: Tasks,
 }
@@ -106,6 +110,7 @@ struct RegistryMetrics {
     renewals: prometheus_client::metrics::counter::Counter,
     expired: prometheus_client::metrics::counter::Counter,
     trips: prometheus_client::metrics::counter::Counter,
+    published: prometheus_client::metrics::counter::Counter,
 }
 
 impl RegistryMetrics {
@@ -115,6 +120,7 @@ impl RegistryMetrics {
             stored: metrics.propagation(Stage::Stored),
             refused: metrics.counter("registry_refused", "Requests that were refused"),
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
+            published: metrics.counter("registry_published", "Live metadata that instances published"),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
             trips: metrics.counter(
                 "registry_guard_trips",
@@ -140,6 +146,7 @@ impl Registry {
             door: leave::Door::new(config.guards.clone()),
             held: held::Held::default(),
             history: history::History::new(config.history.clone()),
+            said: live::Said::default(),
             config,
             store,
             catalog,
@@ -157,6 +164,7 @@ impl Registry {
         tasks.spawn_until_shutdown("held-instances", registry.clone().ask_held());
         tasks.spawn_until_shutdown("renewed-instances", registry.clone().free_renewed());
         tasks.spawn_until_shutdown("history", registry.clone().prune_history());
+        tasks.spawn_until_shutdown("live-metadata", registry.clone().store_live());
         tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
         registry
     }

@@ -388,8 +388,8 @@ impl Inner {
             expect_incarnation(present, incarnation)?;
             let op =
                 Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-            let mut ops = vec![op];
-            ops.extend(self.history.note(present, What::Deregistered, by, ""));
+            let note = self.history.note(present, What::Deregistered, by, "");
+            let ops = [Some(op), self.unsay(key), note].into_iter().flatten().collect();
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     self.released(key, present.incarnation);
@@ -503,7 +503,7 @@ fn contended(key: &InstanceKey) -> Error {
     Error::conflict("id", format!("instance {key} is being written by many at once: try again"))
 }
 
-fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<(), Error> {
+pub(super) fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<(), Error> {
     match given {
         Some(given) if given != present.incarnation => Err(Error::conflict(
             "incarnation",

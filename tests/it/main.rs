@@ -15,6 +15,7 @@ mod bad_input;
 mod guards;
 mod harness;
 mod ledger;
+mod live;
 mod load_reports;
 mod on_demand;
 mod per_type;
