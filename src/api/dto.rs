@@ -134,15 +134,21 @@ pub(super) struct ServiceDto {
     name: String,
     serving: usize,
     draining: usize,
-    stale: usize,
+    /// Those of them that are stale.
+    held: usize,
     revision: u64,
 }
 
 impl From<&Service> for ServiceDto {
     fn from(service: &Service) -> Self {
         let (serving, draining) = count(service);
-        let stale = service.stale();
-        Self { name: service.id.to_string(), serving, draining, stale, revision: service.revision.0 }
+        Self {
+            name: service.id.to_string(),
+            serving,
+            draining,
+            held: service.stale(),
+            revision: service.revision.0,
+        }
     }
 }
 

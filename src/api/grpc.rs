@@ -212,7 +212,7 @@ impl registry_server::Registry for RegistryService {
                 serving: u32::try_from(serving).unwrap_or(u32::MAX),
                 draining: u32::try_from(draining).unwrap_or(u32::MAX),
                 revision: service.revision.0,
-                stale: u32::try_from(service.stale()).unwrap_or(u32::MAX),
+                held: u32::try_from(service.stale()).unwrap_or(u32::MAX),
             }
         });
         Ok(Response::new(v1::ListServicesResponse {

@@ -164,7 +164,7 @@ fn live_tables(document: &Value, width: Option<usize>) -> String {
 
 fn services_table(document: &Value, width: Option<usize>) -> String {
     let services = document.get("services").and_then(Value::as_array).into_iter().flatten();
-    let fields = ["/name", "/serving", "/draining", "/stale", "/revision"];
+    let fields = ["/name", "/serving", "/draining", "/held", "/revision"];
     let rows: Vec<_> = services.map(|service| fields.map(|field| cell(service, field)).to_vec()).collect();
     render(&["NAME", "SERVING", "DRAINING", "STALE", "REVISION"].map(Column::new), &rows, width)
 }
@@ -188,7 +188,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
         "revision": revision,
         "serving": in_state("serving"),
         "draining": in_state("draining"),
-        "stale": each().filter(|instance| instance.get("stale").is_some()).count(),
+        "held": each().filter(|instance| instance.get("stale").is_some()).count(),
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
@@ -213,10 +213,10 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
         field("/serving"),
         field("/draining")
     );
-    if number(document, "/stale") > 0 {
+    if number(document, "/held") > 0 {
         text.push_str(&format!(
             "Stale      {}: their leases are over, with too many others; they stay unless they refuse connections\n",
-            number(document, "/stale")
+            number(document, "/held")
         ));
     }
     if !zones.is_empty() {
