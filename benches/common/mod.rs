@@ -23,9 +23,18 @@ pub(crate) struct Disco {
 impl Disco {
     /// Keeps its state in `data`, or in memory.
     pub(crate) fn start(data: Option<&Path>) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_disco"))
-            .args(["dev", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
-            .args(data.into_iter().flat_map(|data| [OsStr::new("--data"), data.as_os_str()]))
+        let data = data.into_iter().flat_map(|data| [OsStr::new("--data"), data.as_os_str()]);
+        Self::run(Command::new(env!("CARGO_BIN_EXE_disco")).arg("dev").args(data))
+    }
+
+    /// With a configuration file.
+    pub(crate) fn serve(file: &Path) -> Self {
+        Self::run(Command::new(env!("CARGO_BIN_EXE_disco")).args(["serve", "--config"]).arg(file))
+    }
+
+    fn run(command: &mut Command) -> Self {
+        let child = command
+            .args(["--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()

@@ -35,6 +35,8 @@ pub(super) struct InstanceDto {
     #[serde(skip_serializing_if = "Option::is_none")]
     owner: Option<String>,
     registered_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stale: Option<StaleDto>,
 }
 
 #[derive(Debug, Serialize)]
@@ -77,6 +79,7 @@ impl From<&Instance> for InstanceDto {
             revision,
             owner,
             registered_at,
+            stale,
         } = instance;
         Self {
             service: key.service.to_string(),
@@ -101,11 +104,14 @@ impl From<&Instance> for InstanceDto {
             revision: revision.0,
             owner: owner.as_ref().map(ToString::to_string),
             registered_at: timestamp(*registered_at),
+            stale: stale
+                .as_ref()
+                .map(|stale| StaleDto { since: timestamp(stale.since), reason: stale.reason.clone() }),
         }
     }
 }
 
-/// That what is answered may be older than the truth.
+/// Since when nobody vouches for what is answered, the whole catalog or an instance of it.
 #[derive(Debug, Serialize)]
 pub(super) struct StaleDto {
     since: String,
@@ -137,13 +143,22 @@ pub(super) struct ServiceDto {
     serving: usize,
     draining: usize,
     unhealthy: usize,
+    /// Those of them that are stale.
+    held: usize,
     revision: u64,
 }
 
 impl From<&Service> for ServiceDto {
     fn from(service: &Service) -> Self {
         let Counts { serving, draining, unhealthy } = count(service);
-        Self { name: service.id.to_string(), serving, draining, unhealthy, revision: service.revision.0 }
+        Self {
+            name: service.id.to_string(),
+            serving,
+            draining,
+            unhealthy,
+            held: service.stale(),
+            revision: service.revision.0,
+        }
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, RawQuery, Request, State},
-    http::{StatusCode, header},
+    extract::{DefaultBodyLimit, FromRequestParts, RawQuery, Request, State},
+    http::{StatusCode, header, request::Parts},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing,
@@ -13,13 +13,14 @@ use axum::{
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use serde_json::json;
 use tokio::sync::Semaphore;
+use tonic::transport::server::TcpConnectInfo;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, live, load, proxies,
+    history, ledger, live, load, proxies,
     request::{
         Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
     },
@@ -27,7 +28,7 @@ use super::{
 use crate::{
     health::Status,
     model::{Fields, Problems, Revision, excerpt, format_duration},
-    registry::{self, Accepted, Membership},
+    registry::{self, Accepted, Membership, Registry},
 };
 
 /// All routes.
@@ -37,7 +38,9 @@ pub(super) fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
+        .route("/v1/services/{service}/release", routing::post(release))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/history", routing::get(history::of_service))
         .route("/v1/services/{service}/live", routing::get(live::list))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
@@ -152,6 +155,19 @@ impl<'a> Taken<'a> {
     }
 }
 
+/// The registry for the one who asks, whom the history names.
+struct Called(Registry);
+
+impl FromRequestParts<Api> for Called {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        let peer = parts.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        let registry = api.registry()?;
+        Ok(Self(peer.map_or_else(|| registry.clone(), |peer| registry.called_by(peer.to_string()))))
+    }
+}
+
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         self.0.dec();
@@ -188,6 +204,11 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
+async fn release(Called(registry): Called, Path(service): Path<String>) -> Reply {
+    let (revision, removed) = registry.release(service_id(&service)?).await?;
+    Ok(Json(json!({"revision": revision.0, "removed": removed})).into_response())
+}
+
 async fn list_instances(
     State(api): State<Api>,
     Path(service): Path<String>,
@@ -221,36 +242,36 @@ async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String
 }
 
 async fn register(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     Body(body): Body,
 ) -> Reply {
-    let registration = dto::read_registration(service, id, &body, api.registry()?.limits())?;
-    let Accepted { revision, instance } = api.registry()?.register(registration).await?;
+    let registration = dto::read_registration(service, id, &body, registry.limits())?;
+    let Accepted { revision, instance } = registry.register(registration).await?;
     let lease = LeaseDto::from(instance.lease);
     Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
         .into_response())
 }
 
 async fn update(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
     Body(body): Body,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let update = dto::read_update(&body, api.registry()?.limits())?;
-    let accepted = api.registry()?.update(instance_key(&service, &id)?, incarnation, update).await?;
+    let update = dto::read_update(&body, registry.limits())?;
+    let accepted = registry.update(instance_key(&service, &id)?, incarnation, update).await?;
     Ok(accepted_reply(&accepted))
 }
 
 async fn drain(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let accepted = api.registry()?.drain(instance_key(&service, &id)?, incarnation).await?;
+    let accepted = registry.drain(instance_key(&service, &id)?, incarnation).await?;
     Ok(accepted_reply(&accepted))
 }
 
@@ -266,22 +287,22 @@ async fn checks(State(api): State<Api>) -> Response {
 }
 
 async fn renew(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let (ttl, revision) = api.registry()?.renew(instance_key(&service, &id)?, incarnation).await?;
+    let (ttl, revision) = registry.renew(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0, "ttl": format_duration(ttl)})).into_response())
 }
 
 async fn deregister(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let revision = api.registry()?.deregister(instance_key(&service, &id)?, incarnation).await?;
+    let revision = registry.deregister(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
@@ -343,7 +364,9 @@ async fn index() -> &'static str {
      GET    /v1/services                               all services\n\
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
+     POST   /v1/services/{service}/release             remove its stale instances, whatever they answer\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/history             what changed, when, by whom and why; ?since=TIME&id=ID\n\
      GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
@@ -352,7 +375,7 @@ async fn index() -> &'static str {
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
      PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
-     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it; ?at=TIME: what it was then\n\
      GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
@@ -388,7 +411,7 @@ mod tests {
         let (members, config) =
             (crate::model::Members::alone("n1".parse().unwrap()), registry::Config::default());
         let members = tokio::sync::watch::Sender::new(members).subscribe();
-        let registry = registry::Registry::start(config, store, reader.clone(), members, &metrics, &core);
+        let registry = Registry::start(config, store, reader.clone(), members, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
         let config = super::super::Config { body_limit: 1024, requests, effective: String::new() };
         Api {

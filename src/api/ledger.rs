@@ -25,6 +25,7 @@ use super::{
     Api,
     dto::{self, InstanceDto},
     error::{ApiError, Kind},
+    history,
     proxies::streams_of,
     request::{Path, Query, Reply, instance_key, read_wait},
 };
@@ -201,8 +202,17 @@ pub(super) fn any(resource: &Resource) -> Option<Any> {
     Any::decode(resource.any()).ok()
 }
 
-pub(super) async fn explain(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
+pub(super) async fn explain(
+    State(api): State<Api>,
+    Path((service, id)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Reply {
     let key = instance_key(&service, &id)?;
+    let at =
+        Query::of(query.as_deref()).read(|fields, problems| fields.parse("at", problems, history::time))?;
+    if let Some(at) = at {
+        return history::at(&api, &key, at).await;
+    }
     let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     let proxies = api.proxies.list();

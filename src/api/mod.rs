@@ -8,6 +8,7 @@ mod dto;
 mod error;
 mod grpc;
 mod health;
+mod history;
 mod http;
 mod ledger;
 mod live;

@@ -27,7 +27,7 @@ use tonic::{
     service::Routes,
     transport::server::{Connected as _, TcpConnectInfo},
 };
-use tower::Service as _;
+use tower::{Service as _, util::MapRequest};
 
 use super::incoming::Incoming;
 use crate::{
@@ -278,7 +278,13 @@ pub(super) fn http(door: Door, router: axum::Router, tasks: &Tasks) {
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
         let serve = |stream: TcpStream, place: Place| {
-            let service = TowerToHyperService::new(router.clone());
+            let peer = stream.connect_info();
+            let service =
+                MapRequest::new(router.clone(), move |mut request: http::Request<body::Incoming>| {
+                    request.extensions_mut().insert(peer.clone());
+                    request
+                });
+            let service = TowerToHyperService::new(service);
             let connection = http.serve_connection(TokioIo::new(stream), service);
             let shutdown = owner.shutdown().clone();
             owner.spawn("http-connection", async move {

@@ -51,6 +51,8 @@ pub(super) fn registry(config: &Config) -> registry::Config {
         limits: config.limits.registration.clone(),
         session_grace: config.registry.session_grace,
         empty_service_retention: config.registry.empty_service_retention,
+        guards: config.guards.clone(),
+        history: config.history.clone(),
     }
 }
 

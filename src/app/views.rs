@@ -258,6 +258,7 @@ mod tests {
                 lease: Lease::Session,
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,
+                stale: None,
                 owner: None,
             }));
         }

@@ -11,6 +11,7 @@ pub struct Snapshot {
     revision: Revision,
     services: imbl::OrdMap<ServiceId, Arc<Service>>,
     instances: usize,
+    stale: usize,
     pub(super) taken: Option<Instant>,
 }
 
@@ -22,6 +23,7 @@ pub struct Service {
     /// The change that last touched it or one of its instances.
     pub revision: Revision,
     instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    stale: usize,
 }
 
 /// One change to the catalog.
@@ -65,6 +67,11 @@ impl Service {
     pub fn instances(&self) -> impl ExactSizeIterator<Item = &Arc<Instance>> {
         self.instances.values()
     }
+
+    /// How many of them are stale.
+    pub fn stale(&self) -> usize {
+        self.stale
+    }
 }
 
 impl Snapshot {
@@ -98,6 +105,11 @@ impl Snapshot {
         self.instances
     }
 
+    /// How many of them are stale.
+    pub fn stale(&self) -> usize {
+        self.stale
+    }
+
     /// The state after `changes`, as of `revision`. Costs as much as the changes.
     #[must_use]
     pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
@@ -111,6 +123,7 @@ impl Snapshot {
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
+                        next.stale -= service.stale;
                     }
                 }
                 Change::PutInstance(mut instance) => {
@@ -121,7 +134,11 @@ impl Snapshot {
                     }
                     let service = next.service_mut(revision, instance.key.service.clone());
                     service.revision = revision;
+                    let stale = usize::from(instance.stale.is_some());
                     let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
+                    let was_stale = before.as_ref().is_some_and(|before| before.stale.is_some());
+                    service.stale = service.stale + stale - usize::from(was_stale);
+                    next.stale = next.stale + stale - usize::from(was_stale);
                     next.instances += usize::from(before.is_none());
                 }
                 Change::PutLive(..) | Change::RemoveLive(_) => {}
@@ -138,7 +155,10 @@ impl Snapshot {
                     if next.instance(&key).is_some() {
                         let service = next.service_mut(revision, key.service);
                         service.revision = revision;
-                        service.instances.remove(&key.id);
+                        let before = service.instances.remove(&key.id);
+                        let was_stale = before.is_some_and(|before| before.stale.is_some());
+                        service.stale -= usize::from(was_stale);
+                        next.stale -= usize::from(was_stale);
                         next.instances -= 1;
                     }
                 }
@@ -151,7 +171,7 @@ impl Snapshot {
         let service = self
             .services
             .entry(id.clone())
-            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new() }));
+            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new(), stale: 0 }));
         Arc::make_mut(service)
     }
 }

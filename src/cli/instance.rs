@@ -5,13 +5,14 @@ use std::{
 
 use clap::{Args, Subcommand};
 use http::Method;
+use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::{
     Failure, Global,
     output::{
-        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, note, number, print,
-        render, some_of,
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, note, number,
+        parse_when, print, render, some_of,
     },
     servers::{Elsewhere, ask_all, pending, unknown},
 };
@@ -54,11 +55,16 @@ pub(super) enum Command {
         options: ShowOptions,
     },
     /// Tell who holds an instance, and which proxies see it or why not
-    #[command(after_help = "Example:\n  disco instance explain greeter/a")]
+    #[command(
+        after_help = "Examples:\n  disco instance explain greeter/a\n  disco instance explain greeter/a --at 10m"
+    )]
     Explain {
         /// Which instance, e.g. greeter/a
         #[arg(value_name = KEY, value_parser = parse_key)]
         instance: InstanceKey,
+        /// Tell what it was then: a time, e.g. 2026-01-31T12:00:00Z, or how long ago, e.g. 10m
+        #[arg(long, value_name = "TIME", value_parser = parse_when)]
+        at: Option<Timestamp>,
         #[command(flatten)]
         options: ShowOptions,
     },
@@ -202,7 +208,12 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
             let document = http.get(&path(&instance, "", None), Duration::ZERO).await?;
             View { document, items: None, table: instance_table, empty: "" }.print(options.output)
         }
-        Command::Explain { instance, options } => {
+        Command::Explain { instance, at: Some(at), options } => {
+            let path = format!("{}?at={at}", path(&instance, "/explain", None));
+            let document = http.get(&path, Duration::ZERO).await?;
+            View { document, items: None, table: past_table, empty: "" }.print(options.output)
+        }
+        Command::Explain { instance, at: None, options } => {
             let document = http.get(&path(&instance, "/explain", None), Duration::ZERO).await?;
             View { document, items: None, table: explain_table, empty: "" }.print(options.output)
         }
@@ -267,7 +278,7 @@ async fn all_instances(http: &Http) -> Result<View, Failure> {
 }
 
 /// Columns of [`instance_row`].
-pub(super) const INSTANCE_COLUMNS: [Column; 16] = [
+pub(super) const INSTANCE_COLUMNS: [Column; 17] = [
     Column::new("SERVICE"),
     Column::new("ID"),
     Column::new("ADDRESS"),
@@ -284,6 +295,7 @@ pub(super) const INSTANCE_COLUMNS: [Column; 16] = [
     Column::wide("REGISTERED"),
     Column::wide("REASON"),
     Column::wide("METADATA"),
+    Column::wide("STALE"),
 ];
 
 /// One instance as a row of a table.
@@ -292,7 +304,7 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         cell(instance, "/service"),
         cell(instance, "/id"),
         endpoint(instance),
-        cell(instance, "/state"),
+        state(instance),
         verdict(instance),
         cell(instance, "/locality/zone"),
         cell(instance, "/weight"),
@@ -305,10 +317,23 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         cell(instance, "/registered_at"),
         cell(instance, "/health/reason"),
         metadata(instance, ","),
+        cell(instance, "/stale/reason"),
     ]
 }
 
-fn endpoint(instance: &Value) -> String {
+fn state(instance: &Value) -> String {
+    let mark = if instance.get("stale").is_some() { ", stale" } else { "" };
+    cell(instance, "/state") + mark
+}
+
+/// `None` for an instance that is not stale.
+fn stale(instance: &Value) -> Option<String> {
+    instance.get("stale")?;
+    let age = age(instance, "/stale/since", rt::now());
+    Some(format!("for {age}: {}", cell(instance, "/stale/reason")))
+}
+
+pub(super) fn endpoint(instance: &Value) -> String {
     let (address, port) = (cell(instance, "/address"), cell(instance, "/port"));
     match (address.parse::<IpAddr>(), port.parse()) {
         (Ok(ip), Ok(port)) => SocketAddr::new(ip, port).to_string(),
@@ -380,6 +405,7 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
         ("Incarnation", field("/incarnation")),
         ("Address", endpoint(instance)),
         ("State", field("/state")),
+        ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
         ("Health", health(instance)),
         ("Check", check(instance)),
         ("Weight", field("/weight")),
@@ -397,12 +423,51 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
     rows.iter().map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
 }
 
+/// What an instance was at a time.
+fn past_table(document: &Value, _: Option<usize>) -> String {
+    let field = |pointer: &str| cell(document, pointer);
+    let known = match field("/state").as_str() {
+        "registered" => "registered".to_owned(),
+        "absent" => "not registered".to_owned(),
+        _ => match field("/begins").as_str() {
+            "-" => "not known: nothing is remembered of this service".to_owned(),
+            begins => format!("not known any more: what is remembered of this service begins at {begins}"),
+        },
+    };
+    let mut text = format!("{:<10}  {}/{}\n", "Instance", field("/service"), field("/id"));
+    text.push_str(&format!("{:<10}  {}: {known}\n", "At", field("/at")));
+    if document.get("entry").is_some_and(|entry| !entry.is_null()) {
+        let why = match field("/entry/why").as_str() {
+            "-" => String::new(),
+            why => format!(": {why}"),
+        };
+        text.push_str(&format!(
+            "{:<10}  {} at {} by {}, revision {}{why}\n",
+            "Since",
+            field("/entry/what"),
+            field("/entry/at"),
+            field("/entry/by"),
+            field("/entry/revision")
+        ));
+    }
+    if let Some(instance) = document.get("instance").filter(|instance| !instance.is_null()) {
+        text.push('\n');
+        text.push_str(&instance_table(instance, None));
+    }
+    text
+}
+
 fn explain_table(document: &Value, width: Option<usize>) -> String {
     let empty = Value::Null;
     let instance = document.get("instance").unwrap_or(&empty);
     let abandoned = document.get("abandoned").and_then(Value::as_bool).unwrap_or_default();
     let ttl = instance.pointer("/lease/ttl").is_some();
+    let stale = stale(instance);
     let held = match (ttl, abandoned) {
+        _ if stale.is_some() => format!(
+            "by nobody any more; it stays until it refuses connections, its owner comes back, or `disco service release {}`",
+            cell(instance, "/service")
+        ),
         (true, _) => format!("by renewals, at least every {}", lease(instance)),
         (false, false) => "by the open session of its owner, such as `disco run`".to_owned(),
         (false, true) => {
@@ -445,6 +510,9 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         ("Seen by", seen),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
+    if let Some(stale) = stale {
+        text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
+    }
     let columns = [
         Column::new("NODE"),
         Column::new("SEES IT"),

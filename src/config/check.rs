@@ -120,6 +120,28 @@ impl Reader<'_> {
             }
             health.finish(&mut self.problems);
         }
+        if let Some(mut guards) = fields.fields("guards", &mut self.problems) {
+            let settings = &mut config.guards;
+            self.share(&mut guards, "min_share", &mut settings.min_share);
+            self.duration(&mut guards, "window", &mut settings.window, SECOND, DAY);
+            let shortest = Duration::from_millis(10);
+            self.duration(&mut guards, "ask_timeout", &mut settings.ask_timeout, shortest, 60 * SECOND);
+            self.duration(&mut guards, "ask_interval", &mut settings.ask_interval, SECOND, DAY);
+            guards.finish(&mut self.problems);
+        }
+        if let Some(mut history) = fields.fields("history", &mut self.problems) {
+            let settings = &mut config.history;
+            self.duration(&mut history, "keep", &mut settings.keep, HOUR, 365 * DAY);
+            for (name, target) in
+                [("entries", &mut settings.entries), ("per_service", &mut settings.per_service)]
+            {
+                let value = history.integer(name, 0..=10_000_000, &mut self.problems);
+                if let Some(value) = value.and_then(|value| usize::try_from(value).ok()) {
+                    *target = value;
+                }
+            }
+            history.finish(&mut self.problems);
+        }
         if let Some(mut xds) = fields.fields("xds", &mut self.problems) {
             let settings = &mut config.xds;
             self.duration(&mut xds, "ack_timeout", &mut settings.ack_timeout, SECOND, DAY);
@@ -315,6 +337,20 @@ impl Reader<'_> {
             }
             Err(format!("{} is out of range: {}", format_duration(value), range()))
         });
+        self.keep(fields, name, node, result, target);
+    }
+
+    fn share(&mut self, fields: &mut Fields<'_>, name: &'static str, target: &mut f64) {
+        let Some(node) = fields.node(name) else { return };
+        let value = match node.value {
+            Value::Float(value) => Some(value),
+            Value::Int(0) => Some(0.0),
+            Value::Int(1) => Some(1.0),
+            _ => None,
+        };
+        let result = value.filter(|value| (0.0..=1.0).contains(value));
+        let result =
+            result.ok_or_else(|| "is not a share: want a number from 0 to 1, such as 0.5".to_owned());
         self.keep(fields, name, node, result, target);
     }
 

@@ -21,7 +21,10 @@ use std::{
     time::Duration,
 };
 
-pub use crate::telemetry::LogFormat;
+pub use crate::{
+    registry::{Guards, HistoryLimits},
+    telemetry::LogFormat,
+};
 pub use problem::ConfigError;
 
 use crate::{
@@ -31,7 +34,7 @@ use crate::{
 };
 
 /// What one process does. It runs nothing that it was not told to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// What this process is called among those that share its store, where the default does not do: `disco` when it has its
     /// store to itself.
@@ -56,6 +59,10 @@ pub struct Config {
     pub registry: Registry,
     /// Health checks by this server.
     pub health: Health,
+    /// When to doubt that instances are gone.
+    pub guards: Guards,
+    /// How much of what happened is kept.
+    pub history: HistoryLimits,
     /// The xDS server.
     pub xds: Xds,
 }
@@ -299,6 +306,8 @@ impl Default for Config {
             log: Log::default(),
             registry: Registry::default(),
             health: Health::default(),
+            guards: Guards::default(),
+            history: HistoryLimits::default(),
             xds: Xds::default(),
         }
     }

@@ -18,6 +18,8 @@ pub(super) fn yaml(config: &Config) -> String {
         log,
         registry,
         health,
+        guards,
+        history,
         xds,
     } = config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
@@ -79,6 +81,23 @@ pub(super) fn yaml(config: &Config) -> String {
             vec![
                 ("concurrency", health.concurrency.to_string()),
                 ("suspend_share", health.suspend_share.to_string()),
+            ],
+        ),
+        (
+            "guards",
+            vec![
+                ("min_share", guards.min_share.to_string()),
+                ("window", format_duration(guards.window)),
+                ("ask_timeout", format_duration(guards.ask_timeout)),
+                ("ask_interval", format_duration(guards.ask_interval)),
+            ],
+        ),
+        (
+            "history",
+            vec![
+                ("keep", format_duration(history.keep)),
+                ("entries", history.entries.to_string()),
+                ("per_service", history.per_service.to_string()),
             ],
         ),
         (

@@ -40,6 +40,8 @@ limits:
 shutdown: {drain: 3s}
 log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
+guards: {min_share: 0.75, window: 5m, ask_timeout: 300ms, ask_interval: 1m}
+history: {keep: 48h, entries: 0, per_service: 7}
 xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age: 30m, resend_on_reconnect: [endpoints, route]}
 ";
     let config = parse(text).unwrap();
@@ -54,6 +56,8 @@ xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age:
     assert_eq!(config.xds.max_connection_age, Some(Duration::from_secs(30 * 60)));
     assert_eq!(config.log, Log { filter: "warn,disco::xds=debug".into(), format: LogFormat::Json });
     assert_eq!(config.registry.session_grace, Duration::ZERO);
+    assert_eq!((config.history.entries, config.history.per_service), (0, 7));
+    assert_eq!((config.guards.min_share, config.guards.window), (0.75, Duration::from_secs(300)));
     assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
     assert_eq!(config.xds.load_report_interval, Duration::from_secs(1));
     assert_eq!(config.xds.resend_on_reconnect, [ResourceType::Endpoints, ResourceType::Route]);
@@ -176,6 +180,10 @@ fn every_problem_names_its_place() {
         (
             "roles: [registry]\nlisten:\n  http: 127.0.0.1:18000\n",
             "3:9 listen.http: 127.0.0.1:18000 is also listen.grpc",
+        ),
+        (
+            "roles: [registry]\nguards: {min_share: 50}",
+            "2:21 guards.min_share: is not a share: want a number from 0 to 1, such as 0.5",
         ),
         ("roles: [registry]\nlisten: 3\n", "2:9 listen: is a whole number: want a map of fields"),
         ("roles: [registry]\ninsecure: yes\n", "2:11 insecure: is text: want true or false"),

@@ -116,6 +116,7 @@ impl World {
         let unchecked = Health::unchecked(SystemTime::UNIX_EPOCH);
         self.apply(Change::PutInstance(Instance {
             owner: None,
+            stale: None,
             key: key(number),
             incarnation: Incarnation(incarnation),
             address: [10, 0, 0, u8::try_from(number % self.machines).unwrap()].into(),

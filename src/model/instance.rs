@@ -72,6 +72,18 @@ pub struct Instance {
     pub revision: Revision,
     /// When this incarnation was registered.
     pub registered_at: SystemTime,
+    /// Set while nobody vouches for it any more and it is kept all the same. Boxed: hardly any instance has it.
+    pub stale: Option<Box<Stale>>,
+}
+
+/// Why an instance is kept although its lease is over: too many went at once to be believed, and it did not refuse a
+/// connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stale {
+    /// When its lease was found to be over.
+    pub since: SystemTime,
+    /// What ended, and what the instance answered.
+    pub reason: String,
 }
 
 impl Instance {

@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
-use super::{Error, Inner, Registry, record, write::contended};
+use super::{Error, Inner, Registry, history::What, leave::BY, record, write::contended};
 use crate::{
     model::{Check, Health, HealthReport, InstanceKey, Revision},
     rt,
     store::{Condition, Op},
 };
 
-/// Most verdicts of one commit. etcd takes 128 operations at once.
-const BATCH: usize = 64;
+/// Most verdicts of one commit, each with a line of history. etcd takes 128 operations at once.
+const BATCH: usize = 60;
 
 /// Commits under way at once.
 const AT_ONCE: usize = 8;
@@ -30,7 +30,9 @@ impl Registry {
         let batches: Vec<Arc<[HealthReport]>> = reports.chunks(BATCH).map(Into::into).collect();
         let commits = batches.into_iter().map(|batch| {
             let inner = Arc::clone(&self.inner);
-            self.detached(async move { inner.judge(&batch, |check| matches!(check, Check::Server(_))).await })
+            self.detached(async move {
+                inner.set_verdicts(&batch, |check| matches!(check, Check::Server(_))).await
+            })
         });
         let commits = stream::iter(commits).buffer_unordered(AT_ONCE);
         let newest = commits.try_fold(Revision::default(), |a, b| async move { Ok(a.max(b)) }).await?;
@@ -54,12 +56,17 @@ impl Registry {
             return Err(Error::conflict("health", message));
         }
         let inner = Arc::clone(&self.inner);
-        self.detached(async move { inner.judge(&[report], |check| *check == Check::Owner).await }).await
+        self.detached(async move { inner.set_verdicts(&[report], |check| *check == Check::Owner).await })
+            .await
     }
 }
 
 impl Inner {
-    async fn judge(&self, reports: &[HealthReport], by: impl Fn(&Check) -> bool) -> Result<Revision, Error> {
+    async fn set_verdicts(
+        &self,
+        reports: &[HealthReport],
+        by: impl Fn(&Check) -> bool,
+    ) -> Result<Revision, Error> {
         for _ in 0..ATTEMPTS {
             let snapshot = self.catalog.latest();
             let now = rt::now();
@@ -71,6 +78,8 @@ impl Inner {
                     let news =
                         present.incarnation == report.incarnation && present.health.verdict != report.verdict;
                     (checked && news).then(|| {
+                        let why = format!("{}: {}", report.verdict.name(), report.kept_reason());
+                        let judged = self.history.note(present, What::Judged, BY, &why);
                         let health = Health {
                             verdict: report.verdict,
                             since: now,
@@ -78,14 +87,17 @@ impl Inner {
                             passed: present.health.passed || report.verdict.works(),
                             revision: Revision::default(),
                         };
-                        Op::Put {
+                        let verdict = Op::Put {
                             key: record::health_key(&report.key),
                             value: record::encode_health(&health, report.incarnation),
                             // The record goes with the instance, so this is no verdict on one that was removed.
                             when: Condition::Unchanged(present.health.revision),
-                        }
+                        };
+                        [Some(verdict), judged]
                     })
                 })
+                .flatten()
+                .flatten()
                 .collect();
             if ops.is_empty() {
                 return Ok(snapshot.revision());

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     catalog::{Change, Live},
     client::check_to_proto,
-    model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, State},
+    model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, Stale, State},
     proto::v1,
     store::Key,
 };
@@ -143,6 +143,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         owner,
         revision,
         registered_at,
+        stale,
     } = instance;
     v1::Instance {
         service: key.service.to_string(),
@@ -165,6 +166,9 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         lease: Some(lease_to_proto(*lease)),
         revision: revision.0,
         registered_at: Some((*registered_at).into()),
+        stale: stale
+            .as_ref()
+            .map(|stale| v1::Stale { since: Some(stale.since.into()), reason: stale.reason.clone() }),
         owner: owner.as_ref().map(ToString::to_string).unwrap_or_default(),
         check: check.as_deref().map(check_to_proto),
         health: Some(health_to_proto(health)),
@@ -215,6 +219,13 @@ pub(super) fn instance_from_proto(
         owner,
         revision,
         registered_at,
+        stale: match message.stale {
+            Some(v1::Stale { since, reason }) => {
+                let since = wire_time(since, "stale.since")?.unwrap_or(SystemTime::UNIX_EPOCH);
+                Some(Box::new(Stale { since, reason }))
+            }
+            None => None,
+        },
     })
 }
 
@@ -251,6 +262,10 @@ mod tests {
             owner: Some("n1".parse().unwrap()),
             revision: Revision(9),
             registered_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+            stale: Some(Box::new(Stale {
+                since: SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123),
+                reason: "silent".to_owned(),
+            })),
         }
     }
 

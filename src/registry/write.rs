@@ -2,7 +2,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Error, Inner, Registry, leases::Holder, record};
+use super::{Error, Inner, Registry, history::What, leases::Holder, leave::Cause, record};
 use crate::{
     model::{
         Health, Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId,
@@ -23,7 +23,10 @@ pub struct Accepted {
 
 /// A commit that lost a race is tried again on what the winner left. Each loss means that somebody else's write was
 /// accepted, so this many in a row is a key that many writers fight for.
-const ATTEMPTS: usize = 16;
+pub(super) const ATTEMPTS: usize = 16;
+
+/// How long leases that end are collected for.
+const TOGETHER: Duration = Duration::from_millis(20);
 
 /// What a request makes of the present state of one instance.
 enum Decision {
@@ -48,8 +51,8 @@ impl Registry {
         registration: Registration,
         holder: Holder,
     ) -> Result<Accepted, Error> {
-        let inner = Arc::clone(&self.inner);
-        self.count(self.detached(async move { inner.register(registration, holder).await }).await)
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.register(registration, holder, &by).await }).await)
     }
 
     /// Extends a TTL lease. Returns the TTL and the present revision; a renewal makes none, unless another process has counted
@@ -66,8 +69,8 @@ impl Registry {
         let result = match self.inner.renew(&key, incarnation) {
             Some(result) => result,
             None => {
-                let inner = Arc::clone(&self.inner);
-                self.detached(async move { inner.take_over(&key, incarnation).await }).await
+                let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+                self.detached(async move { inner.take_over(&key, incarnation, &by).await }).await
             }
         };
         if result.is_ok() {
@@ -110,10 +113,10 @@ impl Registry {
         incarnation: Option<Incarnation>,
         edit: impl Fn(&mut Instance) + Send + Sync + 'static,
     ) -> Result<Accepted, Error> {
-        let inner = Arc::clone(&self.inner);
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
         let result = self.detached(async move {
             inner
-                .write(&key, |present| {
+                .write(&key, &by, |present| {
                     let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
                     expect_incarnation(present, incarnation)?;
                     let mut next = (**present).clone();
@@ -138,8 +141,8 @@ impl Registry {
         key: InstanceKey,
         incarnation: Option<Incarnation>,
     ) -> Result<Revision, Error> {
-        let inner = Arc::clone(&self.inner);
-        self.count(self.detached(async move { inner.remove(&key, incarnation).await }).await)
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.remove(&key, incarnation, &by).await }).await)
     }
 
     /// Removes a service that has no instances.
@@ -164,47 +167,26 @@ impl Registry {
         answered.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
-    fn count<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn count<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
         if result.is_err() {
             self.inner.metrics.refused.inc();
         }
         result
     }
 
-    /// Removes instances whose lease is over.
+    /// Looks after instances whose lease is over.
     pub(super) async fn expire(self) {
         loop {
             let due = self.inner.leases.next_due().await;
-            let removed = self.remove_over(due, "removed: its lease ended without a renewal").await;
-            self.inner.metrics.expired.inc_by(removed);
+            let registry = self.clone();
+            // Those that are asked may take their time, and nobody waits for them.
+            self.inner.tasks.spawn("leases-over", async move {
+                let removed = registry.leave(due, Cause::Expired).await;
+                registry.inner.metrics.expired.inc_by(removed);
+            });
+            // What ends within this time goes together: one look at who else is silent, and few commits.
+            tokio::time::sleep(TOGETHER).await;
         }
-    }
-
-    /// Removes instances whose lease is over, and returns how many. One whose owner comes back meanwhile stays.
-    pub(super) async fn remove_over(&self, over: Vec<(InstanceKey, Incarnation)>, why: &'static str) -> u64 {
-        let removals = over.into_iter().map(|(key, incarnation)| {
-            let inner = Arc::clone(&self.inner);
-            self.detached(async move {
-                match inner.remove_without_lease(&key, incarnation).await {
-                    Ok(Some(revision)) => {
-                        tracing::info!(instance = %key, %revision, "{why}");
-                        return Ok(1);
-                    }
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::warn!(instance = %key, %error, "its lease is over but it could not be removed; trying again");
-                    }
-                }
-                let is_there = || {
-                    let snapshot = inner.catalog.latest();
-                    let present = snapshot.instance(&key);
-                    present.is_some_and(|present| present.incarnation == incarnation && inner.keeps(present))
-                };
-                inner.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
-                Ok(0)
-            })
-        });
-        futures_util::future::join_all(removals).await.into_iter().flatten().sum()
     }
 
     /// Forgets services that have had no instance for long.
@@ -239,11 +221,16 @@ impl Registry {
 }
 
 impl Inner {
-    async fn register(&self, registration: Registration, holder: Holder) -> Result<Accepted, Error> {
+    async fn register(
+        &self,
+        registration: Registration,
+        holder: Holder,
+        by: &str,
+    ) -> Result<Accepted, Error> {
         let key = registration.key.clone();
         let own = self.member()?;
         let accepted = self
-            .write(&key, |present| {
+            .write(&key, by, |present| {
                 self.admit(&registration, present)?;
                 let mut next = merge(&registration, present, holder);
                 next.owner = Some(own.clone());
@@ -347,6 +334,13 @@ impl Inner {
             let counted_here = self.keeps(present);
             match self.leases.renew(key, present.incarnation, Instant::now()) {
                 Some(ttl) => Ok(Some((ttl, snapshot.revision()))),
+                None if counted_here && present.stale.is_some() => match present.lease {
+                    Lease::Ttl(ttl) => {
+                        self.revive(key.clone(), present.incarnation, ttl);
+                        Ok(Some((ttl, snapshot.revision())))
+                    }
+                    Lease::Session => Err(Error::NotFound(key.clone())),
+                },
                 // Over, and its removal under way.
                 None if counted_here && !self.leases.held(key, present.incarnation) => {
                     Err(Error::NotFound(key.clone()))
@@ -368,13 +362,16 @@ impl Inner {
         &self,
         key: &InstanceKey,
         incarnation: Option<Incarnation>,
+        by: &str,
     ) -> Result<(Duration, Revision), Error> {
         let own = self.member()?;
         let accepted = self
-            .write(key, |present| {
+            .write(key, by, |present| {
                 let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
                 expect_incarnation(present, incarnation)?;
-                Ok(Decision::Put(Instance { owner: Some(own.clone()), ..(**present).clone() }.into()))
+                Ok(Decision::Put(
+                    Instance { owner: Some(own.clone()), stale: None, ..(**present).clone() }.into(),
+                ))
             })
             .await?;
         let Lease::Ttl(ttl) = accepted.instance.lease else { return Err(Error::NotFound(key.clone())) };
@@ -382,13 +379,19 @@ impl Inner {
         Ok((ttl, accepted.revision))
     }
 
-    async fn remove(&self, key: &InstanceKey, incarnation: Option<Incarnation>) -> Result<Revision, Error> {
+    async fn remove(
+        &self,
+        key: &InstanceKey,
+        incarnation: Option<Incarnation>,
+        by: &str,
+    ) -> Result<Revision, Error> {
         for _ in 0..ATTEMPTS {
             let snapshot = self.catalog.latest();
             let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
             expect_incarnation(present, incarnation)?;
             let mut ops = removal(present);
             ops.extend(self.unsay(key));
+            ops.extend(self.history.note(present, What::Deregistered, by, ""));
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     self.released(key, present.incarnation);
@@ -401,30 +404,7 @@ impl Inner {
         Err(contended(key))
     }
 
-    /// Removes an instance whose lease is over, unless its owner came back: the snapshot is older than the look at the
-    /// lease, so whoever takes the lease after that writes after the snapshot.
-    async fn remove_without_lease(
-        &self,
-        key: &InstanceKey,
-        incarnation: Incarnation,
-    ) -> Result<Option<Revision>, Error> {
-        let snapshot = self.catalog.latest();
-        let present = snapshot.instance(key).filter(|present| present.incarnation == incarnation);
-        let over = |present: &&Arc<Instance>| self.keeps(present) && !self.leases.held(key, incarnation);
-        let Some(present) = present.filter(over) else { return Ok(None) };
-        let mut ops = removal(present);
-        ops.extend(self.unsay(key));
-        match self.commit(ops, snapshot.revision()).await {
-            Ok(revision) => {
-                self.released(key, incarnation);
-                Ok(Some(revision))
-            }
-            Err(Some(error)) => Err(error),
-            Err(None) => Ok(None),
-        }
-    }
-
-    fn released(&self, key: &InstanceKey, incarnation: Incarnation) {
+    pub(super) fn released(&self, key: &InstanceKey, incarnation: Incarnation) {
         self.leases.release(key, incarnation, || self.catalog.latest().instance(key).is_some());
     }
 
@@ -458,6 +438,7 @@ impl Inner {
     async fn write(
         &self,
         key: &InstanceKey,
+        by: &str,
         decide: impl Fn(Option<&Arc<Instance>>) -> Result<Decision, Error>,
     ) -> Result<Accepted, Error> {
         for _ in 0..ATTEMPTS {
@@ -481,6 +462,8 @@ impl Inner {
             let health = health_op(present, &next);
             let judged = health.is_some();
             ops.extend(health);
+            let what = What::of(present.map(|present| &**present), &next);
+            ops.extend(self.history.note(&next, what, by, ""));
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     next.revision = revision;
@@ -525,7 +508,7 @@ impl Inner {
 }
 
 /// Takes an instance and the verdict on it out of the store.
-fn removal(present: &Instance) -> Vec<Op> {
+pub(super) fn removal(present: &Instance) -> Vec<Op> {
     let delete = |key, when| Op::Delete { key, when };
     let health = present.check.is_some().then(|| delete(record::health_key(&present.key), Condition::Always));
     let instance = delete(record::instance_key(&present.key), Condition::Unchanged(present.revision));
@@ -605,5 +588,7 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         registered_at,
         check: check.map(Arc::new),
         health,
+        // Its owner vouches for it.
+        stale: None,
     }
 }

@@ -13,6 +13,7 @@
 
 mod ageing;
 mod bad_input;
+mod guards;
 mod harness;
 mod health;
 mod ledger;

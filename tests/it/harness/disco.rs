@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::{Answer, PATIENCE, Process, eventually, request, sibling};
@@ -61,6 +62,11 @@ impl Disco {
     /// `kill -9`.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
+    }
+
+    /// Stops or continues it, say.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        self.process.signal(signal)
     }
 
     /// Starts it again, with the same data and on the same ports.
