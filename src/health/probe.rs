@@ -88,8 +88,8 @@ impl Network {
     }
 }
 
-/// Asks a target over the network. A connection is kept for the next time: a request on it costs a third of one on a new
-/// connection. One that was closed meanwhile says nothing; then a new one is made.
+/// Asks a target over the network. A connection is kept for the next time, as long as there is room ([`Network`]). One that was closed
+/// meanwhile says nothing; then a new one is made.
 #[derive(Debug)]
 pub struct Prober {
     probe: Probe,

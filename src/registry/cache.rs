@@ -10,10 +10,7 @@ use std::{
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{
-    check::health_from_proto,
-    record::{instance_from_proto, instance_to_proto},
-};
+use super::record::{instance_from_proto, instance_to_proto};
 use crate::{
     catalog::{Change, Reader, Snapshot},
     model::{InstanceKey, Revision},
@@ -123,16 +120,10 @@ fn read(bytes: &[u8]) -> Result<Cached, String> {
     for service in services {
         changes.push(Change::PutService(service.parse()?));
     }
-    for mut message in instances {
+    for message in instances {
         let key = InstanceKey { service: message.service.parse()?, id: message.id.parse()? };
-        let (revision, health) = (Revision(message.revision), message.health.take());
-        let instance = instance_from_proto(key.clone(), message, revision)?;
-        let incarnation = instance.incarnation;
-        changes.push(Change::PutInstance(instance));
-        if let Some(health) = health {
-            let revision = Revision(health.revision);
-            changes.push(Change::PutHealth(key, incarnation, health_from_proto(health, revision)?.1));
-        }
+        let revision = Revision(message.revision);
+        changes.push(Change::PutInstance(instance_from_proto(key, message, revision)?));
     }
     let taken_at = taken_at.and_then(|at| SystemTime::try_from(at).ok()).ok_or("it has no date")?;
     Ok(Cached { revision: Revision(revision), taken_at, changes })

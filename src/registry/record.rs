@@ -197,6 +197,14 @@ pub(super) fn instance_from_proto(
     };
     let locality = message.locality.unwrap_or_default();
     let registered_at = wire_time(message.registered_at, "registered_at")?.unwrap_or(SystemTime::UNIX_EPOCH);
+    // A stored instance has its verdict apart; one that was copied whole has it with it.
+    let health = match message.health {
+        Some(health) => {
+            let revision = Revision(health.revision);
+            health_from_proto(health, revision)?.1
+        }
+        None => Health::unchecked(registered_at),
+    };
     Ok(Instance {
         key,
         incarnation: Incarnation(message.incarnation),
@@ -214,7 +222,7 @@ pub(super) fn instance_from_proto(
         metadata: message.metadata,
         state,
         check: stored_check(message.check)?,
-        health: Health::unchecked(registered_at),
+        health,
         lease,
         owner,
         revision,
