@@ -55,6 +55,7 @@ pub(super) fn kind(kind: ResourceType) -> &'static str {
     match kind {
         ResourceType::Cluster => "cluster",
         ResourceType::Endpoints => "endpoints",
+        ResourceType::LbEndpoint => "lb-endpoint",
         ResourceType::Listener => "listener",
         ResourceType::Route => "route",
     }

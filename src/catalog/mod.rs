@@ -3,10 +3,12 @@
 //! One writer applies batches; each gives a new [`Snapshot`] that shares what did not change, and a line in a bounded
 //! change list. Readers hold a snapshot as long as they like and ask what changed since.
 
+mod endpoints;
 mod reader;
 mod snapshot;
 mod writer;
 
+pub use endpoints::Endpoints;
 pub use reader::{Changes, Reader};
 pub use snapshot::{Change, Service, Snapshot};
 pub use writer::{Writer, catalog};

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
+use super::endpoints::Endpoints;
 use crate::model::{Instance, InstanceId, InstanceKey, Revision, ServiceId};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
@@ -20,7 +21,9 @@ pub struct Service {
     pub id: ServiceId,
     /// The change that last touched it or one of its instances.
     pub revision: Revision,
-    instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    /// Kept up for a large service only.
+    pub(super) endpoints: Option<Box<Endpoints>>,
 }
 
 /// One change to the catalog.
@@ -97,14 +100,17 @@ impl Snapshot {
                 Change::PutInstance(instance) => {
                     let service = next.service_mut(revision, instance.key.service.clone());
                     service.revision = revision;
-                    let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
+                    let instance = Arc::new(instance);
+                    let before = service.instances.insert(instance.key.id.clone(), Arc::clone(&instance));
+                    service.follow(before.as_deref(), Some(&instance));
                     next.instances += usize::from(before.is_none());
                 }
                 Change::RemoveInstance(key) => {
                     if next.instance(&key).is_some() {
                         let service = next.service_mut(revision, key.service);
                         service.revision = revision;
-                        service.instances.remove(&key.id);
+                        let before = service.instances.remove(&key.id);
+                        service.follow(before.as_deref(), None);
                         next.instances -= 1;
                     }
                 }
@@ -117,7 +123,7 @@ impl Snapshot {
         let service = self
             .services
             .entry(id.clone())
-            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new() }));
+            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new(), endpoints: None }));
         Arc::make_mut(service)
     }
 }

@@ -205,6 +205,8 @@ pub struct Xds {
     pub streams: usize,
     /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
     pub resend_on_reconnect: Vec<ResourceType>,
+    /// From so many instances on, a service's endpoints go to delta Envoys one by one (LEDS); 0 for never.
+    pub leds_from: usize,
 }
 
 impl Default for Xds {
@@ -217,6 +219,7 @@ impl Default for Xds {
             load_report_interval: Duration::from_secs(10),
             streams: 50_000,
             resend_on_reconnect: Vec::new(),
+            leds_from: 1000,
         }
     }
 }

@@ -64,6 +64,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("load_report_interval", format_duration(xds.load_report_interval)),
                 ("streams", xds.streams.to_string()),
                 ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
+                ("leds_from", xds.leds_from.to_string()),
             ],
         ),
     ];

@@ -1,6 +1,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    num::NonZeroU16,
 };
 
 use envoy_types::pb::envoy::config::{
@@ -33,27 +34,22 @@ pub(super) fn for_grpc(service: &Service, view: &View) -> Resource {
     resource(service, &instances, view)
 }
 
-/// One for each address, because gRPC clients refuse a set that has an address twice. Where two instances claim one, the one
-/// that serves is kept (a successor on the port of a draining or dead one), then the first by id.
+/// One for each address, because gRPC clients refuse a set that has an address twice.
 fn instances(service: &Service) -> Vec<&Instance> {
-    let mut instances: Vec<&Instance> = service.instances().map(AsRef::as_ref).collect();
-    instances.sort_by_key(|instance| instance.state);
-    let mut taken = BTreeSet::new();
-    instances.retain(|instance| taken.insert((instance.address, instance.port)));
-    instances.sort_by(|a, b| a.key.id.cmp(&b.key.id));
-    instances
+    let endpoints = service.endpoints();
+    service.instances().map(AsRef::as_ref).filter(|instance| endpoints.has(instance)).collect()
 }
 
 fn resource(service: &Service, instances: &[&Instance], view: &View) -> Resource {
     // Clients refuse weights whose sum does not fit 32 bits (gRPC A27).
-    let total: u64 = instances.iter().map(|instance| u64::from(instance.weight.get())).sum();
-    let scale = u32::try_from(total / u64::from(u32::MAX)).unwrap_or(u32::MAX).saturating_add(1);
-    let weight = |instance: &Instance| (instance.weight.get() / scale).max(1);
+    let scale = scale(instances.iter().map(|instance| u64::from(instance.weight.get())).sum());
+    let weight = |instance: &Instance| scaled(instance, scale);
 
-    let priority = priorities(instances, view);
+    let serving = instances.iter().filter(|instance| instance.state == State::Serving);
+    let priority = priorities(serving.map(|instance| &instance.locality), view);
     let mut localities: BTreeMap<(u32, &Locality), Vec<&Instance>> = BTreeMap::new();
     for instance in instances {
-        localities.entry((priority(instance), &instance.locality)).or_default().push(instance);
+        localities.entry((priority(&instance.locality), &instance.locality)).or_default().push(instance);
     }
     let endpoints = localities.into_iter().map(|((priority, locality), instances)| {
         let serving = instances.iter().filter(|instance| instance.state == State::Serving);
@@ -61,11 +57,7 @@ fn resource(service: &Service, instances: &[&Instance], view: &View) -> Resource
         // endpoints alone, which comes to the same, since these are their sums.
         let sum = serving.map(|instance| weight(instance)).fold(0, u32::saturating_add).max(1);
         LocalityLbEndpoints {
-            locality: Some(ProtoLocality {
-                region: locality.region.to_string(),
-                zone: locality.zone.to_string(),
-                sub_zone: locality.sub_zone.to_string(),
-            }),
+            locality: Some(proto_locality(locality)),
             load_balancing_weight: number(sum),
             priority,
             lb_endpoints: instances
@@ -83,20 +75,40 @@ fn resource(service: &Service, instances: &[&Instance], view: &View) -> Resource
     Resource::new(ResourceType::Endpoints, service.id.shared(), &message, [])
 }
 
+/// What weights are divided by, so that their sum fits.
+pub(super) fn scale(total: u64) -> u32 {
+    u32::try_from(total / u64::from(u32::MAX)).unwrap_or(u32::MAX).saturating_add(1)
+}
+
+pub(super) fn scaled(instance: &Instance, scale: u32) -> u32 {
+    (instance.weight.get() / scale).max(1)
+}
+
+pub(super) fn proto_locality(locality: &Locality) -> ProtoLocality {
+    ProtoLocality {
+        region: locality.region.to_string(),
+        zone: locality.zone.to_string(),
+        sub_zone: locality.sub_zone.to_string(),
+    }
+}
+
 /// The nearest come first: each distance at which somebody serves is a level, counted from 0 without gaps, which gRPC clients
 /// insist on (A27). A draining instance stands in the level that it would serve in, or else in the next: Envoy leaves it out when it
 /// counts how much of a level is healthy, so its drain sends no calls on to the next level.
-fn priorities(instances: &[&Instance], view: &View) -> impl Fn(&Instance) -> u32 {
-    let serving = instances.iter().filter(|instance| instance.state == State::Serving);
-    let distances: BTreeSet<u8> = serving.map(|instance| view.distance(&instance.locality)).collect();
+pub(super) fn priorities<'a>(
+    serving: impl Iterator<Item = &'a Locality>,
+    view: &View,
+) -> impl Fn(&Locality) -> u32 {
+    let distances: BTreeSet<u8> = serving.map(|locality| view.distance(locality)).collect();
     let last = distances.len().saturating_sub(1);
-    move |instance| {
-        let nearer = distances.range(..view.distance(&instance.locality)).count();
+    move |locality| {
+        let nearer = distances.range(..view.distance(locality)).count();
         u32::try_from(nearer.min(last)).unwrap_or(u32::MAX)
     }
 }
 
-fn endpoint(instance: &Instance, weight: u32) -> LbEndpoint {
+/// Only an address and a port make one, so that none can be made which Envoy cannot use: by LEDS that would end it.
+pub(super) fn endpoint(instance: &Instance, weight: u32) -> LbEndpoint {
     let health = match instance.state {
         // Every client takes this for healthy.
         State::Serving => HealthStatus::Unknown,
@@ -111,6 +123,13 @@ fn endpoint(instance: &Instance, weight: u32) -> LbEndpoint {
         })),
         ..LbEndpoint::default()
     }
+}
+
+/// The address that [`socket`] made.
+pub(super) fn socket_of(address: &Address) -> Option<(IpAddr, NonZeroU16)> {
+    let Some(address::Address::SocketAddress(socket)) = &address.address else { return None };
+    let Some(PortSpecifier::PortValue(port)) = socket.port_specifier else { return None };
+    Some((socket.address.parse().ok()?, u16::try_from(port).ok()?.try_into().ok()?))
 }
 
 pub(super) fn socket(address: IpAddr, port: u16) -> Address {

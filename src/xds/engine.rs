@@ -1,4 +1,4 @@
-use std::{fmt, mem, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, mem, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -53,6 +53,9 @@ pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
     type Request: prost::Message + Default + 'static;
 
     fn ask(request: &Self::Request) -> Ask<'_>;
+
+    /// Whether it has this type.
+    fn serves(kind: ResourceType) -> bool;
 
     /// Whether removals of a type are told at all.
     fn tells_removals(kind: ResourceType) -> bool;
@@ -118,7 +121,9 @@ pub(super) struct Engine<V> {
     /// The one type of a stream that is not aggregated (rule G3).
     only: Option<ResourceType>,
     node_id: String,
-    tracks: [Track; 4],
+    tracks: [Track; 5],
+    /// Endpoints that a changed cluster waits for and that are still to be sent, where they are collections.
+    warming: BTreeSet<Arc<str>>,
     nonce: u64,
     /// The newest revision that was looked at.
     current: Revision,
@@ -142,6 +147,7 @@ impl<V: Variant> Engine<V> {
         let track = |kind| Track::new(kind, config.resend_on_reconnect.contains(&kind));
         Self {
             tracks: ResourceType::ALL.map(track),
+            warming: BTreeSet::new(),
             config,
             policy,
             only,
@@ -176,7 +182,7 @@ impl<V: Variant> Engine<V> {
                 return Err(ProtocolError::OtherType { want: only.url(), got: url.to_owned() });
             }
             (None, "") => return Err(ProtocolError::NoType),
-            (_, url) => ResourceType::from_url(url),
+            (_, url) => ResourceType::from_url(url).filter(|kind| V::serves(*kind)),
         };
         let Some(kind) = known else {
             self.variant.on_unknown(request);
@@ -220,8 +226,15 @@ impl<V: Variant> Engine<V> {
         self.current = self.current.max(set.revision());
         for kind in ResourceType::ALL {
             let policy = self.policy;
+            let arrives = self.track(kind).claim.is_some();
             if V::weigh(self.track_mut(kind), set, policy) && kind == ResourceType::Cluster {
                 self.reconnected_until = Some(now + self.config.reconnect_grace);
+            }
+            if arrives
+                && kind == ResourceType::LbEndpoint
+                && (self.reconnected_until.is_some() || self.only.is_some())
+            {
+                self.track_mut(kind).forget_members(set);
             }
         }
         loop {
@@ -356,8 +369,12 @@ impl<V: Variant> Engine<V> {
         track.adds &= more;
         track.report.responses += 1;
         track.report.sent = set.revision();
-        if kind == ResourceType::Cluster && self.policy.repush_endpoints && self.only.is_none() {
-            self.repush_endpoints(set);
+        if self.policy.repush_endpoints && self.only.is_none() {
+            match kind {
+                ResourceType::Cluster => self.repush_endpoints(set),
+                ResourceType::Endpoints => self.repush_members(set),
+                _ => {}
+            }
         }
         Ok(Some(self.respond(Some(kind), kind.url(), built, set)))
     }
@@ -366,38 +383,77 @@ impl<V: Variant> Engine<V> {
     /// endpoints yet may be about to say that it holds them.
     fn repush_endpoints(&mut self, set: &ResourceSet) {
         let [clusters, endpoints, ..] = &mut self.tracks;
+        let in_collections = |name: &str| {
+            let entry = set.get(ResourceType::Endpoints, name);
+            entry.is_some_and(|entry| !entry.resource.needs.is_empty())
+        };
         let sent = clusters.outstanding.iter().flat_map(|outstanding| outstanding.names.iter());
         for name in sent {
             let Some(entry) = set.get(ResourceType::Cluster, name) else { continue };
             for need in entry.resource.needs.iter() {
                 if !endpoints.seen || endpoints.subscription.covers(need) {
                     endpoints.due.insert(Arc::clone(need));
+                    if in_collections(need) {
+                        self.warming.insert(Arc::clone(need));
+                    }
                 }
             }
         }
     }
 
+    /// Likewise the members of the collections that its endpoints are in, and after those: a cluster that does not get them
+    /// anew has no endpoints at all (rule L4).
+    fn repush_members(&mut self, set: &ResourceSet) {
+        let [_, endpoints, members, ..] = &mut self.tracks;
+        for name in endpoints.outstanding.iter().flat_map(|outstanding| outstanding.names.iter()) {
+            if !self.warming.remove(name) {
+                continue;
+            }
+            let Some(entry) = set.get(ResourceType::Endpoints, name) else { continue };
+            let needs = entry.resource.needs.iter();
+            // Where it has not asked for any yet it is about to.
+            members.due.extend(needs.filter(|glob| members.subscription.covers(glob)).cloned());
+        }
+    }
+
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
-        if self.tracks.iter().all(|track| track.held.is_empty()) {
-            return Ok(false);
+        let released = self.release_members(set)?;
+        let keeps = |track: &Track| track.kind != ResourceType::LbEndpoint && !track.held.is_empty();
+        if !self.tracks.iter().any(keeps) {
+            return Ok(released);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);
         for kind in [ResourceType::Listener, ResourceType::Route] {
             let track = self.track_mut(kind);
             if !track.seen {
                 if grace {
-                    return Ok(false);
+                    return Ok(released);
                 }
             } else if !track.subscription.is_empty()
                 && (track.pending(set, V::tells_removals(kind))? || !track.is_settled())
             {
-                return Ok(false);
+                return Ok(released);
             }
         }
-        for track in &mut self.tracks {
+        for track in self.tracks.iter_mut().filter(|track| track.kind != ResourceType::LbEndpoint) {
             track.due.extend(mem::take(&mut track.held).into_keys());
         }
+        Ok(true)
+    }
+
+    /// Removes members that were held, once the client has all endpoints: those that it has refer to no collection that went.
+    fn release_members(&mut self, set: &Arc<ResourceSet>) -> Result<bool, ProtocolError> {
+        let [_, endpoints, members, ..] = &mut self.tracks;
+        if members.held.is_empty()
+            || (!endpoints.subscription.is_empty()
+                && (endpoints.pending(set, V::tells_removals(endpoints.kind))?
+                    || !endpoints.is_settled()
+                    || !endpoints.held.is_empty()))
+        {
+            return Ok(false);
+        }
+        members.due.extend(mem::take(&mut members.held).into_keys());
         Ok(true)
     }
 
@@ -440,10 +496,11 @@ impl<V: Variant> Engine<V> {
     }
 
     pub(super) fn track(&self, kind: ResourceType) -> &Track {
-        let [cluster, endpoints, listener, route] = &self.tracks;
+        let [cluster, endpoints, lb_endpoint, listener, route] = &self.tracks;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
+            ResourceType::LbEndpoint => lb_endpoint,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
         }
@@ -454,11 +511,12 @@ impl<V: Variant> Engine<V> {
     }
 }
 
-fn track_mut(tracks: &mut [Track; 4], kind: ResourceType) -> &mut Track {
-    let [cluster, endpoints, listener, route] = tracks;
+fn track_mut(tracks: &mut [Track; 5], kind: ResourceType) -> &mut Track {
+    let [cluster, endpoints, lb_endpoint, listener, route] = tracks;
     match kind {
         ResourceType::Cluster => cluster,
         ResourceType::Endpoints => endpoints,
+        ResourceType::LbEndpoint => lb_endpoint,
         ResourceType::Listener => listener,
         ResourceType::Route => route,
     }

@@ -3,6 +3,23 @@ use std::sync::Arc;
 use imbl::OrdSet;
 use xxhash_rust::xxh3::xxh3_64;
 
+/// What the name of a glob collection ends with.
+pub(super) const GLOB: char = '*';
+
+/// Whether a name is that of a glob collection (rule X3). Only xdstp names are.
+pub(super) fn is_glob(name: &str) -> bool {
+    name.starts_with("xdstp:") && name.ends_with("/*")
+}
+
+/// The glob collection that a resource is in, by its name: the last part of the path stands for all.
+pub(super) fn collection(name: &str) -> Option<String> {
+    if !name.starts_with("xdstp:") || is_glob(name) {
+        return None;
+    }
+    let (path, _) = name.rsplit_once('/')?;
+    Some(format!("{path}/{GLOB}"))
+}
+
 /// A set of names that knows a hash of itself, so that equal large sets can be told from each other at no cost and share
 /// their memory. A clone costs nothing.
 #[derive(Debug, Clone, Default)]

@@ -152,7 +152,7 @@ impl TypeStatus {
         match name {
             None => self.acknowledged >= revision && self.unaccepted.is_empty(),
             Some(name) => {
-                self.settled >= revision && !self.unaccepted.iter().any(|group| group.contains(name))
+                self.settled >= revision && !self.is_rejected(name)
             }
         }
     }

@@ -200,6 +200,16 @@ impl<F: Future<Output = Result<(), Status>>> Stream for Serving<F> {
     }
 }
 
+/// See [`Node::collections`]. An Envoy that has its clusters by another stream asks this one for endpoints or routes first.
+fn carries_collections<V: Variant>(only: Option<ResourceType>, first: &V::Request) -> bool {
+    let first = ResourceType::from_url(V::ask(first).type_url);
+    V::serves(ResourceType::LbEndpoint)
+        && match only {
+            Some(only) => only == ResourceType::LbEndpoint,
+            None => matches!(first, Some(ResourceType::Cluster | ResourceType::Listener)),
+        }
+}
+
 /// Serves a stream until the client leaves (Ok) or it must end with a status.
 async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
@@ -229,7 +239,8 @@ async fn serve_stream<V: Serve, B: Incoming>(
         return Err(Status::unavailable("too many clients connect at the same time; connect again later"));
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
-    let node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
+    let mut node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
+    node.collections = carries_collections::<V>(only, &first);
     let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));

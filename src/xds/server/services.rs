@@ -1,5 +1,5 @@
 //! Which gRPC services and methods there are (rules G1, G2). What is not here is answered with UNIMPLEMENTED: SDS, SRDS,
-//! RTDS, ECDS, VHDS and LEDS are types that Disco does not generate, and the `Fetch…` methods belong to REST.
+//! RTDS, ECDS and VHDS are types that Disco does not generate, and the `Fetch…` methods belong to REST.
 
 use std::marker::PhantomData;
 
@@ -12,13 +12,9 @@ use crate::xds::{Protocol, ResourceType};
 type Method = (&'static str, Protocol, Option<ResourceType>);
 
 macro_rules! services {
-    ($($marker:ident $name:literal $kind:expr, $sotw:literal $delta:literal;)+) => {
-        const METHODS: &[Method] = &[
-            $(
-                (concat!("/", $name, "/", $sotw), Protocol::Sotw, $kind),
-                (concat!("/", $name, "/", $delta), Protocol::Delta, $kind),
-            )+
-        ];
+    ($($marker:ident $name:literal $kind:expr, $($protocol:ident $method:literal)+;)+) => {
+        const METHODS: &[Method] =
+            &[$($((concat!("/", $name, "/", $method), Protocol::$protocol, $kind),)+)+];
 
         $(
             #[derive(Debug, Clone, Copy)]
@@ -37,15 +33,17 @@ macro_rules! services {
 
 services! {
     Aggregated "envoy.service.discovery.v3.AggregatedDiscoveryService" None,
-        "StreamAggregatedResources" "DeltaAggregatedResources";
+        Sotw "StreamAggregatedResources" Delta "DeltaAggregatedResources";
     Clusters "envoy.service.cluster.v3.ClusterDiscoveryService" Some(ResourceType::Cluster),
-        "StreamClusters" "DeltaClusters";
+        Sotw "StreamClusters" Delta "DeltaClusters";
     Endpoints "envoy.service.endpoint.v3.EndpointDiscoveryService" Some(ResourceType::Endpoints),
-        "StreamEndpoints" "DeltaEndpoints";
+        Sotw "StreamEndpoints" Delta "DeltaEndpoints";
+    LbEndpoints "envoy.service.endpoint.v3.LocalityEndpointDiscoveryService" Some(ResourceType::LbEndpoint),
+        Delta "DeltaLocalityEndpoints";
     Listeners "envoy.service.listener.v3.ListenerDiscoveryService" Some(ResourceType::Listener),
-        "StreamListeners" "DeltaListeners";
+        Sotw "StreamListeners" Delta "DeltaListeners";
     Routes "envoy.service.route.v3.RouteDiscoveryService" Some(ResourceType::Route),
-        "StreamRoutes" "DeltaRoutes";
+        Sotw "StreamRoutes" Delta "DeltaRoutes";
 }
 
 /// The protocol of a method, and its type if it serves only one.

@@ -38,6 +38,11 @@ impl Variant for Sotw {
         }
     }
 
+    /// Rule L4: a collection needs delta. Envoy crashes on its members in SotW.
+    fn serves(kind: ResourceType) -> bool {
+        kind != ResourceType::LbEndpoint
+    }
+
     fn tells_removals(kind: ResourceType) -> bool {
         is_full(kind)
     }
