@@ -14,6 +14,7 @@
 mod bad_input;
 mod harness;
 mod ledger;
+mod leds;
 mod load_reports;
 mod on_demand;
 mod per_type;

@@ -37,7 +37,7 @@ fn reconnect(old: &Stream, policy: StreamPolicy, versions: &[String; 4]) -> Stre
 }
 
 fn reconnect_to(mut s: Stream, old: &Stream, versions: &[String; 4]) -> Stream {
-    for (kind, version) in ResourceType::ALL.into_iter().zip(versions) {
+    for (kind, version) in [CDS, EDS, LDS, RDS].into_iter().zip(versions) {
         s.request(DiscoveryRequest {
             type_url: kind.url().into(),
             version_info: version.clone(),
