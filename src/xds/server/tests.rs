@@ -391,7 +391,7 @@ async fn g2_k2_services_of_types_that_are_not_generated_are_unimplemented() {
         "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/StreamScopedRoutes",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/DeltaScopedRoutes",
-        "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints",
+        "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/StreamLocalityEndpoints",
         "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
         "/envoy.service.runtime.v3.RuntimeDiscoveryService/DeltaRuntime",
         "/envoy.service.extension.v3.ExtensionConfigDiscoveryService/DeltaExtensionConfigs",
