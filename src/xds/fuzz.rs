@@ -65,7 +65,7 @@ fn name(n: u8) -> String {
 
 /// The name of something that the server has: members of collections are of one type only.
 fn there(kind: ResourceType, n: u8) -> String {
-    if kind == ResourceType::LbEndpoint { NAMES[7].to_owned() + &name(n) } else { name(n) }
+    if kind == ResourceType::LbEndpoint { NAMES[7].to_owned() + ["", "b", "c", "d"][usize::from(n)] } else { name(n) }
 }
 
 fn kind(n: u8) -> ResourceType {

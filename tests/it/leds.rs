@@ -1,14 +1,16 @@
 //! A large service's endpoints one by one (LEDS): it grows, shrinks, moves and comes back under calls, and none fails.
 
+use std::{net::SocketAddr, path::Path};
+
 use anyhow::ensure;
 
 use crate::harness::{Client, Disco, Envoy, Greeter, Load, PATIENCE, Protocol, eventually, scene};
 
 const CONFIGURATION: &str = "roles: [registry, xds, admin]\nxds: {leds_from: 3}\nstore: {file: {dir: DIR}}\n";
 
-fn disco(folder: &std::path::Path) -> anyhow::Result<Disco> {
+fn disco(folder: &Path, grpc: SocketAddr, http: SocketAddr) -> anyhow::Result<Disco> {
     let dir = folder.join("data").display().to_string();
-    Disco::serve(folder, &CONFIGURATION.replace("DIR", &dir))
+    Disco::serve_on(folder, &CONFIGURATION.replace("DIR", &dir), grpc, http)
 }
 
 /// How many members of collections each stream was sent that asked for any.
@@ -28,7 +30,8 @@ fn members(disco: &Disco) -> anyhow::Result<Vec<usize>> {
 #[test]
 fn l4_a_service_grows_and_shrinks_across_the_threshold_under_calls() {
     scene(|folder| {
-        let disco = disco(folder)?;
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let disco = disco(folder, any, any)?;
         let wait_members = |want: usize| {
             let mut seen = Ok(Vec::new());
             eventually(&format!("{want} members"), PATIENCE, || {
@@ -87,6 +90,51 @@ fn l4_a_service_grows_and_shrinks_across_the_threshold_under_calls() {
         }
         let stats = load.stop()?;
         ensure!(stats.failed == 0, "{} calls failed: {:#?}", stats.failed, stats.errors);
+        Ok(())
+    });
+}
+
+/// Envoy does not say which members it holds when it reconnects, so those that went meanwhile cannot be removed by name.
+#[test]
+fn l4_what_went_while_nobody_was_connected_is_not_kept() {
+    scene(|folder| {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut first = disco(folder, any, any)?;
+        let put = |disco: &Disco, n: u16| {
+            let body = format!(r#"{{"address": "127.0.0.1", "port": {n}, "ttl": "10m"}}"#);
+            let answer =
+                disco.request("PUT", &format!("/v1/services/many/instances/i{n}"), body.as_bytes())?;
+            ensure!(answer.status == 200, "{answer:?}");
+            anyhow::Ok(())
+        };
+        for n in 1..=5 {
+            put(&first, n)?;
+        }
+        let envoy = Envoy::start(&first, Protocol::Delta)?;
+        let has = |ports: &[u16]| {
+            let want = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+            let mut seen = Ok(Default::default());
+            eventually(&format!("hosts {ports:?}"), PATIENCE, || {
+                seen = envoy.hosts("many");
+                seen.as_ref().is_ok_and(|seen| *seen == want).then_some(())
+            })
+            .map_err(|error| error.context(format!("{seen:?}")))
+        };
+        has(&[1, 2, 3, 4, 5])?;
+        let (grpc, http) = (first.grpc, first.http);
+        first.kill();
+
+        let mut unseen = disco(folder, any, any)?;
+        let answer = unseen.request("DELETE", "/v1/services/many/instances/i2", b"")?;
+        ensure!(answer.status == 200, "{answer:?}");
+        put(&unseen, 6)?;
+        unseen.kill();
+
+        let again = disco(folder, grpc, http)?;
+        has(&[1, 3, 4, 5, 6])?;
+        let answer = again.request("DELETE", "/v1/services/many/instances/i3", b"")?;
+        ensure!(answer.status == 200, "{answer:?}");
+        has(&[1, 4, 5, 6])?;
         Ok(())
     });
 }
