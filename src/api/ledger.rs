@@ -158,7 +158,9 @@ fn stream(status: &ProxyStatus, only: Option<ResourceType>, body: bool) -> Value
 
 fn parse_kind(text: &str) -> Result<ResourceType, String> {
     let found = ResourceType::ALL.into_iter().find(|of| kind(*of) == text);
-    found.ok_or_else(|| format!("{} is no type: want cluster, endpoints, lb-endpoint, listener or route", excerpt(text)))
+    found.ok_or_else(|| {
+        format!("{} is no type: want cluster, endpoints, lb-endpoint, listener or route", excerpt(text))
+    })
 }
 
 fn resource(status: &ProxyStatus, held: &Held, body: bool) -> Value {

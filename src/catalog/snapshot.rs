@@ -120,10 +120,9 @@ impl Snapshot {
     }
 
     fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
-        let service = self
-            .services
-            .entry(id.clone())
-            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new(), endpoints: None }));
+        let service = self.services.entry(id.clone()).or_insert_with(|| {
+            Arc::new(Service { id, revision, instances: imbl::OrdMap::new(), endpoints: None })
+        });
         Arc::make_mut(service)
     }
 }

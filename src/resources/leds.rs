@@ -105,7 +105,8 @@ impl<'a> Collections<'a> {
     fn new(origin: u64, service: &'a Service) -> Self {
         let endpoints = service.endpoints();
         let scale = scale(endpoints.weight());
-        let globs = endpoints.localities().map(|(place, _)| (place.clone(), glob(origin, service, scale, place)));
+        let globs =
+            endpoints.localities().map(|(place, _)| (place.clone(), glob(origin, service, scale, place)));
         Self { globs: globs.collect(), scale, endpoints }
     }
 
@@ -147,7 +148,8 @@ impl<'a> Collections<'a> {
     /// What changed of the members.
     fn members(&self, old: &ResourceSet, service: &Service, touched: Touched<'_>, out: &mut Vec<Change>) {
         let before = globs(old, service.id.as_str());
-        let (known, now): (BTreeSet<_>, BTreeSet<_>) = (before.iter().collect(), self.globs.values().collect());
+        let (known, now): (BTreeSet<_>, BTreeSet<_>) =
+            (before.iter().collect(), self.globs.values().collect());
         known.difference(&now).for_each(|glob| remove_all(old, glob, out));
         let is_new = |glob: &Arc<str>| matches!(touched, Touched::All) || !known.contains(glob);
         if now.iter().any(|glob| is_new(glob)) {

@@ -172,12 +172,9 @@ fn service_resources(
 fn removals(name: &Arc<str>, view: &View) -> impl Iterator<Item = Change> + use<> {
     let kinds: &[ResourceType] = match view.kind {
         ClientKind::Envoy => &[ResourceType::Cluster, ResourceType::Endpoints],
-        ClientKind::Grpc => &[
-            ResourceType::Cluster,
-            ResourceType::Endpoints,
-            ResourceType::Listener,
-            ResourceType::Route,
-        ],
+        ClientKind::Grpc => {
+            &[ResourceType::Cluster, ResourceType::Endpoints, ResourceType::Listener, ResourceType::Route]
+        }
     };
     let name = Arc::clone(name);
     kinds.iter().map(move |kind| Change::Remove(*kind, Arc::clone(&name)))

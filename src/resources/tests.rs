@@ -256,7 +256,9 @@ fn only_upstreams_are_sent() {
         assert_eq!(names(&envoy, ResourceType::Cluster), want);
         assert_eq!(names(&envoy, ResourceType::Endpoints), want);
         assert_eq!(names(&only(upstreams, on_demand()), ResourceType::Cluster), want);
-        for kind in [ResourceType::Cluster, ResourceType::Endpoints, ResourceType::Listener, ResourceType::Route] {
+        for kind in
+            [ResourceType::Cluster, ResourceType::Endpoints, ResourceType::Listener, ResourceType::Route]
+        {
             assert_eq!(names(&only(upstreams, View::grpc()), kind), want, "{kind:?}");
         }
         let routes: RouteConfiguration = decode(&render(&snapshot, &envoy), ResourceType::Route, OUTBOUND);

@@ -65,7 +65,11 @@ fn name(n: u8) -> String {
 
 /// The name of something that the server has: members of collections are of one type only.
 fn there(kind: ResourceType, n: u8) -> String {
-    if kind == ResourceType::LbEndpoint { NAMES[7].to_owned() + ["", "b", "c", "d"][usize::from(n)] } else { name(n) }
+    if kind == ResourceType::LbEndpoint {
+        NAMES[7].to_owned() + ["", "b", "c", "d"][usize::from(n)]
+    } else {
+        name(n)
+    }
 }
 
 fn kind(n: u8) -> ResourceType {
@@ -272,8 +276,7 @@ impl<V: Fuzz> World<V> {
         for kind in ResourceType::ALL {
             // Rule L4: collections are not for SotW.
             let served = V::serves(kind);
-            let want: Vec<_> =
-                set.iter(kind).map(|(name, _)| name.to_string()).filter(|_| served).collect();
+            let want: Vec<_> = set.iter(kind).map(|(name, _)| name.to_string()).filter(|_| served).collect();
             let have: Vec<_> = view.remove(&kind).unwrap_or_default().into_keys().collect();
             assert_eq!(have, want, "{kind:?}");
             let acknowledged = if served { set.revision().0 } else { 0 };

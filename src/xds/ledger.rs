@@ -209,9 +209,9 @@ impl TypeStatus {
     /// Whether it was in a rejected response, or anything of it if it is a collection.
     pub(super) fn is_rejected(&self, name: &str) -> bool {
         let is_meant = |of: &Arc<str>| collection(of).is_some_and(|glob| glob == name);
-        self.unaccepted.iter().any(|group| {
-            if is_glob(name) { group.iter().any(is_meant) } else { group.contains(name) }
-        })
+        self.unaccepted
+            .iter()
+            .any(|group| if is_glob(name) { group.iter().any(is_meant) } else { group.contains(name) })
     }
 
     /// Why it lacks a name, or anything.

@@ -105,7 +105,8 @@ mod tests {
         assert_eq!(glob(&format!("/{LEDS}/a/*")), None);
         assert_eq!(glob("/envoy.config.cluster.v3.Cluster/a"), None);
         assert_eq!(collection("a/b"), None);
-        for (name, is) in [(format!("/{LEDS}/a/*"), true), (format!("/{LEDS}/a"), false), ("*".into(), false)] {
+        for (name, is) in [(format!("/{LEDS}/a/*"), true), (format!("/{LEDS}/a"), false), ("*".into(), false)]
+        {
             assert_eq!(is_glob(&format!("xdstp://{name}")), is, "{name}");
         }
     }

@@ -134,7 +134,15 @@ impl Resource {
         put_head(&mut delta, RESOURCES, any_len);
         put_field(&mut delta, 1, kind.url().as_bytes());
         put_field(&mut delta, 2, body);
-        Self { kind, name, version, needs: needs.into_iter().collect(), delta: delta.freeze(), any_at, body_len: body.len() }
+        Self {
+            kind,
+            name,
+            version,
+            needs: needs.into_iter().collect(),
+            delta: delta.freeze(),
+            any_at,
+            body_len: body.len(),
+        }
     }
 
     /// The resource as a whole `resources` field of a DeltaDiscoveryResponse.

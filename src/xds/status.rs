@@ -151,9 +151,7 @@ impl TypeStatus {
     pub(super) fn has(&self, revision: Revision, name: Option<&str>) -> bool {
         match name {
             None => self.acknowledged >= revision && self.unaccepted.is_empty(),
-            Some(name) => {
-                self.settled >= revision && !self.is_rejected(name)
-            }
+            Some(name) => self.settled >= revision && !self.is_rejected(name),
         }
     }
 }

@@ -5,8 +5,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use envoy_types::pb::{
     envoy::{
         config::{
-            cluster::v3::Cluster, core::v3::Node as CoreNode, endpoint::v3::{ClusterLoadAssignment, LbEndpoint, lb_endpoint::HostIdentifier},
-            listener::v3::Listener, route::v3::RouteConfiguration,
+            cluster::v3::Cluster,
+            core::v3::Node as CoreNode,
+            endpoint::v3::{ClusterLoadAssignment, LbEndpoint, lb_endpoint::HostIdentifier},
+            listener::v3::Listener,
+            route::v3::RouteConfiguration,
         },
         service::discovery::v3::{
             DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,

@@ -155,10 +155,8 @@ impl Variant for Delta {
     ) -> Result<Option<Built>, ProtocolError> {
         // What is removed goes last: clusters, and the endpoints that go with them (rule O1); the last members of a
         // collection after what refers to it.
-        let holds = matches!(
-            track.kind,
-            ResourceType::Cluster | ResourceType::Endpoints | ResourceType::LbEndpoint
-        );
+        let holds =
+            matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints | ResourceType::LbEndpoint);
         let mut names = track.take(set, true, holds)?;
         let mut built = Built { version: set.revision().to_string(), ..Built::default() };
         let mut removed: Vec<&Arc<str>> = Vec::new();
