@@ -1,3 +1,5 @@
+mod leds;
+
 use std::{collections::BTreeMap, time::SystemTime};
 
 use envoy_types::pb::envoy::{
