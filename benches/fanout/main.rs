@@ -15,6 +15,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod leds;
 mod limit;
 mod load;
 mod servers;
@@ -55,6 +56,9 @@ fn main() {
     }
     if wanted("churn") {
         churn();
+    }
+    if wanted("leds") {
+        leds::services(quick);
     }
     if wanted("bad") {
         bad_proxies(quick);
