@@ -13,7 +13,9 @@ use crate::{
 const STREAMS: usize = 10;
 
 pub(crate) fn services(quick: bool) {
-    println!("one endpoint of a large service changes, {STREAMS} delta streams: one by one (LEDS), all together (EDS)");
+    println!(
+        "one endpoint of a large service changes, {STREAMS} delta streams: one by one (LEDS), all together (EDS)"
+    );
     println!(
         "{:<22} {:>10} {:>10} {:>8} {:>8} {:>12} {:>10} {:>10}",
         "", "first load", "a change", "p50", "p99", "CPU a change", "open s", "KiB each"

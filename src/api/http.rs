@@ -10,6 +10,7 @@ use axum::{
         rejection::BytesRejection,
     },
     http::{StatusCode, header, request::Parts},
+    middleware,
     response::{IntoResponse, Response},
     routing,
 };
@@ -17,10 +18,10 @@ use serde_json::json;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
-    Api,
-    dto::{self, InstanceDto, LeaseDto, ServiceDto},
+    Api, SYNCED,
+    dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, load, proxies,
+    ledger, live, load, proxies,
 };
 use crate::{
     model::{
@@ -46,9 +47,11 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/live", routing::get(live::list))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
+        .route(&format!("{instance}/live"), routing::put(live::publish))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/proxies", routing::get(proxies::list))
@@ -79,6 +82,7 @@ pub(super) fn router(api: Api) -> Router {
                 ),
             )
         })
+        .layer(middleware::from_fn_with_state(api.clone(), when_synced))
         .layer(DefaultBodyLimit::max(body_limit))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::new(
@@ -90,8 +94,18 @@ pub(super) fn router(api: Api) -> Router {
         .with_state(api)
 }
 
+/// Before everything has been read back, nothing would be a wrong answer (never 2).
+async fn when_synced(State(api): State<Api>, request: Request, next: middleware::Next) -> Response {
+    if request.uri().path().starts_with("/v1/") && api.readiness.waits_for(SYNCED) {
+        let message =
+            "what is registered has not been read back from the store yet: try another node or again";
+        return ApiError::new(Kind::Unavailable, message).into_response();
+    }
+    next.run(request).await
+}
+
 /// A request body within the limit.
-struct Body(Bytes);
+pub(super) struct Body(pub(super) Bytes);
 
 impl FromRequest<Api> for Body {
     type Rejection = ApiError;
@@ -194,7 +208,7 @@ pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Dur
     wait
 }
 
-fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
+pub(super) fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
     fields
         .integer("incarnation", 1..=u64::MAX.into(), problems)
         .and_then(|number| u64::try_from(number).ok())
@@ -218,27 +232,30 @@ pub(super) fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiEr
 
 async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {
     let (index, wait) = read_poll(query.as_deref())?;
-    let catalog = api.registry.catalog();
+    let catalog = &api.catalog;
     wait_at_most(&api, wait, catalog.newer_than(index)).await;
     let snapshot = catalog.latest();
     let services: Vec<_> = snapshot.services().map(|service| ServiceDto::from(&**service)).collect();
-    Ok(Json(json!({"revision": snapshot.revision().0, "services": services})).into_response())
+    Ok(Json(
+        json!({"revision": snapshot.revision().0, "services": services, "stale": StaleDto::of(&api.catalog)}),
+    )
+    .into_response())
 }
 
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
     Ok(Json(ServiceDto::from(&**service)).into_response())
 }
 
 async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
-    let revision = api.registry.remove_service(service_id(&service)?).await?;
+    let revision = api.registry()?.remove_service(service_id(&service)?).await?;
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
 /// `?index` and `?wait` of a long poll.
-fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
+pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
     Query::of(query).read(|fields, problems| {
         let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
         (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
@@ -252,7 +269,7 @@ async fn list_instances(
 ) -> Reply {
     let (index, wait) = read_poll(query.as_deref())?;
     let id = service_id(&service)?;
-    let catalog = api.registry.catalog();
+    let catalog = &api.catalog;
     wait_at_most(&api, wait, async {
         // A snapshot newer than the service's last change is no news of it.
         let mut seen = Revision::default();
@@ -267,11 +284,11 @@ async fn list_instances(
     let snapshot = catalog.latest();
     let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
     let instances: Vec<_> = service.instances().map(|instance| InstanceDto::from(&**instance)).collect();
-    Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances})).into_response())
+    Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances, "stale": StaleDto::of(&api.catalog)})).into_response())
 }
 
 /// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
-async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
     if wait.is_zero() {
         return;
     }
@@ -283,7 +300,7 @@ async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = 
 
 async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
     let key = instance_key(&service, &id)?;
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     Ok(Json(InstanceDto::from(&**instance)).into_response())
 }
@@ -293,8 +310,8 @@ async fn register(
     Path((service, id)): Path<(String, String)>,
     Body(body): Body,
 ) -> Reply {
-    let registration = dto::read_registration(service, id, &body, api.registry.limits())?;
-    let Accepted { revision, instance } = api.registry.register(registration).await?;
+    let registration = dto::read_registration(service, id, &body, api.registry()?.limits())?;
+    let Accepted { revision, instance } = api.registry()?.register(registration).await?;
     let lease = LeaseDto::from(instance.lease);
     Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
         .into_response())
@@ -307,8 +324,8 @@ async fn update(
     Body(body): Body,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let update = dto::read_update(&body, api.registry.limits())?;
-    let accepted = api.registry.update(instance_key(&service, &id)?, incarnation, update).await?;
+    let update = dto::read_update(&body, api.registry()?.limits())?;
+    let accepted = api.registry()?.update(instance_key(&service, &id)?, incarnation, update).await?;
     Ok(accepted_reply(&accepted))
 }
 
@@ -318,7 +335,7 @@ async fn drain(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let accepted = api.registry.drain(instance_key(&service, &id)?, incarnation).await?;
+    let accepted = api.registry()?.drain(instance_key(&service, &id)?, incarnation).await?;
     Ok(accepted_reply(&accepted))
 }
 
@@ -332,7 +349,7 @@ async fn renew(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let (ttl, revision) = api.registry.renew(&instance_key(&service, &id)?, incarnation)?;
+    let (ttl, revision) = api.registry()?.renew(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0, "ttl": format_duration(ttl)})).into_response())
 }
 
@@ -342,7 +359,7 @@ async fn deregister(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let revision = api.registry.deregister(instance_key(&service, &id)?, incarnation).await?;
+    let revision = api.registry()?.deregister(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
@@ -387,7 +404,7 @@ async fn debug_config(State(api): State<Api>) -> Response {
 }
 
 async fn debug_catalog(State(api): State<Api>) -> Response {
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let services: serde_json::Map<_, _> = snapshot
         .services()
         .map(|service| {
@@ -405,12 +422,14 @@ async fn index() -> &'static str {
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
@@ -454,15 +473,19 @@ mod tests {
         let (writer, reader) = crate::catalog::catalog();
         let (store, readiness, metrics) =
             (Arc::new(MemoryStore::default()), Readiness::default(), Metrics::default());
-        let gate = readiness.gate("registry");
-        let config = registry::Config::default();
-        let registry =
-            registry::Registry::start(config, store, writer, reader, &metrics, &core, gate).await.unwrap();
+        let store: Arc<dyn crate::store::Store> = store;
+        let mirror = registry::Mirror::new(Arc::clone(&store), writer, reader.clone());
+        mirror.start(registry::Patience::None, &core, readiness.gate(SYNCED)).await.unwrap();
+        let (members, config) =
+            (crate::model::Members::alone("n1".parse().unwrap()), registry::Config::default());
+        let members = tokio::sync::watch::Sender::new(members).subscribe();
+        let registry = registry::Registry::start(config, store, reader.clone(), members, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
         let config = super::super::Config { body_limit: 1024, effective: String::new() };
         let api = Api {
             config: Arc::new(config),
-            registry,
+            catalog: reader,
+            registry: Some(registry),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),
             readiness,
@@ -471,9 +494,9 @@ mod tests {
             tasks: tasks.clone(),
         };
         let body = br#"{"address":"127.0.0.1","port":1}"#;
-        let limits = api.registry.limits();
+        let limits = api.registry().unwrap().limits();
         let registration = dto::read_registration("greeter".into(), "a".into(), body, limits).unwrap();
-        api.registry.register(registration).await.unwrap();
+        api.registry().unwrap().register(registration).await.unwrap();
 
         tasks.shutdown().start();
         for (path, status) in [

@@ -52,7 +52,7 @@ pub(super) async fn revision(
         return Err(problems.into());
     };
     let progress = api.delivered(Revision(number), service.as_ref(), wait).await?;
-    let accepted = api.registry.catalog().came(Revision(number));
+    let accepted = api.catalog.came(Revision(number));
     Ok(Json(json!({
         "revision": number,
         "complete": progress.complete,
@@ -72,7 +72,7 @@ impl Api {
         service: Option<&ServiceId>,
         wait: Duration,
     ) -> Result<Progress, ApiError> {
-        let catalog = self.registry.catalog();
+        let catalog = &self.catalog;
         let newest = catalog.latest().revision();
         if revision > newest {
             let mut problems = Problems::default();
@@ -202,7 +202,7 @@ pub(super) fn any(resource: &Resource) -> Option<Any> {
 
 pub(super) async fn explain(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
     let key = instance_key(&service, &id)?;
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     let proxies = api.proxies.list();
     // Of the same endpoints the same is true.
@@ -242,7 +242,7 @@ pub(super) async fn explain(State(api): State<Api>, Path((service, id)): Path<(S
     Ok(Json(json!({
         "revision": snapshot.revision().0,
         "instance": InstanceDto::from(&**instance),
-        "abandoned": api.registry.is_abandoned(&instance.key),
+        "abandoned": api.registry.as_ref().is_some_and(|registry| registry.is_abandoned(instance)),
         "views": views.collect::<Vec<_>>(),
         "proxies": proxies.collect::<Vec<_>>(),
     }))

@@ -1,5 +1,6 @@
 use std::{io, net::SocketAddr, pin::pin, time::Duration};
 
+use axum::middleware;
 use futures_util::{Stream, stream};
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -20,6 +21,7 @@ use tower::util::MapRequestLayer;
 
 use super::Error;
 use crate::{
+    api::SYNCED,
     proto,
     rt::{Hangup, Readiness, Tasks, Watched},
 };
@@ -135,6 +137,24 @@ pub(super) fn reflection()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .build_v1()
         .unwrap_or_else(|error| unreachable!("our own descriptors were compiled by the build: {error}"))
+}
+
+/// Turns away who asks for what is registered before that has been read back: nothing would be a wrong answer (never 2).
+/// Health and reflection answer at any time.
+pub(super) fn when_synced(routes: tonic::service::Routes, readiness: Readiness) -> tonic::service::Routes {
+    let check = move |request: axum::extract::Request, next: middleware::Next| {
+        let readiness = readiness.clone();
+        async move {
+            let about_us = request.uri().path().starts_with("/grpc.");
+            if !about_us && readiness.waits_for(SYNCED) {
+                let message =
+                    "what is registered has not been read back from the store yet: try another node or again";
+                return tonic::Status::unavailable(message).into_http();
+            }
+            next.run(request).await
+        }
+    };
+    routes.into_axum_router().layer(middleware::from_fn(check)).into()
 }
 
 pub(super) fn serve_grpc(

@@ -15,15 +15,16 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Mutex, mpsc},
+    sync::{Mutex, mpsc, watch},
 };
 use tonic::service::RoutesBuilder;
 
 use crate::{
-    api::Api,
+    api::{Api, SYNCED},
     catalog,
     config::{Config, Role, Store as StoreConfig},
-    registry::{self, Registry},
+    model::Members,
+    registry::{self, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
@@ -115,7 +116,7 @@ impl Running {
     async fn start(config: &Config, log: LogFilter) -> Result<Self, Error> {
         let (edges, core) = (Tasks::new(Shutdown::default()), Tasks::new(Shutdown::default()));
         let (readiness, metrics) = (Readiness::default(), Metrics::default());
-        let (synced, listening) = (readiness.gate("registry"), readiness.gate("listeners"));
+        let listening = readiness.gate("listeners");
 
         // Bound before the store is read: a port that is taken should not cost a restart its wait, and connections that
         // come meanwhile wait in the backlog.
@@ -127,16 +128,14 @@ impl Running {
 
         let store = open_store(&config.store, &metrics)?;
         let (writer, reader) = catalog::catalog();
-        let registry = Registry::start(
-            settings::registry(config),
-            Arc::clone(&store),
-            writer,
-            reader.clone(),
-            &metrics,
-            &core,
-            synced,
-        )
-        .await?;
+        let mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
+        mirror.start(Patience::None, &core, readiness.gate(SYNCED)).await?;
+        metrics.collect(observe::CatalogMetrics(reader.clone()));
+        let (_, members) = watch::channel(Members::alone(settings::node(config)));
+        let registry = has(Role::Registry).then(|| {
+            let (store, catalog) = (Arc::clone(&store), reader.clone());
+            Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
+        });
 
         let proxies = Proxies::default();
         let loads = Loads::new(config.xds.load_report_interval);
@@ -145,12 +144,13 @@ impl Running {
             LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
         });
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader, core.clone(), &metrics, config.xds.leds_from));
+            let views = Arc::new(Views::new(reader.clone(), core.clone(), &metrics, config.xds.leds_from));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
         let api = Api {
             config: Arc::new(settings::api(config)),
+            catalog: reader,
             registry,
             proxies,
             loads,
@@ -173,11 +173,12 @@ impl Running {
             if let Some(load_reports) = load_reports {
                 routes.add_service(load_reports);
             }
-            if has(Role::Registry) {
-                routes.add_service(api.registry_service());
+            if let Some(registry) = api.registry_service() {
+                routes.add_service(registry);
             }
             routes.add_service(api.proxies_service());
-            listen::serve_grpc(listener, routes.routes(), &edges, failed);
+            let routes = listen::when_synced(routes.routes(), readiness.clone());
+            listen::serve_grpc(listener, routes, &edges, failed);
         }
         if let Some(listener) = http {
             listen::serve_http(listener, api.http(), &edges);

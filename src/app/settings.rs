@@ -1,6 +1,11 @@
 //! Each room's part of the configuration.
 
-use crate::{api, config::Config, registry, xds};
+use crate::{api, config::Config, model::MemberId, registry, xds};
+
+/// What this process is called.
+pub(super) fn node(config: &Config) -> MemberId {
+    config.node.clone().unwrap_or_else(MemberId::sole)
+}
 
 pub(super) fn registry(config: &Config) -> registry::Config {
     registry::Config {

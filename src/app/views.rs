@@ -274,6 +274,7 @@ mod tests {
                 lease: Lease::Session,
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,
+                owner: None,
             }));
         }
 

@@ -73,6 +73,7 @@ impl Reader<'_> {
     fn config(&mut self, root: &Node) -> Config {
         let mut config = Config::default();
         let mut fields = Fields::of(root, "", &mut self.problems);
+        config.node = fields.parse("node", &mut self.problems, str::parse);
         self.roles(&mut fields, &mut config);
         if let Some(mut listen) = fields.fields("listen", &mut self.problems) {
             self.set(&mut listen, "grpc", &mut config.listen.grpc, address);

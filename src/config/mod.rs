@@ -23,11 +23,17 @@ use std::{
 pub use crate::telemetry::LogFormat;
 pub use problem::ConfigError;
 
-use crate::{model, xds::ResourceType};
+use crate::{
+    model::{self, MemberId},
+    xds::ResourceType,
+};
 
 /// What one process does. It runs nothing that it was not told to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
+    /// What this process is called among those that share its store, where the default does not do: `disco` when it has its
+    /// store to itself.
+    pub node: Option<MemberId>,
     /// The parts that run; never empty.
     pub roles: BTreeSet<Role>,
     /// Where it listens.
@@ -245,6 +251,7 @@ impl Default for Config {
     /// All roles, everything else as it is when a file does not say.
     fn default() -> Self {
         Self {
+            node: None,
             roles: Role::ALL.into(),
             listen: Listen::default(),
             insecure: false,

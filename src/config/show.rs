@@ -4,7 +4,7 @@ use super::{Config, LogFormat, Store, check::format_bytes};
 use crate::model::format_duration;
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { roles, listen, insecure, store, limits, shutdown, log, registry, xds } = config;
+    let Config { node, roles, listen, insecure, store, limits, shutdown, log, registry, xds } = config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -68,7 +68,8 @@ pub(super) fn yaml(config: &Config) -> String {
             ],
         ),
     ];
-    let mut text = format!("roles: [{}]\ninsecure: {insecure}\n{store}", roles.join(", "));
+    let node = node.as_ref().map(|node| format!("node: {}\n", quoted(node.as_str()))).unwrap_or_default();
+    let mut text = format!("{node}roles: [{}]\ninsecure: {insecure}\n{store}", roles.join(", "));
     for (name, fields) in blocks {
         text.push_str(&format!("{name}:\n"));
         for (field, value) in fields {

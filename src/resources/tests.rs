@@ -44,6 +44,7 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         lease: Lease::Session,
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
+        owner: None,
     }
 }
 

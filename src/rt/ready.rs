@@ -36,6 +36,11 @@ impl Readiness {
         self.waiting.borrow().iter().copied().collect()
     }
 
+    /// Whether this one condition is still waited for.
+    pub fn waits_for(&self, name: &str) -> bool {
+        self.waiting.borrow().contains(name)
+    }
+
     /// Returns once nothing is waited for.
     pub async fn ready(&self) {
         let mut waiting = self.waiting.subscribe();

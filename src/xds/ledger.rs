@@ -390,7 +390,7 @@ mod tests {
         Change, Node, Progress, Proxies,
         delta::Delta,
         status::Seat,
-        testing::{Bench, CDS, EDS, LDS, RDS, delta, put, remove},
+        testing::{Bench, CDS, EDS, LDS, LEDS, RDS, delta, put, remove},
     };
 
     /// Streams in one table.
@@ -448,6 +448,50 @@ mod tests {
         let mut bench = Bench::new(changes);
         bench.request(delta(EDS, names, &[]));
         bench
+    }
+
+    #[test]
+    fn l4_what_is_in_collections_is_told_as_what_is_in_them() {
+        let glob = "xdstp:///envoy.config.endpoint.v3.LbEndpoint/x/*";
+        let name = |id: &str| glob.replace('*', id);
+        let assignment = |globs: &[&str]| {
+            let needs = globs.iter().map(|&glob| glob.into());
+            Change::Put(Resource::from_body(EDS, "a", &[], needs))
+        };
+        let member = |id: &str, text: &str| put(LEDS, &name(id), text);
+        let mut bench =
+            endpoints(&["a"], [put(CDS, "a", "1"), assignment(&[glob]), member("1", "1"), member("2", "1")]);
+        bench.request(delta(LEDS, &[glob], &[]));
+        bench.settle();
+        let holds = |bench: &Bench<Delta>| {
+            let held = Table::of(&[("n", bench)]).holds(LEDS);
+            held.into_iter().map(|held| held.replace(glob.trim_end_matches('*'), "")).collect::<Vec<_>>()
+        };
+        assert_eq!(holds(&bench), ["1@1 Acknowledged", "2@1 Acknowledged"]);
+        bench.apply([member("2", "2")]);
+        let progress = |bench: &Bench<Delta>| {
+            let table = Table::of(&[("n", bench)]);
+            let endpoints = table.proxies.progress(Revision(2), &Concern::of(Some("a")));
+            (lacks(&endpoints), lacks(&table.delivered(2, &["a"], false)))
+        };
+        let both = |text: &str| (vec![text.to_owned()], vec![text.to_owned()]);
+        let _ = bench.next();
+        assert_eq!(holds(&bench), ["1@1 Acknowledged", "2@2 Sent over an earlier"]);
+        assert_eq!(progress(&bench), both("n LbEndpoint not answered"));
+        bench.nack(LEDS);
+        bench.out();
+        assert_eq!(progress(&bench), both("n LbEndpoint rejected: bad"));
+        bench.apply([member("2", "3")]);
+        bench.settle();
+        assert_eq!(progress(&bench), (vec![], vec![]));
+
+        bench.request(delta(LEDS, &[], &[glob]));
+        bench.request(delta(LEDS, &[glob], &[]));
+        assert_eq!(holds(&bench), ["1@1 Pending", "2@3 Pending over an earlier"]);
+        bench.settle();
+        bench.apply([remove(LEDS, &name("1")), remove(LEDS, &name("2"))]);
+        bench.settle();
+        assert_eq!(holds(&bench), ["*@0 Absent"]);
     }
 
     #[test]

@@ -15,6 +15,8 @@ mod bad_input;
 mod harness;
 mod ledger;
 mod leds;
+mod leds_protocol;
+mod live;
 mod load_reports;
 mod on_demand;
 mod per_type;
