@@ -144,3 +144,83 @@ impl Endpoints {
 fn rank(instance: &Instance) -> (State, &InstanceId) {
     (instance.state, &instance.key.id)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::SystemTime};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        catalog::{Change, Snapshot},
+        model::{Incarnation, InstanceKey, Lease, Revision},
+    };
+
+    fn put(id: usize, port: u16, zone: u8, weight: u32, serving: bool) -> Change {
+        Change::PutInstance(Instance {
+            key: key(id),
+            incarnation: Incarnation(1),
+            address: [127, 0, 0, 1].into(),
+            port: port.try_into().unwrap(),
+            locality: Locality { zone: zone.to_string().into(), ..Locality::default() },
+            weight: weight.try_into().unwrap(),
+            metadata: BTreeMap::new(),
+            state: if serving { State::Serving } else { State::Draining },
+            lease: Lease::Session,
+            owner: None,
+            revision: Revision(1),
+            registered_at: SystemTime::UNIX_EPOCH,
+        })
+    }
+
+    fn key(id: usize) -> InstanceKey {
+        InstanceKey { service: "a".parse().unwrap(), id: format!("i{id}").parse().unwrap() }
+    }
+
+    /// Everything that can be asked of it.
+    fn show(service: &Service, of: &Endpoints) -> (Vec<String>, u64, Vec<(Locality, usize)>) {
+        let claims = service.instances().map(|instance| {
+            let claims = of.claims(instance.address, instance.port).map(|claim| claim.key.id.to_string());
+            format!("{} {} {}", instance.key.id, of.has(instance), claims.collect::<Vec<_>>().join(" "))
+        });
+        let localities = of.localities().map(|(place, serving)| (place.clone(), serving));
+        (claims.collect(), of.weight(), localities.collect())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// What a large service keeps up is what would be made of it anew, and an address stands for who serves before who drains.
+        #[test]
+        fn kept_up_is_made_anew(
+            history in proptest::collection::vec(
+                (0..40_usize, 1..30_u16, 0..3_u8, 1..4_u32, any::<bool>(), any::<bool>()), 1..60
+            ),
+            size in prop::sample::select(vec![256_usize, 400]),
+        ) {
+            let start = (100..100 + size).map(|id| put(id, u16::try_from(id).unwrap(), 0, 1, true));
+            let mut snapshot = Snapshot::default().apply(Revision(1), start);
+            for (n, (id, port, zone, weight, serving, gone)) in history.into_iter().enumerate() {
+                let change =
+                    if gone { Change::RemoveInstance(key(id)) } else { put(id, port, zone, weight, serving) };
+                snapshot = snapshot.apply(Revision(n as u64 + 2), [change]);
+                let service = snapshot.service(&key(0).service).unwrap();
+                prop_assert!(service.endpoints.is_some());
+                prop_assert_eq!(show(service, &service.endpoints()), show(service, &service.count()));
+            }
+            let service = snapshot.service(&key(0).service).unwrap();
+            let endpoints = service.endpoints();
+            for instance in service.instances().filter(|instance| endpoints.has(instance)) {
+                let mut others = endpoints.claims(instance.address, instance.port);
+                prop_assert!(others.all(|other| rank(instance) <= rank(other)));
+            }
+            // Few are not worth it.
+            let all = (100..100 + size).map(|id| Change::RemoveInstance(key(id)));
+            let few = snapshot.apply(Revision(1000), all);
+            let service = few.service(&key(0).service).unwrap();
+            prop_assert!(service.endpoints.is_none());
+            show(service, &service.endpoints());
+        }
+    }
+}

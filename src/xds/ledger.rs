@@ -390,7 +390,7 @@ mod tests {
         Change, Node, Progress, Proxies,
         delta::Delta,
         status::Seat,
-        testing::{Bench, CDS, EDS, LDS, LEDS, RDS, delta, put, remove},
+        testing::{Bench, CDS, EDS, LDS, LEDS, RDS, delta, put, remove, resource},
     };
 
     /// Streams in one table.
@@ -456,7 +456,7 @@ mod tests {
         let name = |id: &str| glob.replace('*', id);
         let assignment = |globs: &[&str]| {
             let needs = globs.iter().map(|&glob| glob.into());
-            Change::Put(Resource::from_body(EDS, "a", &[], needs))
+            Change::Put(Resource::from_body(EDS, "a", &resource(EDS, "a", "1").body(), needs))
         };
         let member = |id: &str, text: &str| put(LEDS, &name(id), text);
         let mut bench =

@@ -14,7 +14,7 @@ use disco::{
     resources::{self, View},
     rt::{Shutdown, Tasks},
     xds::{
-        AdsServer, Admit, Admitted, Change, Concern, Config, Node, Proxies, Refusal, Resource, ResourceSet,
+        Admit, Admitted, AdsServer, Change, Concern, Config, Node, Proxies, Refusal, Resource, ResourceSet,
         ResourceType, StreamPolicy,
     },
 };
@@ -68,7 +68,8 @@ impl Served {
     fn serve(&self, set: ResourceSet) -> anyhow::Result<()> {
         let revision = set.revision();
         self.set.send_replace(Some(Arc::new(set)));
-        let progress = self.runtime.block_on(self.proxies.wait_acknowledged(revision, &Concern::All, AT_ONCE));
+        let progress =
+            self.runtime.block_on(self.proxies.wait_acknowledged(revision, &Concern::All, AT_ONCE));
         ensure!(progress.complete, "not acknowledged at once: {progress:#?}");
         Ok(())
     }
@@ -91,6 +92,7 @@ fn instances(service: &str, addresses: &[&str]) -> Vec<catalog::Change> {
             metadata: [].into(),
             state: State::Serving,
             lease: Lease::Session,
+            owner: None,
             revision: Revision(1),
             registered_at: SystemTime::UNIX_EPOCH,
         })
@@ -115,7 +117,8 @@ fn l4_envoy_lives_through_all_that_comes_one_by_one() {
         let served = Served::start()?;
         // Only for its command line.
         let disco = Disco::start(folder)?;
-        let all = instances("odd", &ODD).into_iter().chain(instances("empty", &["127.0.0.1:1", "127.0.0.1:2"]));
+        let all =
+            instances("odd", &ODD).into_iter().chain(instances("empty", &["127.0.0.1:1", "127.0.0.1:2"]));
         let snapshot = Snapshot::default().apply(Revision(1), all);
         let port = free_port()?;
         let set = resources::render(&snapshot, &View { leds_from: 1, ..View::envoy(port) });
@@ -123,7 +126,8 @@ fn l4_envoy_lives_through_all_that_comes_one_by_one() {
             let names = set.iter(ResourceType::LbEndpoint).map(|(name, _)| Arc::clone(name));
             names.filter(|name| name.contains(&format!("/{service}/"))).collect::<Vec<_>>()
         };
-        let gone = members(&set, "empty").into_iter().map(|name| Change::Remove(ResourceType::LbEndpoint, name));
+        let gone =
+            members(&set, "empty").into_iter().map(|name| Change::Remove(ResourceType::LbEndpoint, name));
         let set = set.apply(Revision(2), gone);
         served.set.send_replace(Some(Arc::new(set)));
 
