@@ -245,8 +245,11 @@ impl Proxies {
         let mut acknowledged = 0;
         let mut behind = Vec::new();
         for stream in self.streams() {
+            let collects = || stream.types().iter().any(|of| of.kind == ResourceType::LbEndpoint);
             let set = match concern {
                 Concern::Change { .. } => stream.set(),
+                // To know which collections the endpoints are in.
+                Concern::Endpoints(_) if collects() => stream.set(),
                 Concern::All | Concern::Endpoints(_) => None,
             };
             let lacks = relevant.lacks(&stream.types(), set.as_ref());
