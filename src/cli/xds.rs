@@ -16,7 +16,7 @@ pub(super) enum Command {
     /// Subscribe at any xDS server, and print and acknowledge each response
     #[command(
         long_about = "Subscribe at any xDS server over ADS, and print and acknowledge each response until Ctrl-C.\n\nTYPE is \
-                      cluster, endpoints, listener, route, secret or runtime, or a whole type URL. Without names all resources \
+                      cluster, endpoints, lb-endpoint, listener, route, secret or runtime, or a whole type URL. Without names all resources \
                       are asked for; not every server and type has that.",
         after_help = "Examples:\n  disco xds watch cluster\n  disco xds watch endpoints greeter --count 1 -o json\n  \
                       disco xds watch listener --server 10.0.0.7:15010 --sotw --node-id sidecar-7"
