@@ -11,6 +11,7 @@ use crate::{
         Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, State, Update, Value,
         format_duration, parse_duration,
     },
+    registry::Member,
 };
 
 #[derive(Debug, Serialize)]
@@ -108,6 +109,18 @@ impl StaleDto {
     pub(super) fn of(catalog: &Reader) -> Option<Self> {
         catalog.stale().map(|stale| Self { since: timestamp(stale.since), reason: stale.reason.to_string() })
     }
+}
+
+/// A process that shares the store.
+pub(super) fn node(member: &Member) -> serde_json::Value {
+    let Member { id, roles, grpc, http, started_at } = member;
+    serde_json::json!({
+        "node": id.as_str(),
+        "roles": roles,
+        "grpc": grpc,
+        "http": http,
+        "started_at": timestamp(*started_at),
+    })
 }
 
 #[derive(Debug, Serialize)]

@@ -5,7 +5,7 @@ use std::{pin::Pin, time::Duration};
 use futures_util::{Stream, StreamExt as _};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::{dto, error::ApiError, live};
 use crate::{
@@ -289,6 +289,11 @@ impl registry_server::Registry for RegistryService {
                         if answers.send(Ok(response)).await.is_err() {
                             break Ended::Closed;
                         }
+                    }
+                    // A message that cannot be read is no sign of its owner's end.
+                    Some(Err(status)) if status.code() == Code::InvalidArgument => {
+                        let _ = answers.try_send(Err(status));
+                        break Ended::Lost;
                     }
                     Some(Err(_)) | None => break how_it_ended(hangup.as_mut()).await,
                 }

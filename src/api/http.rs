@@ -1,20 +1,18 @@
 //! HTTP/JSON over the registry's handlers, and what operators ask a process.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
-    body::Bytes,
-    extract::{
-        self, DefaultBodyLimit, FromRequest, FromRequestParts, RawQuery, Request, State,
-        rejection::BytesRejection,
-    },
-    http::{StatusCode, header, request::Parts},
-    middleware,
+    extract::{DefaultBodyLimit, RawQuery, Request, State},
+    http::{StatusCode, header},
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing,
 };
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
@@ -22,22 +20,12 @@ use super::{
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
     ledger, live, load, proxies,
+    request::{Body, Path, Query, Reply, instance_key, read_incarnation, read_wait, service_id},
 };
 use crate::{
-    model::{
-        Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
-        format_duration, parse_duration,
-    },
-    registry::{self, Accepted},
+    model::{Fields, Problems, Revision, excerpt, format_duration},
+    registry::{self, Accepted, Membership},
 };
-
-/// Longest that a long poll is held.
-pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
-
-/// Longest that a body may take to arrive.
-const BODY_WITHIN: Duration = Duration::from_secs(30);
-
-pub(super) type Reply = Result<Response, ApiError>;
 
 /// All routes.
 pub(super) fn router(api: Api) -> Router {
@@ -58,14 +46,17 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
-        .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
-        .route("/readyz", routing::get(readyz))
-        .route("/metrics", routing::get(metrics))
+        .route("/v1/nodes", routing::get(list_nodes))
         .route("/debug/log", routing::get(get_log).put(set_log))
         .route("/debug/config", routing::get(debug_config))
         .route("/debug/catalog", routing::get(debug_catalog))
         .route("/debug/xds", routing::get(proxies::debug))
         .route("/", routing::get(index))
+        .route_layer(middleware::from_fn_with_state(Places::new(&api), within_limit))
+        // What tells how the process is answers also when it has too much to do.
+        .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
+        .route("/readyz", routing::get(readyz))
+        .route("/metrics", routing::get(metrics))
         .fallback(|request: Request| async move {
             ApiError::new(
                 Kind::NotFound,
@@ -95,7 +86,7 @@ pub(super) fn router(api: Api) -> Router {
 }
 
 /// Before everything has been read back, nothing would be a wrong answer (never 2).
-async fn when_synced(State(api): State<Api>, request: Request, next: middleware::Next) -> Response {
+async fn when_synced(State(api): State<Api>, request: Request, next: Next) -> Response {
     if request.uri().path().starts_with("/v1/") && api.readiness.waits_for(SYNCED) {
         let message =
             "what is registered has not been read back from the store yet: try another node or again";
@@ -104,129 +95,62 @@ async fn when_synced(State(api): State<Api>, request: Request, next: middleware:
     next.run(request).await
 }
 
-/// A request body within the limit.
-pub(super) struct Body(pub(super) Bytes);
+/// Places for requests.
+#[derive(Debug, Clone)]
+struct Places {
+    free: Arc<Semaphore>,
+    limit: usize,
+    taken: Gauge,
+    refused: Counter,
+}
 
-impl FromRequest<Api> for Body {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, api: &Api) -> Result<Self, ApiError> {
-        let limit = api.config.body_limit;
-        let too_large = || {
-            let message = format!("the body is larger than {limit} bytes; limits.body raises that");
-            ApiError::new(Kind::TooLarge, message)
-        };
-        // What is announced need not be waited for.
-        let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok());
-        if announced.and_then(|length| length.parse::<usize>().ok()).is_some_and(|length| length > limit) {
-            return Err(too_large());
-        }
-        let body = tokio::time::timeout(BODY_WITHIN, Bytes::from_request(request, api)).await;
-        let body = body.map_err(|_| {
-            let message = format!("the body did not arrive within {}", format_duration(BODY_WITHIN));
-            ApiError::new(Kind::Invalid, message)
-        })?;
-        match body {
-            Ok(body) => Ok(Self(body)),
-            Err(BytesRejection::FailedToBufferBody(error))
-                if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
-            {
-                Err(too_large())
-            }
-            Err(error) => Err(ApiError::new(Kind::Invalid, format!("the body did not arrive: {error}"))),
+impl Places {
+    fn new(api: &Api) -> Self {
+        let limit = api.config.requests;
+        Self {
+            free: Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS))),
+            limit,
+            taken: api.metrics.gauge("http_requests_open", "HTTP requests that are worked on or wait"),
+            refused: api.metrics.counter("http_requests_refused", "HTTP requests beyond the limit"),
         }
     }
 }
 
-/// The variable parts of a path.
-pub(super) struct Path<T>(pub(super) T);
-
-impl<T: serde::de::DeserializeOwned + Send> FromRequestParts<Api> for Path<T> {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
-        match extract::Path::from_request_parts(parts, api).await {
-            Ok(extract::Path(path)) => Ok(Self(path)),
-            Err(error) => Err(ApiError::new(Kind::Invalid, format!("the path is not text: {error}"))),
+/// Turns requests away when there are as many as there may be; those that are there go on.
+async fn within_limit(State(places): State<Places>, request: Request, next: Next) -> Reply {
+    let Ok(_place) = places.free.try_acquire() else {
+        if places.refused.inc() == 0 {
+            let limit = places.limit;
+            tracing::warn!(
+                limit,
+                "HTTP requests are turned away (limits.http_requests); further ones are only counted"
+            );
         }
+        return Err(ApiError::new(
+            Kind::Unavailable,
+            format!(
+                "this server has {} requests, as many as it may (limits.http_requests); ask another one, or later",
+                places.limit
+            ),
+        ));
+    };
+    let _taken = Taken::new(&places.taken);
+    Ok(next.run(request).await)
+}
+
+/// Counts while it is there; a caller that goes away takes it along.
+struct Taken<'a>(&'a Gauge);
+
+impl<'a> Taken<'a> {
+    fn new(gauge: &'a Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
     }
 }
 
-/// The parameters behind the `?`, read like the fields of a body.
-pub(super) struct Query(Node);
-
-impl Query {
-    pub(super) fn of(raw: Option<&str>) -> Self {
-        let pairs = raw.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()).map(|pair| {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = percent_decode(value);
-            let value = value.parse().map_or(Value::Text(value), Value::Int);
-            (percent_decode(name), Node { value, at: None })
-        });
-        Self(Node { value: Value::Map(pairs.collect()), at: None })
-    }
-
-    pub(super) fn read<T>(
-        &self,
-        read: impl FnOnce(&mut Fields<'_>, &mut Problems) -> T,
-    ) -> Result<T, ApiError> {
-        let mut problems = Problems::default();
-        let mut fields = Fields::of(&self.0, "", &mut problems);
-        let value = read(&mut fields, &mut problems);
-        fields.finish(&mut problems);
-        if problems.is_empty() { Ok(value) } else { Err(problems.into()) }
-    }
-}
-
-fn percent_decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        let mut digits = rest.clone();
-        let hex = |digit: Option<u8>| digit.and_then(|d| char::from(d).to_digit(16));
-        match (byte, hex(digits.next()), hex(digits.next())) {
-            (b'%', Some(high), Some(low)) => {
-                bytes.push(u8::try_from(high * 16 + low).unwrap_or(b'?'));
-                rest = digits;
-            }
-            (b'+', ..) => bytes.push(b' '),
-            _ => bytes.push(byte),
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// How long a long poll waits; absent means not at all.
-pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Duration {
-    let wait = fields.parse("wait", problems, parse_duration).unwrap_or_default();
-    if wait > WAIT_MAX {
-        problems.add(
-            "wait",
-            format!("{} is too long: want at most {}", format_duration(wait), format_duration(WAIT_MAX)),
-        );
-    }
-    wait
-}
-
-pub(super) fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
-    fields
-        .integer("incarnation", 1..=u64::MAX.into(), problems)
-        .and_then(|number| u64::try_from(number).ok())
-        .map(Incarnation)
-}
-
-pub(super) fn service_id(text: &str) -> Result<ServiceId, ApiError> {
-    let mut problems = Problems::default();
-    problems.take("service", text.parse()).ok_or_else(|| problems.into())
-}
-
-pub(super) fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
-    let mut problems = Problems::default();
-    let service = problems.take("service", service.parse::<ServiceId>());
-    let id = problems.take("id", id.parse::<InstanceId>());
-    match (service, id) {
-        (Some(service), Some(id)) => Ok(InstanceKey { service, id }),
-        _ => Err(problems.into()),
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 
@@ -240,6 +164,12 @@ async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Rep
         json!({"revision": snapshot.revision().0, "services": services, "stale": StaleDto::of(&api.catalog)}),
     )
     .into_response())
+}
+
+async fn list_nodes(State(api): State<Api>) -> Reply {
+    let nodes = api.nodes.as_ref().map(Membership::latest).unwrap_or_default();
+    let nodes: Vec<_> = nodes.iter().map(dto::node).collect();
+    Ok(Json(json!({"nodes": nodes, "stale": StaleDto::of(&api.catalog)})).into_response())
 }
 
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
@@ -431,6 +361,7 @@ async fn index() -> &'static str {
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
      PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -454,21 +385,15 @@ mod tests {
     };
 
     #[test]
-    fn queries_are_read_like_fields() {
+    fn a_long_poll_says_from_where_and_how_long() {
         let (index, wait) = read_poll(Some("index=7&wait=1m")).unwrap();
         assert_eq!((index, wait), (Revision(7), Duration::from_secs(60)));
         for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
             assert!(read_poll(Some(bad)).is_err(), "{bad}");
         }
-        let service =
-            Query::of(Some("service=123")).read(|f, p| f.parse("service", p, str::parse::<ServiceId>));
-        assert_eq!(service.unwrap().unwrap().as_str(), "123", "a name of digits is a name");
-        assert_eq!(percent_decode("a%20b+c%zz%"), "a b c%zz%");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn who_waits_is_answered_when_the_server_ends() {
-        let tasks = Tasks::default();
+    async fn api(tasks: &Tasks, requests: usize) -> Api {
         let core = Tasks::default();
         let (writer, reader) = crate::catalog::catalog();
         let (store, readiness, metrics) =
@@ -481,10 +406,11 @@ mod tests {
         let members = tokio::sync::watch::Sender::new(members).subscribe();
         let registry = registry::Registry::start(config, store, reader.clone(), members, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
-        let config = super::super::Config { body_limit: 1024, effective: String::new() };
-        let api = Api {
+        let config = super::super::Config { body_limit: 1024, requests, effective: String::new() };
+        Api {
             config: Arc::new(config),
             catalog: reader,
+            nodes: None,
             registry: Some(registry),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),
@@ -492,7 +418,37 @@ mod tests {
             metrics,
             log,
             tasks: tasks.clone(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_beyond_the_limit_are_turned_away_and_the_others_go_on() {
+        let tasks = Tasks::default();
+        let router = router(api(&tasks, 1).await);
+        let get = |path: &str| {
+            let request = Request::get(path).body(axum::body::Body::empty()).unwrap();
+            let response = router.clone().oneshot(request);
+            async { response.await.unwrap().status() }
         };
+        let mut waits = std::pin::pin!(get("/v1/services?index=9&wait=1m"));
+        assert!(futures_util::poll!(waits.as_mut()).is_pending());
+        for (path, status) in [
+            ("/v1/services", StatusCode::SERVICE_UNAVAILABLE),
+            ("/debug/log", StatusCode::SERVICE_UNAVAILABLE),
+            ("/nothing", StatusCode::NOT_FOUND),
+            ("/livez", StatusCode::OK),
+            ("/metrics", StatusCode::OK),
+        ] {
+            assert_eq!(get(path).await, status, "{path}");
+        }
+        assert_eq!(waits.await, StatusCode::OK);
+        assert_eq!(get("/v1/services").await, StatusCode::OK);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_is_answered_when_the_server_ends() {
+        let tasks = Tasks::default();
+        let api = api(&tasks, 10).await;
         let body = br#"{"address":"127.0.0.1","port":1}"#;
         let limits = api.registry().unwrap().limits();
         let registration = dto::read_registration("greeter".into(), "a".into(), body, limits).unwrap();

@@ -25,8 +25,8 @@ use super::{
     Api,
     dto::{self, InstanceDto},
     error::{ApiError, Kind},
-    http::{Path, Query, Reply, instance_key, read_wait},
-    proxies::{kind, streams_of},
+    proxies::streams_of,
+    request::{Path, Query, Reply, instance_key, read_wait},
 };
 use crate::{
     model::{Instance, Problems, Revision, ServiceId, State as Health, excerpt},
@@ -112,7 +112,7 @@ fn waiting(lack: &Lack, accepted: Option<std::time::SystemTime>) -> Value {
         "node_id": lack.node_id,
         "peer": lack.peer.map(|peer| peer.to_string()).unwrap_or_default(),
         "protocol": lack.protocol.as_str(),
-        "type": kind(lack.kind),
+        "type": lack.kind.name(),
         "reason": reason,
         "since": dto::timestamp(since),
         "error": error,
@@ -157,9 +157,10 @@ fn stream(status: &ProxyStatus, only: Option<ResourceType>, body: bool) -> Value
 }
 
 fn parse_kind(text: &str) -> Result<ResourceType, String> {
-    let found = ResourceType::ALL.into_iter().find(|of| kind(*of) == text);
+    let found = ResourceType::ALL.into_iter().find(|of| of.name() == text);
     found.ok_or_else(|| {
-        format!("{} is no type: want cluster, endpoints, lb-endpoint, listener or route", excerpt(text))
+        let names = ResourceType::ALL.map(ResourceType::name).join(", ");
+        format!("{} is no type: want one of {names}", excerpt(text))
     })
 }
 
@@ -179,7 +180,7 @@ fn resource(status: &ProxyStatus, held: &Held, body: bool) -> Value {
         _ => "",
     };
     let mut shown = json!({
-        "type": kind(held.kind),
+        "type": held.kind.name(),
         "name": held.name,
         "version": held.resource.as_ref().map(|resource| resource.version.to_string()).unwrap_or_default(),
         "revision": held.changed.0,

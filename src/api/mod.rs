@@ -12,6 +12,7 @@ mod ledger;
 mod live;
 mod load;
 mod proxies;
+mod request;
 
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use error::{ApiError, Kind};
 use crate::{
     catalog::Reader,
     proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
-    registry::Registry,
+    registry::{Membership, Registry},
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
     xds::{Loads, Proxies},
@@ -38,6 +39,8 @@ pub const SYNCED: &str = "registry";
 pub struct Config {
     /// Largest request body in bytes, on both edges.
     pub body_limit: usize,
+    /// HTTP requests at the same time.
+    pub requests: usize,
     /// The configuration in force, as YAML, for `/debug/config`.
     pub effective: String,
 }
@@ -49,6 +52,8 @@ pub struct Api {
     pub config: Arc<Config>,
     /// What is registered.
     pub catalog: Reader,
+    /// The processes that share its store, if it is shared.
+    pub nodes: Option<Membership>,
     /// Takes the writes, in a process that does.
     pub registry: Option<Registry>,
     /// Who is connected and has acknowledged what.

@@ -13,6 +13,7 @@ use super::{
         Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, note, number, print,
         render, some_of,
     },
+    servers::{Elsewhere, ask_all, pending, unknown},
 };
 use crate::{
     client::{Http, HttpError},
@@ -449,7 +450,7 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
         let wait = left.min(ASK);
         let path =
             format!("/v1/revisions/{revision}?service={}&wait={}ms", instance.service, wait.as_millis());
-        let delivery = http.get(&path, wait).await?;
+        let delivery = ask_all(http, &path, wait, Elsewhere::No).await?;
         let acknowledged = number(&delivery, "/acknowledged");
         if delivery.get("complete").and_then(Value::as_bool).unwrap_or_default() {
             let took = started.elapsed().as_millis();
@@ -465,16 +466,10 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
                  not yet: {}\n  `disco rollout status {revision} --service {}` shows since when and why",
                 format_duration(drain.wait),
                 acknowledged,
-                some_of(&pending(&delivery)),
+                some_of(&pending(&delivery).into_iter().chain(unknown(&delivery)).collect::<Vec<_>>()),
                 instance.service
             )));
         }
         tokio::time::sleep_until(asked + PAUSE.min(left)).await;
     }
-}
-
-/// The proxies that have not acknowledged, as safe text.
-pub(super) fn pending(delivery: &Value) -> Vec<String> {
-    let nodes = delivery.get("pending").and_then(Value::as_array).into_iter().flatten();
-    nodes.filter_map(Value::as_str).map(clean).collect()
 }

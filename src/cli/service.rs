@@ -11,6 +11,7 @@ use super::{
         Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, list, number, print, render,
         some_of,
     },
+    servers::{Elsewhere, ask_all, pending},
 };
 use crate::{
     client::Http,
@@ -133,7 +134,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
     let mut answer = http.get(&format!("/v1/services/{service}/instances"), Duration::ZERO).await?;
     let revision = number(&answer, "/revision");
     let path = format!("/v1/revisions/{revision}?service={service}&wait=0s");
-    let delivery = http.get(&path, Duration::ZERO).await?;
+    let delivery = ask_all(http, &path, Duration::ZERO, Elsewhere::No).await?;
 
     let instances = answer.get_mut("instances").map(Value::take).unwrap_or_default();
     let each = || instances.as_array().into_iter().flatten();
@@ -175,7 +176,7 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
     }
-    let pending = super::instance::pending(document.get("proxies").unwrap_or(&Value::Null));
+    let pending = pending(document.get("proxies").unwrap_or(&Value::Null));
     text.push_str(&format!("Proxies    {} up to date", number(document, "/proxies/acknowledged")));
     if !pending.is_empty() {
         text.push_str(&format!("; not yet: {}", some_of(&pending)));

@@ -10,6 +10,7 @@ mod error;
 mod keeper;
 mod leases;
 mod live;
+mod membership;
 mod mirror;
 mod record;
 mod sessions;
@@ -21,6 +22,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use cache::Cache;
 pub use error::Error;
+pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
 pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};

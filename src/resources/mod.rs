@@ -156,6 +156,7 @@ fn service_resources(
         ClientKind::Envoy => {
             out.push(Change::Put(envoy::cluster(&name)));
             out.extend(leds::changes(old, twin, service, touched, view));
+            out.extend(view.virtual_hosts.then(|| Change::Put(envoy::host_of(&name))));
         }
         ClientKind::Grpc => {
             let resources = [
@@ -170,12 +171,12 @@ fn service_resources(
 }
 
 fn removals(name: &Arc<str>, view: &View) -> impl Iterator<Item = Change> + use<> {
+    use ResourceType::{Cluster, Endpoints, Listener, Route, VirtualHost};
     let kinds: &[ResourceType] = match view.kind {
-        ClientKind::Envoy => &[ResourceType::Cluster, ResourceType::Endpoints],
-        ClientKind::Grpc => {
-            &[ResourceType::Cluster, ResourceType::Endpoints, ResourceType::Listener, ResourceType::Route]
-        }
+        ClientKind::Envoy => &[Cluster, Endpoints],
+        ClientKind::Grpc => &[Cluster, Endpoints, Listener, Route],
     };
+    let host = view.virtual_hosts.then(|| Change::Remove(VirtualHost, envoy::host_name(name)));
     let name = Arc::clone(name);
-    kinds.iter().map(move |kind| Change::Remove(*kind, Arc::clone(&name)))
+    kinds.iter().map(move |kind| Change::Remove(*kind, Arc::clone(&name))).chain(host)
 }

@@ -179,7 +179,9 @@ fn about(set: &ResourceSet, revision: Revision, services: &BTreeSet<Arc<str>>, l
                     None => set.iter(kind).map(|(name, _)| name).filter(theirs).cloned().collect(),
                 };
             }
-            if listed && matches!(kind, ResourceType::Listener | ResourceType::Route) {
+            let listing =
+                !matches!(kind, ResourceType::Cluster | ResourceType::Endpoints | ResourceType::LbEndpoint);
+            if listed && listing {
                 let no_service = |name: &&Arc<str>| set.get(ResourceType::Cluster, name).is_none();
                 match set.changed_since(kind, before) {
                     Some(changed) => names.extend(changed.filter(no_service).cloned()),

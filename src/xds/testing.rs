@@ -9,7 +9,7 @@ use envoy_types::pb::{
             core::v3::Node as CoreNode,
             endpoint::v3::{ClusterLoadAssignment, LbEndpoint, lb_endpoint::HostIdentifier},
             listener::v3::Listener,
-            route::v3::RouteConfiguration,
+            route::v3::{RouteConfiguration, VirtualHost},
         },
         service::discovery::v3::{
             DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
@@ -34,7 +34,7 @@ use super::{
 use crate::model::Revision;
 
 pub(super) use ResourceType::{
-    Cluster as CDS, Endpoints as EDS, LbEndpoint as LEDS, Listener as LDS, Route as RDS,
+    Cluster as CDS, Endpoints as EDS, LbEndpoint as LEDS, Listener as LDS, Route as RDS, VirtualHost as VHDS,
 };
 
 /// A resource with some content that `text` makes. A cluster needs the endpoints of its own name.
@@ -65,6 +65,10 @@ pub(super) fn resource(kind: ResourceType, name: &str, text: &str) -> Resource {
                 RouteConfiguration { name: name_, internal_only_headers: vec![text], ..Default::default() };
             Resource::new(kind, name, &message, [])
         }
+        VHDS => {
+            let message = VirtualHost { name: name_, domains: vec![text], ..VirtualHost::default() };
+            Resource::new(kind, name, &message, [])
+        }
     }
 }
 
@@ -79,8 +83,15 @@ pub(super) fn text_of(kind: ResourceType, body: &[u8]) -> String {
         },
         LDS => Listener::decode(body).unwrap().stat_prefix,
         RDS => RouteConfiguration::decode(body).unwrap().internal_only_headers.remove(0),
+        VHDS => VirtualHost::decode(body).unwrap().domains.remove(0),
     }
 }
+
+/// Stands for the content of a virtual host that does not exist (rule L3).
+pub(super) const NO_HOST: &str = "?";
+
+/// The types that both forms of the protocol have.
+pub(super) const IN_BOTH: [ResourceType; 4] = [CDS, EDS, LDS, RDS];
 
 pub(super) fn put(kind: ResourceType, name: &str, text: &str) -> Change {
     Change::Put(resource(kind, name, text))
@@ -185,7 +196,10 @@ impl Speak for Delta {
         let message = DeltaDiscoveryResponse::decode(bytes).unwrap();
         let kind = ResourceType::from_url(&message.type_url);
         let resources = message.resources.into_iter().map(|resource| {
-            let any = resource.resource.unwrap();
+            let Some(any) = resource.resource else {
+                assert_eq!((kind, &resource.aliases), (Some(VHDS), &vec![resource.name.clone()]), "rule D16");
+                return (resource.name, String::new(), NO_HOST.to_owned());
+            };
             assert_eq!(any.type_url, message.type_url, "rule G7");
             (resource.name, resource.version, text_of(kind.unwrap(), &any.value))
         });
@@ -224,6 +238,7 @@ impl Speak for Sotw {
                 LDS => Listener::decode(any.value.as_slice()).unwrap().name,
                 RDS => RouteConfiguration::decode(any.value.as_slice()).unwrap().name,
                 LEDS => panic!("rule L4: SotW has no collections"),
+                VHDS => panic!("rule G2: incremental only"),
             };
             (name, String::new(), text_of(kind, &any.value))
         });
@@ -315,7 +330,8 @@ impl<V: Speak> Bench<V> {
 
     /// Likewise, on a service of one type.
     pub(super) fn only(kind: ResourceType, changes: impl IntoIterator<Item = Change>) -> Self {
-        let engine = Engine::new("n".into(), StreamPolicy::ENVOY, Some(kind), Arc::new(Config::default()));
+        let engine =
+            Engine::new("n".into(), StreamPolicy::ENVOY, Some(kind.url()), Arc::new(Config::default()));
         Self { engine, ..Self::new(changes) }
     }
 
@@ -401,7 +417,7 @@ impl<V: Speak> Bench<V> {
 
     /// The acknowledged revision of a type.
     pub(super) fn acknowledged(&self, kind: ResourceType) -> u64 {
-        self.engine.track(kind).report.acknowledged.0
+        self.engine.track(kind).map_or(0, |track| track.report.acknowledged.0)
     }
 }
 

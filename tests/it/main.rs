@@ -11,6 +11,7 @@
     reason = "tests; helpers do not count as such for the lints"
 )]
 
+mod ageing;
 mod bad_input;
 mod harness;
 mod ledger;
@@ -25,3 +26,4 @@ mod real_clients;
 mod tidy;
 mod validate;
 mod views;
+mod virtual_hosts;

@@ -103,7 +103,8 @@ impl View {
             ));
         }
         let nothing = self.content().as_array().is_some_and(Vec::is_empty);
-        if nothing && matches!(format, Format::Table | Format::Wide) {
+        let whole = self.document.get("unknown").is_none();
+        if nothing && whole && matches!(format, Format::Table | Format::Wide) {
             note(self.empty);
             return Ok(());
         }

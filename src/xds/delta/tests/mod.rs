@@ -2,6 +2,7 @@
 
 mod leds;
 mod order;
+mod virtual_hosts;
 
 use std::time::Duration;
 
