@@ -31,6 +31,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 pub(crate) const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
 pub(crate) const ENDPOINTS: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+pub(crate) const LB_ENDPOINT: &str = "type.googleapis.com/envoy.config.endpoint.v3.LbEndpoint";
 pub(crate) const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
 pub(crate) const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
 
@@ -482,7 +483,7 @@ impl Client<'_> {
             state.answered.add(now);
         }
         state.opened += usize::from(opened);
-        if url == ENDPOINTS.as_bytes() {
+        if url == ENDPOINTS.as_bytes() || url == LB_ENDPOINT.as_bytes() {
             state.latest[self.n] = Some((hash, now));
             state.arrivals.push(now);
         }

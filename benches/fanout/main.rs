@@ -21,6 +21,7 @@ mod bad;
 mod catalog;
 mod change;
 mod churn;
+mod leds;
 mod limit;
 mod load;
 mod measure;

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::live::Live;
+use super::{endpoints::Endpoints, live::Live};
 use crate::model::{Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, ServiceId};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
@@ -22,8 +22,10 @@ pub struct Service {
     pub id: ServiceId,
     /// The change that last touched it or one of its instances.
     pub revision: Revision,
-    instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
     stale: usize,
+    /// Kept up for a large service only.
+    pub(super) endpoints: Option<Box<Endpoints>>,
 }
 
 /// One change to the catalog.
@@ -135,7 +137,9 @@ impl Snapshot {
                     let service = next.service_mut(revision, instance.key.service.clone());
                     service.revision = revision;
                     let stale = usize::from(instance.stale.is_some());
-                    let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
+                    let instance = Arc::new(instance);
+                    let before = service.instances.insert(instance.key.id.clone(), Arc::clone(&instance));
+                    service.follow(before.as_deref(), Some(&instance));
                     let was_stale = before.as_ref().is_some_and(|before| before.stale.is_some());
                     service.stale = service.stale + stale - usize::from(was_stale);
                     next.stale = next.stale + stale - usize::from(was_stale);
@@ -148,7 +152,9 @@ impl Snapshot {
                         let instance = Instance { health, ..(**present).clone() };
                         let service = next.service_mut(revision, key.service);
                         service.revision = revision;
-                        service.instances.insert(key.id, Arc::new(instance));
+                        let instance = Arc::new(instance);
+                        let before = service.instances.insert(key.id, Arc::clone(&instance));
+                        service.follow(before.as_deref(), Some(&instance));
                     }
                 }
                 Change::RemoveInstance(key) => {
@@ -156,6 +162,7 @@ impl Snapshot {
                         let service = next.service_mut(revision, key.service);
                         service.revision = revision;
                         let before = service.instances.remove(&key.id);
+                        service.follow(before.as_deref(), None);
                         let was_stale = before.is_some_and(|before| before.stale.is_some());
                         service.stale -= usize::from(was_stale);
                         next.stale -= usize::from(was_stale);
@@ -168,10 +175,10 @@ impl Snapshot {
     }
 
     fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
-        let service = self
-            .services
-            .entry(id.clone())
-            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new(), stale: 0 }));
+        let service = self.services.entry(id.clone()).or_insert_with(|| {
+            let instances = imbl::OrdMap::new();
+            Arc::new(Service { id, revision, instances, stale: 0, endpoints: None })
+        });
         Arc::make_mut(service)
     }
 }

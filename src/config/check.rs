@@ -164,6 +164,10 @@ impl Reader<'_> {
                     Err(message) => self.problems.add_at("xds.resend_on_reconnect", message, item.at),
                 }
             }
+            let leds_from = xds.integer("leds_from", 0..=10_000_000, &mut self.problems);
+            if let Some(from) = leds_from.and_then(|from| usize::try_from(from).ok()) {
+                settings.leds_from = from;
+            }
             xds.finish(&mut self.problems);
         }
         fields.finish(&mut self.problems);

@@ -257,6 +257,8 @@ pub struct Xds {
     pub max_connection_age: Option<Duration>,
     /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
     pub resend_on_reconnect: Vec<ResourceType>,
+    /// From so many instances on, a service's endpoints go to delta Envoys one by one (LEDS); 0 for never.
+    pub leds_from: usize,
 }
 
 impl Default for Xds {
@@ -270,6 +272,7 @@ impl Default for Xds {
             streams: 50_000,
             max_connection_age: None,
             resend_on_reconnect: Vec::new(),
+            leds_from: 1000,
         }
     }
 }

@@ -111,6 +111,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("streams", xds.streams.to_string()),
                 ("max_connection_age", format_duration(xds.max_connection_age.unwrap_or_default())),
                 ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
+                ("leds_from", xds.leds_from.to_string()),
             ],
         ),
     ];

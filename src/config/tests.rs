@@ -42,7 +42,7 @@ log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
 guards: {min_share: 0.75, window: 5m, ask_timeout: 300ms, ask_interval: 1m}
 history: {keep: 48h, entries: 0, per_service: 7}
-xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age: 30m, resend_on_reconnect: [endpoints, route]}
+xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age: 30m, resend_on_reconnect: [endpoints, route], leds_from: 0}
 ";
     let config = parse(text).unwrap();
     assert_eq!(config.roles, Role::ALL.into());
@@ -61,6 +61,7 @@ xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age:
     assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
     assert_eq!(config.xds.load_report_interval, Duration::from_secs(1));
     assert_eq!(config.xds.resend_on_reconnect, [ResourceType::Endpoints, ResourceType::Route]);
+    assert_eq!(config.xds.leds_from, 0);
     assert_eq!(parse(&config.to_yaml()).unwrap(), config, "{}", config.to_yaml());
 }
 
@@ -171,7 +172,7 @@ fn every_problem_names_its_place() {
         ),
         (
             "roles: [registry]\nxds: {resend_on_reconnect: [eds]}",
-            "2:29 xds.resend_on_reconnect: \"eds\" is not a type; want cluster, endpoints, listener, route",
+            "2:29 xds.resend_on_reconnect: \"eds\" is not a type; want cluster, endpoints, lb-endpoint, listener, route",
         ),
         (
             "roles: [registry]\nlisten:\n  grpc: 0.0.0.0:18000\n",

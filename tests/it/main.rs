@@ -17,6 +17,8 @@ mod guards;
 mod harness;
 mod health;
 mod ledger;
+mod leds;
+mod leds_protocol;
 mod live;
 mod load_reports;
 mod on_demand;

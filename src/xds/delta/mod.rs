@@ -50,6 +50,10 @@ impl Variant for Delta {
         }
     }
 
+    fn serves(_: ResourceType) -> bool {
+        true
+    }
+
     fn tells_removals(_: ResourceType) -> bool {
         true
     }
@@ -102,6 +106,7 @@ impl Variant for Delta {
             // Rule D9: what has not changed need not go again; here D9 outweighs D4 (rule D10).
             let mut known = 0;
             let everything = mem::take(&mut track.everything);
+            track.expand(set);
             if everything {
                 for (name, entry) in set.iter(track.kind) {
                     known += usize::from(versions.contains_key(name.as_ref()));
@@ -152,8 +157,10 @@ impl Variant for Delta {
         _: u64,
         config: &Config,
     ) -> Result<Option<Built>, ProtocolError> {
-        // What is removed goes last: clusters, and the endpoints that go with them (rule O1).
-        let holds = matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints);
+        // What is removed goes last: clusters, and the endpoints that go with them (rule O1); the last members of a
+        // collection after what refers to it.
+        let holds =
+            matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints | ResourceType::LbEndpoint);
         let mut names = track.take(set, true, holds)?;
         let mut built = Built { version: set.revision().to_string(), ..Built::default() };
         let mut removed: Vec<&Arc<str>> = Vec::new();

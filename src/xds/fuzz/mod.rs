@@ -24,7 +24,7 @@ use super::{
     wire::Requests,
 };
 use corpus::{Trace, fuzz};
-use script::{Odd, Script, Step, kind, name, url};
+use script::{Odd, Script, Step, kind, name, there, url};
 
 const NEVER: &str = "never";
 
@@ -123,8 +123,10 @@ impl<V: Fuzz> World<V> {
 
     fn step(&mut self, step: &Step) -> Result<(), ProtocolError> {
         match step {
-            Step::Put(k, n, text) => self.server.apply([put(kind(*k), &name(*n), &text.to_string())]),
-            Step::Remove(k, n) => self.server.apply([remove(kind(*k), &name(*n))]),
+            Step::Put(k, n, text) => {
+                self.server.apply([put(kind(*k), &there(kind(*k), *n), &text.to_string())]);
+            }
+            Step::Remove(k, n) => self.server.apply([remove(kind(*k), &there(kind(*k), *n))]),
             Step::Emit => drop(self.emit()),
             Step::Wait(seconds) => self.server.wait(std::time::Duration::from_secs((*seconds).into())),
             Step::Request(odd) => {

@@ -35,7 +35,25 @@ pub(super) struct Script {
     pub(super) steps: Vec<Step>,
 }
 
-const NAMES: [&str; 6] = ["a", "b", "c", "x", "*", ""];
+const NAMES: [&str; 8] = [
+    "a",
+    "b",
+    "c",
+    "x",
+    "*",
+    "",
+    "xdstp:///envoy.config.endpoint.v3.LbEndpoint/c/*",
+    "xdstp:///envoy.config.endpoint.v3.LbEndpoint/c/a",
+];
+
+/// The name of something that the server has: members of collections are of one type only.
+pub(super) fn there(kind: ResourceType, n: u8) -> String {
+    if kind == ResourceType::LbEndpoint {
+        NAMES[7].to_owned() + ["", "b", "c", "d"][usize::from(n) % 4]
+    } else {
+        name(n)
+    }
+}
 
 pub(super) fn name(n: u8) -> String {
     if n == 63 { "x".repeat(3000) } else { NAMES[usize::from(n) % NAMES.len()].to_owned() }
