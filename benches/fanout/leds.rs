@@ -3,16 +3,16 @@
 use std::time::{Duration, Instant};
 
 use crate::{
-    histogram,
+    Bench,
     load::{Ask, CLUSTER, ENDPOINTS, Fleet, LB_ENDPOINT, LISTENER, Plan, Protocol, ROUTE},
-    median, ms, round,
+    measure::{histogram, median, ms, round, service},
     servers::{Disco, Server as _},
-    service,
 };
 
 const STREAMS: usize = 10;
 
-pub(crate) fn services(quick: bool) {
+pub(crate) fn run(bench: &mut Bench) {
+    let quick = bench.quick;
     println!(
         "one endpoint of a large service changes, {STREAMS} delta streams: one by one (LEDS), all together (EDS)"
     );

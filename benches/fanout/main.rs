@@ -46,12 +46,13 @@ use servers::{Cache, Content, Disco, Server, Steered};
 type Case = (&'static str, fn(&mut Bench));
 
 /// The cases, in their order.
-const CASES: [Case; 7] = [
+const CASES: [Case; 8] = [
     ("change", change::run),
     ("reconnect", reconnect::run),
     ("storm", storm::run),
     ("catalog", catalog::run),
     ("names", names::run),
+    ("leds", leds::run),
     ("churn", churn::run),
     ("bad", bad::run),
 ];
