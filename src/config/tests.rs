@@ -208,7 +208,7 @@ fn every_problem_names_its_place() {
         ),
         (
             "roles: [xds]\nstore:\n  etcd: {endpoints: ['https://a:1']}\n",
-            "3:9 store.etcd.endpoints: want `tls: {ca: FILE}` too",
+            "3:10 store.etcd.endpoints: want `tls: {ca: FILE}` too",
         ),
         (
             "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['http://a:1']\n    tls: {ca: c}\n",
