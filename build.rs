@@ -7,7 +7,7 @@ use protox::prost_reflect::prost_types::{
     DescriptorProto, EnumDescriptorProto, EnumOptions, FileDescriptorSet, MessageOptions,
 };
 
-const API: &[&str] = &["disco/v1/registry.proto", "disco/v1/proxies.proto"];
+const API: &[&str] = &["disco/v1/registry.proto", "disco/v1/proxies.proto", "disco/v1/locks.proto"];
 const GREETER: &[&str] = &["greeter.proto"];
 
 #[allow(clippy::disallowed_methods, reason = "cargo speaks to build scripts through the environment")]

@@ -7,11 +7,13 @@
 mod id;
 mod input;
 mod instance;
+mod lock;
 mod members;
 mod registration;
 
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
 pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
 pub use instance::{Instance, Lease, Locality, State};
+pub use lock::{Claim, Lock, LockName};
 pub use members::{MemberId, Members};
 pub use registration::{Limits, RawRegistration, Registration, Update, format_duration, parse_duration};

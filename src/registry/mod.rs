@@ -9,6 +9,7 @@ mod cache;
 mod error;
 mod keeper;
 mod leases;
+mod locks;
 mod mirror;
 mod record;
 mod sessions;
@@ -20,6 +21,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use cache::Cache;
 pub use error::Error;
+pub use locks::{Board, Locks, lock_to_proto};
 pub use mirror::{Mirror, Patience};
 pub use record::{instance_to_proto, lease_to_proto};
 pub use sessions::{Ended, Session};
@@ -27,7 +29,7 @@ pub use write::Accepted;
 
 use crate::{
     catalog,
-    model::{Instance, Limits, Members},
+    model::{Instance, InstanceKey, Limits, Members},
     rt::Tasks,
     store::Store,
     telemetry::{Metrics, Stage},
@@ -69,7 +71,7 @@ struct Inner {
     store: Arc<dyn Store>,
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
-    leases: Leases,
+    leases: Leases<InstanceKey>,
     metrics: RegistryMetrics,
     tasks: Tasks,
 }

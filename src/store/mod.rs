@@ -112,7 +112,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// [`StoreError::Conflict`] names the first key whose condition did not hold; nothing was written.
     fn commit(&self, ops: Vec<Op>) -> BoxFuture<'_, Result<Revision, StoreError>>;
 
-    /// One entry.
+    /// One entry, as of some moment during the call: it shows every commit that was answered before, by whichever process.
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
 
     /// Everything whose key starts with `prefix` (as text: end it with `/` to stay within a segment) at one revision.
