@@ -21,7 +21,7 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, load, proxies,
+    ledger, load, locks, proxies,
 };
 use crate::{
     model::{
@@ -52,6 +52,9 @@ pub(super) fn router(api: Api) -> Router {
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
+        .route("/v1/locks", routing::get(locks::list))
+        .route("/v1/locks/{name}", routing::get(locks::show).put(locks::acquire).delete(locks::release))
+        .route("/v1/locks/{name}/renew", routing::post(locks::renew))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
@@ -103,7 +106,7 @@ async fn when_synced(State(api): State<Api>, request: Request, next: middleware:
 }
 
 /// A request body within the limit.
-struct Body(Bytes);
+pub(super) struct Body(pub(super) Bytes);
 
 impl FromRequest<Api> for Body {
     type Rejection = ApiError;
@@ -253,7 +256,7 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
 }
 
 /// `?index` and `?wait` of a long poll.
-fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
+pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
     Query::of(query).read(|fields, problems| {
         let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
         (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
@@ -286,7 +289,7 @@ async fn list_instances(
 }
 
 /// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
-async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
     if wait.is_zero() {
         return;
     }
@@ -427,6 +430,11 @@ async fn index() -> &'static str {
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/locks                                  all locks that are held; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/locks/{name}                           one\n\
+     PUT    /v1/locks/{name}                           take it: {\"holder\":\"me\",\"ttl\":\"10s\",\"wait\":\"30s\"}\n\
+     POST   /v1/locks/{name}/renew                     ?token=N\n\
+     DELETE /v1/locks/{name}                           ?token=N gives it back; without one its holder loses it\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -482,6 +490,7 @@ mod tests {
             config: Arc::new(config),
             catalog: reader,
             registry: Some(registry),
+            locks: None,
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),
             readiness,

@@ -10,6 +10,7 @@ mod grpc;
 mod http;
 mod ledger;
 mod load;
+mod locks;
 mod proxies;
 
 use std::sync::Arc;
@@ -22,8 +23,8 @@ use error::{ApiError, Kind};
 
 use crate::{
     catalog::Reader,
-    proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
-    registry::Registry,
+    proto::v1::{locks_server::LocksServer, proxies_server::ProxiesServer, registry_server::RegistryServer},
+    registry::{Locks, Registry},
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
     xds::{Loads, Proxies},
@@ -50,6 +51,8 @@ pub struct Api {
     pub catalog: Reader,
     /// Takes the writes, in a process that does.
     pub registry: Option<Registry>,
+    /// Keeps the locks, in a process that takes writes.
+    pub locks: Option<Locks>,
     /// Who is connected and has acknowledged what.
     pub proxies: Proxies,
     /// The calls that clients report.
@@ -76,6 +79,12 @@ impl Api {
     ) -> Option<RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>>> {
         let service = grpc::RegistryService::new(self.registry.clone()?, self.tasks.clone());
         Some(RegistryServer::new(service).max_decoding_message_size(self.config.body_limit))
+    }
+
+    /// `disco.v1.Locks`, in a process that takes writes.
+    pub fn locks_service(&self) -> Option<LocksServer<impl crate::proto::v1::locks_server::Locks + use<>>> {
+        let service = locks::LocksService::new(self.locks.clone()?, self.tasks.clone());
+        Some(LocksServer::new(service).max_decoding_message_size(self.config.body_limit))
     }
 
     fn registry(&self) -> Result<&Registry, ApiError> {

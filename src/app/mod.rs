@@ -24,7 +24,7 @@ use crate::{
     catalog,
     config::{Config, Role, Store as StoreConfig},
     model::Members,
-    registry::{self, Mirror, Patience, Registry},
+    registry::{self, Locks, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
@@ -132,6 +132,8 @@ impl Running {
         mirror.start(Patience::None, &core, readiness.gate(SYNCED)).await?;
         metrics.collect(observe::CatalogMetrics(reader.clone()));
         let (_, members) = watch::channel(Members::alone(settings::node(config)));
+        let locks =
+            has(Role::Registry).then(|| Locks::start(Arc::clone(&store), members.clone(), &metrics, &core));
         let registry = has(Role::Registry).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
             Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
@@ -152,6 +154,7 @@ impl Running {
             config: Arc::new(settings::api(config)),
             catalog: reader,
             registry,
+            locks,
             proxies,
             loads,
             readiness: readiness.clone(),
@@ -175,6 +178,9 @@ impl Running {
             }
             if let Some(registry) = api.registry_service() {
                 routes.add_service(registry);
+            }
+            if let Some(locks) = api.locks_service() {
+                routes.add_service(locks);
             }
             routes.add_service(api.proxies_service());
             let routes = listen::when_synced(routes.routes(), readiness.clone());

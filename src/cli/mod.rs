@@ -8,6 +8,7 @@ mod configuration;
 mod envoy;
 mod failure;
 mod instance;
+mod lock;
 mod output;
 mod proxy;
 mod rollout;
@@ -119,6 +120,9 @@ enum Command {
     /// Changes on their way to the proxies: status
     #[command(subcommand)]
     Rollout(rollout::Command),
+    /// Locks for what must run exactly once: run, list, show, release
+    #[command(subcommand, visible_alias = "locks")]
+    Lock(lock::Command),
     /// Speak xDS to any server: watch
     #[command(subcommand)]
     Xds(xds::Command),
@@ -185,6 +189,7 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Instance(command) => instance::run(command, &global).await?,
         Command::Proxy(command) => proxy::run(command, &global).await?,
         Command::Rollout(command) => rollout::run(command, &global).await?,
+        Command::Lock(command) => return Box::pin(lock::run(command, &global)).await.map(ExitCode::from),
         Command::Xds(command) => xds::run(command, &global).await?,
         Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
         Command::Config(command) => configuration::run(command)?,

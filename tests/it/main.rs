@@ -15,6 +15,7 @@ mod bad_input;
 mod harness;
 mod ledger;
 mod load_reports;
+mod locks;
 mod on_demand;
 mod per_type;
 mod plain_http;
