@@ -8,6 +8,7 @@ use protox::prost_reflect::prost_types::{
 };
 
 const API: &[&str] = &["disco/v1/registry.proto", "disco/v1/proxies.proto", "disco/v1/locks.proto"];
+const ETCD: &[&str] = &["etcd/rpc.proto"];
 const GREETER: &[&str] = &["greeter.proto"];
 
 #[allow(clippy::disallowed_methods, reason = "cargo speaks to build scripts through the environment")]
@@ -26,6 +27,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let api = protox::compile(API, ["proto"])?;
     fs::write(out.join("disco.bin"), api.encode_to_vec())?;
     tonic_prost_build::configure().btree_map(".").compile_fds(api)?;
+
+    let etcd = protox::compile(ETCD, ["proto"])?;
+    tonic_prost_build::configure().build_server(false).bytes(".").compile_fds(etcd)?;
 
     let greeter = protox::compile(GREETER, ["examples/greeter"])?;
     tonic_prost_build::configure().compile_fds(greeter)?;

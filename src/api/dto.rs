@@ -11,6 +11,7 @@ use crate::{
         Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, State, Update, Value,
         format_duration, parse_duration,
     },
+    registry::Member,
 };
 
 #[derive(Debug, Serialize)]
@@ -108,6 +109,18 @@ impl StaleDto {
     pub(super) fn of(catalog: &Reader) -> Option<Self> {
         catalog.stale().map(|stale| Self { since: timestamp(stale.since), reason: stale.reason.to_string() })
     }
+}
+
+/// A process that shares the store.
+pub(super) fn node(member: &Member) -> serde_json::Value {
+    let Member { id, roles, grpc, http, started_at } = member;
+    serde_json::json!({
+        "node": id.as_str(),
+        "roles": roles,
+        "grpc": grpc,
+        "http": http,
+        "started_at": timestamp(*started_at),
+    })
 }
 
 #[derive(Debug, Serialize)]
@@ -279,6 +292,21 @@ pub(super) fn read_update(body: &[u8], limits: &Limits) -> Result<Update, Proble
     fields.finish(&mut problems);
     let update = Update::check_into(weight, metadata, limits, &mut problems);
     if problems.is_empty() { Ok(update) } else { Err(problems) }
+}
+
+/// `{"live": {…}}`.
+pub(super) fn read_live(body: &[u8]) -> Result<BTreeMap<String, String>, Problems> {
+    let node = parse_json(body)?;
+    let mut problems = Problems::default();
+    let mut fields = Fields::of(&node, "", &mut problems);
+    let entries = fields.texts("live", &mut problems);
+    if entries.is_none() && problems.is_empty() {
+        problems.add("live", "is missing: want a map of texts, such as {\"block\": \"17\"}");
+    }
+    fields.finish(&mut problems);
+    let entries = entries.unwrap_or_default().into_iter();
+    let entries = entries.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    if problems.is_empty() { Ok(entries) } else { Err(problems) }
 }
 
 fn read_metadata(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<BTreeMap<String, String>> {

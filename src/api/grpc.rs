@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{dto, error::ApiError};
+use super::{dto, error::ApiError, live};
 use crate::{
     catalog::Changes,
     model::{
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Answers of a stream that wait for a slow reader.
-const QUEUE: usize = 16;
+pub(super) const QUEUE: usize = 16;
 
 /// The gRPC service.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ pub(super) struct RegistryService {
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl RegistryService {
     pub(super) fn new(registry: Registry, tasks: Tasks) -> Self {
@@ -156,6 +156,7 @@ fn require_ref(reference: Option<v1::InstanceRef>) -> Result<(InstanceKey, Optio
 #[tonic::async_trait]
 impl registry_server::Registry for RegistryService {
     type WatchStream = Answers<v1::WatchResponse>;
+    type WatchLiveStream = Answers<v1::WatchLiveResponse>;
     type SessionStream = Answers<v1::SessionResponse>;
 
     async fn register(&self, request: Request<v1::RegisterRequest>) -> Answer<v1::RegisterResponse> {
@@ -255,6 +256,18 @@ impl registry_server::Registry for RegistryService {
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
+    async fn publish(&self, request: Request<v1::PublishRequest>) -> Answer<v1::PublishResponse> {
+        let v1::PublishRequest { instance, entries } = request.into_inner();
+        let (key, incarnation) = require_ref(instance)?;
+        let entries = live::entries(entries, &self.registry)?;
+        self.registry.publish(key, incarnation, entries).map_err(ApiError::from)?;
+        Ok(Response::new(v1::PublishResponse {}))
+    }
+
+    async fn watch_live(&self, request: Request<v1::WatchLiveRequest>) -> Answer<Self::WatchLiveStream> {
+        live::watch(&self.registry, &self.tasks, request)
+    }
+
     async fn session(&self, request: Request<Streaming<v1::SessionRequest>>) -> Answer<Self::SessionStream> {
         let mut hangup = request.extensions().get::<Hangup>().cloned();
         let mut requests = request.into_inner();
@@ -305,7 +318,7 @@ async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
     }
 }
 
-fn read_service(text: &str) -> Result<ServiceId, ApiError> {
+pub(super) fn read_service(text: &str) -> Result<ServiceId, ApiError> {
     text.parse().map_err(|message: String| {
         let mut problems = Problems::default();
         problems.add("service", message);

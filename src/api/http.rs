@@ -21,14 +21,14 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, load, locks, proxies,
+    ledger, live, load, locks, proxies,
 };
 use crate::{
     model::{
         Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
         format_duration, parse_duration,
     },
-    registry::{self, Accepted},
+    registry::{self, Accepted, Membership},
 };
 
 /// Longest that a long poll is held.
@@ -47,9 +47,11 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/live", routing::get(live::list))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
+        .route(&format!("{instance}/live"), routing::put(live::publish))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/locks", routing::get(locks::list))
@@ -59,6 +61,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
+        .route("/v1/nodes", routing::get(list_nodes))
         .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
         .route("/readyz", routing::get(readyz))
         .route("/metrics", routing::get(metrics))
@@ -209,7 +212,7 @@ pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Dur
     wait
 }
 
-fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
+pub(super) fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
     fields
         .integer("incarnation", 1..=u64::MAX.into(), problems)
         .and_then(|number| u64::try_from(number).ok())
@@ -241,6 +244,12 @@ async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Rep
         json!({"revision": snapshot.revision().0, "services": services, "stale": StaleDto::of(&api.catalog)}),
     )
     .into_response())
+}
+
+async fn list_nodes(State(api): State<Api>) -> Reply {
+    let nodes = api.nodes.as_ref().map(Membership::latest).unwrap_or_default();
+    let nodes: Vec<_> = nodes.iter().map(dto::node).collect();
+    Ok(Json(json!({"nodes": nodes, "stale": StaleDto::of(&api.catalog)})).into_response())
 }
 
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
@@ -423,18 +432,21 @@ async fn index() -> &'static str {
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
      GET    /v1/locks                                  all locks that are held; ?index=REVISION&wait=30s waits for news\n\
      GET    /v1/locks/{name}                           one\n\
      PUT    /v1/locks/{name}                           take it: {\"holder\":\"me\",\"ttl\":\"10s\",\"wait\":\"30s\"}\n\
      POST   /v1/locks/{name}/renew                     ?token=N\n\
      DELETE /v1/locks/{name}                           ?token=N gives it back; without one its holder loses it\n\
+     GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -489,6 +501,7 @@ mod tests {
         let api = Api {
             config: Arc::new(config),
             catalog: reader,
+            nodes: None,
             registry: Some(registry),
             locks: None,
             proxies: Proxies::default(),

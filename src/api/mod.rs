@@ -9,6 +9,7 @@ mod error;
 mod grpc;
 mod http;
 mod ledger;
+mod live;
 mod load;
 mod locks;
 mod proxies;
@@ -24,7 +25,7 @@ use error::{ApiError, Kind};
 use crate::{
     catalog::Reader,
     proto::v1::{locks_server::LocksServer, proxies_server::ProxiesServer, registry_server::RegistryServer},
-    registry::{Locks, Registry},
+    registry::{Locks, Membership, Registry},
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
     xds::{Loads, Proxies},
@@ -49,6 +50,8 @@ pub struct Api {
     pub config: Arc<Config>,
     /// What is registered.
     pub catalog: Reader,
+    /// The processes that share its store, if it is shared.
+    pub nodes: Option<Membership>,
     /// Takes the writes, in a process that does.
     pub registry: Option<Registry>,
     /// Keeps the locks, in a process that takes writes.

@@ -10,7 +10,7 @@ use hyper_util::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     net::{TcpListener, TcpSocket, TcpStream},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 use tonic::transport::{
     Server,
@@ -22,9 +22,13 @@ use tower::util::MapRequestLayer;
 use super::Error;
 use crate::{
     api::SYNCED,
+    model::Members,
     proto,
     rt::{Hangup, Readiness, Tasks, Watched},
 };
+
+/// The condition of readiness that the other nodes know of this one.
+const MEMBER: &str = "membership";
 
 /// Connections that may wait to be accepted. After a restart every proxy connects in the same second; with the usual 128
 /// most of them would wait for SYN retransmissions. The system caps it at net.core.somaxconn.
@@ -120,14 +124,31 @@ pub(super) fn follow_readiness(
 ) {
     let shutdown = tasks.shutdown().clone();
     tasks.spawn("grpc-health", async move {
-        for status in [ServingStatus::NotServing, ServingStatus::Serving] {
+        let mut ready = false;
+        loop {
+            let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
             health.set_service_status("", status).await;
+            ready = !ready;
             tokio::select! {
-                () = readiness.ready(), if status == ServingStatus::NotServing => {}
+                () = readiness.becomes(ready) => {}
                 () = shutdown.wait() => break,
             }
         }
         health.set_service_status("", ServingStatus::NotServing).await;
+    });
+}
+
+/// Not ready while the other nodes count this one as dead: whoever wants to write should go to one of them.
+pub(super) fn follow_membership(mut members: watch::Receiver<Members>, readiness: Readiness, tasks: &Tasks) {
+    readiness.close(MEMBER);
+    tasks.spawn_until_shutdown("readiness", async move {
+        while members.wait_for(Members::is_member).await.is_ok() {
+            readiness.open(MEMBER);
+            if members.wait_for(|members| !members.is_member()).await.is_err() {
+                return;
+            }
+            readiness.close(MEMBER);
+        }
     });
 }
 

@@ -24,9 +24,9 @@ use crate::{
     catalog,
     config::{Config, Role, Store as StoreConfig},
     model::Members,
-    registry::{self, Locks, Mirror, Patience, Registry},
+    registry::{self, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
-    store::{self, FileStore, MemoryStore, Store},
+    store::{self, EtcdStore, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, LoadReports, Loads, Proxies},
 };
@@ -59,6 +59,9 @@ pub enum Error {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] store::OpenError),
+    /// The store in etcd cannot be used.
+    #[error(transparent)]
+    Etcd(#[from] store::EtcdError),
     /// What the store holds cannot be read.
     #[error("the registry cannot start: {0}")]
     Registry(#[from] registry::Error),
@@ -128,10 +131,28 @@ impl Running {
 
         let store = open_store(&config.store, &metrics)?;
         let (writer, reader) = catalog::catalog();
+        let node = settings::node(config, &addresses);
         let mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
-        mirror.start(Patience::None, &core, readiness.gate(SYNCED)).await?;
+        let patience = match config.store {
+            StoreConfig::Etcd(_) => Patience::Wait(Some(settings::copy(config, &node))),
+            StoreConfig::Memory | StoreConfig::File { .. } => Patience::None,
+        };
+        mirror.start(patience, &core, readiness.gate(SYNCED)).await?;
         metrics.collect(observe::CatalogMetrics(reader.clone()));
-        let (_, members) = watch::channel(Members::alone(settings::node(config)));
+        let nodes = match config.store {
+            StoreConfig::Etcd(_) => {
+                let me = settings::member(config, &addresses, node.clone());
+                Some(Membership::start(Arc::clone(&store), me, &core))
+            }
+            StoreConfig::Memory | StoreConfig::File { .. } => None,
+        };
+        let members = match &nodes {
+            Some(nodes) => nodes.with_role(Role::Registry.name(), &core),
+            None => watch::channel(Members::alone(node)).1,
+        };
+        if nodes.is_some() && has(Role::Registry) {
+            listen::follow_membership(members.clone(), readiness.clone(), &core);
+        }
         let locks =
             has(Role::Registry).then(|| Locks::start(Arc::clone(&store), members.clone(), &metrics, &core));
         let registry = has(Role::Registry).then(|| {
@@ -153,6 +174,7 @@ impl Running {
         let api = Api {
             config: Arc::new(settings::api(config)),
             catalog: reader,
+            nodes,
             registry,
             locks,
             proxies,
@@ -238,5 +260,6 @@ fn open_store(config: &StoreConfig, metrics: &Metrics) -> Result<Arc<dyn Store>,
             metrics.collect(observe::StoreMetrics(Arc::clone(&store)));
             Ok(store)
         }
+        StoreConfig::Etcd(settings) => Ok(Arc::new(EtcdStore::open(settings)?)),
     }
 }

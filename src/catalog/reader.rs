@@ -2,7 +2,7 @@ use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
 use tokio::sync::watch;
 
-use super::snapshot::Snapshot;
+use super::{live::LiveBoard, snapshot::Snapshot};
 use crate::model::{InstanceId, Revision, ServiceId};
 
 /// What changed between two revisions.
@@ -63,12 +63,18 @@ impl State {
 #[derive(Debug, Clone)]
 pub struct Reader {
     pub(super) state: watch::Receiver<Arc<State>>,
+    pub(super) live: LiveBoard,
 }
 
 impl Reader {
     /// The newest snapshot.
     pub fn latest(&self) -> Arc<Snapshot> {
         Arc::clone(&self.state.borrow().snapshot)
+    }
+
+    /// What instances say of themselves many times a second.
+    pub fn live(&self) -> &LiveBoard {
+        &self.live
     }
 
     /// Whether it may be older than the truth, because what it is told by is silent.

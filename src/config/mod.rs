@@ -6,6 +6,7 @@
 mod check;
 mod problem;
 mod show;
+mod store;
 #[cfg(test)]
 mod tests;
 mod yaml;
@@ -25,6 +26,7 @@ pub use problem::ConfigError;
 
 use crate::{
     model::{self, MemberId},
+    store::EtcdConfig,
     xds::ResourceType,
 };
 
@@ -42,6 +44,8 @@ pub struct Config {
     pub insecure: bool,
     /// Where accepted writes are kept.
     pub store: Store,
+    /// Where it keeps what it could do without, such as the copy of what is registered that it serves while etcd is away.
+    pub data_dir: PathBuf,
     /// Bounds on what clients may ask for.
     pub limits: Limits,
     /// How it ends.
@@ -122,6 +126,8 @@ pub enum Store {
         /// Whether to start although the middle of a file is damaged, without what is behind the damage.
         accept_loss: bool,
     },
+    /// In an etcd cluster, shared with other processes.
+    Etcd(EtcdConfig),
 }
 
 /// Bounds on what clients may ask for.
@@ -253,6 +259,7 @@ impl Default for Config {
             listen: Listen::default(),
             insecure: false,
             store: Store::File { dir: check::DEFAULT_DIR.into(), accept_loss: false },
+            data_dir: check::DEFAULT_DIR.into(),
             limits: Limits::default(),
             shutdown: Shutdown::default(),
             log: Log::default(),

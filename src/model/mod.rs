@@ -16,4 +16,6 @@ pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, neare
 pub use instance::{Instance, Lease, Locality, State};
 pub use lock::{Claim, Lock, LockName};
 pub use members::{MemberId, Members};
-pub use registration::{Limits, RawRegistration, Registration, Update, format_duration, parse_duration};
+pub use registration::{
+    Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,
+};

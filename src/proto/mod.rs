@@ -17,7 +17,20 @@ pub mod v1 {
     tonic::include_proto!("disco.v1");
 }
 
-/// The compiled descriptors of `proto/`, for gRPC reflection.
+/// What Disco uses of etcd's API, version 3.
+#[allow(
+    unreachable_pub,
+    missing_debug_implementations,
+    unused_qualifications,
+    clippy::wildcard_imports,
+    clippy::allow_attributes_without_reason,
+    reason = "generated"
+)]
+pub mod etcd {
+    tonic::include_proto!("etcdserverpb");
+}
+
+/// The compiled descriptors of `proto/disco`, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/disco.bin"));
 
 /// The compiled descriptors of Envoy's types.

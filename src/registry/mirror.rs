@@ -1,5 +1,5 @@
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -7,12 +7,12 @@ use std::{
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 
-use super::{Cache, Error, cache::Cached, record};
+use super::{Cache, Error, cache::Cached, membership, record};
 use crate::{
     catalog::{Change, Reader, Stale, Writer},
-    model::Revision,
+    model::{InstanceKey, Revision},
     rt::{self, Backoff, Gate, Tasks},
-    store::{Event, Key, Listing, Store, StoreError, Watch},
+    store::{Condition, Entry, Event, Fault, Key, Listing, Op, Store, StoreError, Watch},
 };
 
 /// Most commits that are published as one snapshot, so that a long queue does not hold back what is ready.
@@ -36,12 +36,14 @@ pub struct Mirror {
     store: Arc<dyn Store>,
     writer: Writer,
     catalog: Reader,
+    /// The store lost what it had accepted.
+    heal: bool,
 }
 
 impl Mirror {
     /// A mirror of what `store` holds, as the catalog of `writer` and `catalog`.
     pub fn new(store: Arc<dyn Store>, writer: Writer, catalog: Reader) -> Self {
-        Self { store, writer, catalog }
+        Self { store, writer, catalog, heal: false }
     }
 
     /// Reads the store into the catalog and starts the task that keeps it so. `synced` opens as soon as the catalog holds
@@ -111,6 +113,7 @@ impl Mirror {
     /// Follows the store until it is closed. While a store fails the catalog stays as it is: what is known stays (never 1).
     async fn run(mut self, feed: Option<Box<dyn Watch>>, synced: Gate) {
         let mut backoff = Backoff::new(RETRY.0, RETRY.1);
+        let mut status = self.store.status();
         let mut feed = feed;
         loop {
             let Some(open) = &mut feed else {
@@ -130,9 +133,25 @@ impl Mirror {
                 }
                 continue;
             };
-            let mut events = match open.next().await {
+            let event = tokio::select! {
+                event = open.next() => event,
+                () = membership::changed(&mut status) => {
+                    let fault = status.borrow_and_update().fault.clone();
+                    self.writer.set_stale(fault.map(|Fault { since, reason }| Stale { since, reason: reason.into() }));
+                    continue;
+                }
+            };
+            let mut events = match event {
                 Ok(event) => vec![event],
                 Err(StoreError::Closed) => return,
+                Err(StoreError::Reset(_)) => {
+                    tracing::error!(
+                        "the store went back to an older state; what is registered here and not there is written again"
+                    );
+                    self.heal = true;
+                    feed = None;
+                    continue;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "the catalog lost the store's feed and lists it again; until then what is known stays");
                     feed = None;
@@ -150,8 +169,51 @@ impl Mirror {
         }
     }
 
+    /// Writes what is known and was lost by a store that went back. Every process does; the first wins. What the store has and
+    /// nobody knows stays there, until its lease is over.
+    async fn heal(&self) -> Result<(), StoreError> {
+        let Listing { entries, .. } = self.store.list(record::ALL).await?;
+        let known = self.catalog.latest();
+        let there: HashMap<&str, &Entry> = entries.iter().map(|entry| (entry.key.as_ref(), entry)).collect();
+        let mut lost = Vec::new();
+        for service in known.services() {
+            let key = record::service_key(&service.id);
+            if !there.contains_key(key.as_ref()) {
+                lost.push(Op::Put { key, value: Bytes::new(), when: Condition::Absent });
+            }
+            for instance in service.instances() {
+                let key = record::instance_key(&instance.key);
+                let when = match there.get(key.as_ref()) {
+                    None => Condition::Absent,
+                    Some(entry) => match decoded(&entry.key, Some(&entry.value), entry.revision) {
+                        Some(Change::PutInstance(old)) if old.incarnation < instance.incarnation => {
+                            Condition::Unchanged(entry.revision)
+                        }
+                        _ => continue,
+                    },
+                };
+                lost.push(Op::Put { key, value: record::encode(instance), when });
+            }
+        }
+        let all = lost.len();
+        for op in lost {
+            match self.store.commit(vec![op]).await {
+                Ok(_) | Err(StoreError::Conflict { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if all > 0 {
+            tracing::warn!(records = all, "what the store had lost is there again");
+        }
+        Ok(())
+    }
+
     /// Lists the store again and publishes what became different, as one change.
     async fn resync(&mut self) -> Result<Box<dyn Watch>, StoreError> {
+        if self.heal {
+            self.heal().await?;
+            self.heal = false;
+        }
         let Listing { revision, entries } = self.store.list(record::ALL).await?;
         let known = self.catalog.latest();
         let keys: HashSet<&str> = entries.iter().map(|entry| entry.key.as_ref()).collect();
@@ -161,6 +223,15 @@ impl Mirror {
             different.extend(gone.map(|instance| Change::RemoveInstance(instance.key.clone())));
             if !keys.contains(record::service_key(&service.id).as_ref()) {
                 different.push(Change::RemoveService(service.id.clone()));
+            }
+        }
+        for (service, id) in known.services().flat_map(|service| {
+            let live = self.catalog.live().latest(&service.id).instances;
+            live.into_iter().map(|(id, _)| (service.id.clone(), id))
+        }) {
+            let key = InstanceKey { service, id };
+            if !keys.contains(record::live_key(&key).as_ref()) {
+                different.push(Change::RemoveLive(key));
             }
         }
         for entry in entries.iter().filter(|entry| entry.revision > known.revision()) {

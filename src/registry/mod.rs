@@ -9,7 +9,9 @@ mod cache;
 mod error;
 mod keeper;
 mod leases;
+mod live;
 mod locks;
+mod membership;
 mod mirror;
 mod record;
 mod sessions;
@@ -22,8 +24,9 @@ use std::{sync::Arc, time::Duration};
 pub use cache::Cache;
 pub use error::Error;
 pub use locks::{Board, Locks, lock_to_proto};
+pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
-pub use record::{instance_to_proto, lease_to_proto};
+pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};
 pub use write::Accepted;
 
@@ -72,6 +75,7 @@ struct Inner {
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
     leases: Leases<InstanceKey>,
+    said: live::Said,
     metrics: RegistryMetrics,
     tasks: Tasks,
 }
@@ -83,6 +87,7 @@ struct RegistryMetrics {
     refused: prometheus_client::metrics::counter::Counter,
     renewals: prometheus_client::metrics::counter::Counter,
     expired: prometheus_client::metrics::counter::Counter,
+    published: prometheus_client::metrics::counter::Counter,
 }
 
 impl RegistryMetrics {
@@ -92,6 +97,7 @@ impl RegistryMetrics {
             stored: metrics.propagation(Stage::Stored),
             refused: metrics.counter("registry_refused", "Requests that were refused"),
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
+            published: metrics.counter("registry_published", "Live metadata that instances published"),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
         }
     }
@@ -110,6 +116,7 @@ impl Registry {
     ) -> Self {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
+            said: live::Said::default(),
             config,
             store,
             catalog,
@@ -123,6 +130,7 @@ impl Registry {
         let registry = Self { inner };
         tasks.spawn_until_shutdown("lease-keeper", registry.clone().keep_leases(known.revision()));
         tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
+        tasks.spawn_until_shutdown("live-metadata", registry.clone().store_live());
         tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
         registry
     }

@@ -7,7 +7,7 @@ use prost::Message as _;
 
 use super::Error;
 use crate::{
-    catalog::Change,
+    catalog::{Change, Live},
     model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, State},
     proto::v1,
     store::Key,
@@ -15,6 +15,7 @@ use crate::{
 
 pub(super) const SERVICES: &str = "services/";
 pub(super) const INSTANCES: &str = "instances/";
+pub(super) const LIVE: &str = "live/";
 /// Everything of ours in the store.
 pub(super) const ALL: &str = "";
 
@@ -24,6 +25,30 @@ pub(super) fn service_key(id: &ServiceId) -> Key {
 
 pub(super) fn instance_key(key: &InstanceKey) -> Key {
     format!("{INSTANCES}{key}").into()
+}
+
+pub(super) fn live_key(key: &InstanceKey) -> Key {
+    format!("{LIVE}{key}").into()
+}
+
+pub(super) fn encode_live(live: &Live) -> Bytes {
+    live_to_proto(None, live).encode_to_vec().into()
+}
+
+/// The wire form of what an instance says of itself.
+pub fn live_to_proto(key: Option<&InstanceKey>, live: &Live) -> v1::Live {
+    let Live { incarnation, entries, published_at, revision } = live;
+    v1::Live {
+        instance: key.map(|key| v1::InstanceRef {
+            service: key.service.to_string(),
+            id: key.id.to_string(),
+            incarnation: incarnation.0,
+        }),
+        incarnation: incarnation.0,
+        entries: entries.clone(),
+        published_at: Some((*published_at).into()),
+        revision: revision.0,
+    }
 }
 
 /// The stored form. The revision is not in it: the store keeps that.
@@ -40,10 +65,26 @@ pub(super) fn decode(key: &Key, value: Option<&Bytes>, revision: Revision) -> Re
         let id: ServiceId = name.parse().map_err(wrong)?;
         return Ok(Some(if value.is_some() { Change::PutService(id) } else { Change::RemoveService(id) }));
     }
-    let Some(path) = key.strip_prefix(INSTANCES) else { return Ok(None) };
+    let (path, is_live) = match (key.strip_prefix(INSTANCES), key.strip_prefix(LIVE)) {
+        (Some(path), _) => (path, false),
+        (None, Some(path)) => (path, true),
+        (None, None) => return Ok(None),
+    };
     let (service, id) = path.split_once('/').ok_or_else(|| wrong("the key names no instance".to_owned()))?;
     let instance_key =
         InstanceKey { service: service.parse().map_err(wrong)?, id: id.parse().map_err(wrong)? };
+    if is_live {
+        let Some(value) = value else { return Ok(Some(Change::RemoveLive(instance_key))) };
+        let message = v1::Live::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
+        let published_at = message.published_at.and_then(|at| SystemTime::try_from(at).ok());
+        let live = Live {
+            incarnation: Incarnation(message.incarnation),
+            entries: message.entries,
+            published_at: published_at.unwrap_or(SystemTime::UNIX_EPOCH),
+            revision,
+        };
+        return Ok(Some(Change::PutLive(instance_key, live)));
+    }
     let Some(value) = value else { return Ok(Some(Change::RemoveInstance(instance_key))) };
     let message = v1::Instance::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
     let instance = instance_from_proto(instance_key, message, revision).map_err(wrong)?;

@@ -504,3 +504,42 @@ async fn a_node_that_returns_counts_again_what_it_owns() {
     }
     assert_eq!(back.elapsed().as_secs(), TTL.as_secs());
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_said_many_times_a_second_reaches_watchers_and_no_snapshot() {
+    let cluster = Cluster::start(&["n1", "n2"]).await;
+    let (n1, n2) = (cluster.registry("n1"), cluster.registry("n2"));
+    n1.register(registration("a", 1, Some(1))).await.unwrap();
+    cluster.settled().await;
+    let revision = n2.catalog().latest().revision();
+    let mut heard = n2.catalog().live().watch(&key("a").service);
+    let said = |block: u32| std::collections::BTreeMap::from([("block".to_owned(), block.to_string())]);
+
+    let start = tokio::time::Instant::now();
+    for block in 0..1000 {
+        n1.publish(key("a"), None, said(block)).unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let last = |live: &catalog::LiveService| live.instances.values().any(|live| live.entries == said(999));
+    heard.wait_for(last).await.unwrap();
+    assert!(start.elapsed() < Duration::from_millis(1100), "{:?}", start.elapsed());
+    let stored = n1.inner.store.list("").await.unwrap().revision.0 - revision.0;
+    assert!((10..=25).contains(&stored), "{stored} commits for 1000 in a second");
+    assert_eq!(n2.catalog().latest().revision(), revision, "no snapshot, so no proxy is woken");
+
+    assert_eq!(refused(n1.publish(key("b"), None, said(0))), "not found greeter/b");
+    assert_eq!(refused(n1.publish(key("a"), Some(Incarnation(2)), said(0))), "conflict incarnation");
+
+    // What a run said ends with it, also what comes late.
+    n1.publish(key("a"), None, said(1000)).unwrap();
+    n1.register(registration("a", 1, Some(2))).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    cluster.settled().await;
+    assert!(n2.catalog().live().get(&key("a")).is_none());
+    n2.publish(key("a"), None, said(7)).unwrap();
+    heard.wait_for(|live| live.instances.values().any(|live| live.entries == said(7))).await.unwrap();
+    n2.deregister(key("a"), None).await.unwrap();
+    assert!(n2.catalog().live().get(&key("a")).is_none());
+    cluster.settled().await;
+    assert!(n1.inner.store.list("live/").await.unwrap().entries.is_empty(), "nothing is left behind");
+}

@@ -388,7 +388,8 @@ impl Inner {
             expect_incarnation(present, incarnation)?;
             let op =
                 Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-            match self.commit(vec![op], snapshot.revision()).await {
+            let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
+            match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     self.released(key, present.incarnation);
                     return Ok(revision);
@@ -412,7 +413,8 @@ impl Inner {
         let over = |present: &&Arc<Instance>| self.keeps(present) && !self.leases.held(key, incarnation);
         let Some(present) = present.filter(over) else { return Ok(None) };
         let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-        match self.commit(vec![op], snapshot.revision()).await {
+        let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
+        match self.commit(ops, snapshot.revision()).await {
             Ok(revision) => {
                 self.released(key, incarnation);
                 Ok(Some(revision))
@@ -520,7 +522,7 @@ fn contended(key: &InstanceKey) -> Error {
     Error::conflict("id", format!("instance {key} is being written by many at once: try again"))
 }
 
-fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<(), Error> {
+pub(super) fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<(), Error> {
     match given {
         Some(given) if given != present.incarnation => Err(Error::conflict(
             "incarnation",

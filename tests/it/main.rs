@@ -14,6 +14,7 @@
 mod bad_input;
 mod harness;
 mod ledger;
+mod live;
 mod load_reports;
 mod locks;
 mod on_demand;
