@@ -75,6 +75,7 @@ impl From<registry::Error> for ApiError {
             registry::Error::NotFound(_) | registry::Error::NoService(_) | registry::Error::NoLock(_) => {
                 (Kind::NotFound, Vec::new())
             }
+            registry::Error::NotEmpty(_) => (Kind::Conflict, Vec::new()),
             registry::Error::Conflict(problem) => (Kind::Conflict, vec![problem]),
             registry::Error::Limit(problem) => (Kind::Limit, vec![problem]),
             registry::Error::Store(_)

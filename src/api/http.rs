@@ -21,7 +21,7 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, live, load, locks, proxies,
+    ledger, live, load, locks, proxies, snapshot,
 };
 use crate::{
     model::{
@@ -62,6 +62,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
         .route("/v1/nodes", routing::get(list_nodes))
+        .route("/v1/snapshot", routing::get(snapshot::save).post(snapshot::restore))
         .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
         .route("/readyz", routing::get(readyz))
         .route("/metrics", routing::get(metrics))
@@ -451,6 +452,8 @@ async fn index() -> &'static str {
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
      GET    /v1/revisions/{revision}                   who has acknowledged it, who has not and why; ?service=NAME&wait=10s\n\
+     GET    /v1/snapshot                               everything that the store holds, as one file\n\
+     POST   /v1/snapshot                               put it into an empty store; ?replace=true into any\n\
      GET    /livez /readyz /metrics\n\
      GET    /debug/catalog /debug/config /debug/log /debug/xds;  PUT /debug/log {\"filter\":\"debug\"}\n"
 }

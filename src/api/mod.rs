@@ -13,6 +13,7 @@ mod live;
 mod load;
 mod locks;
 mod proxies;
+mod snapshot;
 
 use std::sync::Arc;
 

@@ -15,6 +15,7 @@ mod rollout;
 mod run;
 mod server;
 mod service;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod xds;
@@ -123,6 +124,9 @@ enum Command {
     /// Locks for what must run exactly once: run, list, show, release
     #[command(subcommand, visible_alias = "locks")]
     Lock(lock::Command),
+    /// Backups of everything that is registered: save, show, restore
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Speak xDS to any server: watch
     #[command(subcommand)]
     Xds(xds::Command),
@@ -190,6 +194,7 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Proxy(command) => proxy::run(command, &global).await?,
         Command::Rollout(command) => rollout::run(command, &global).await?,
         Command::Lock(command) => return Box::pin(lock::run(command, &global)).await.map(ExitCode::from),
+        Command::Snapshot(command) => snapshot::run(command, &global).await?,
         Command::Xds(command) => xds::run(command, &global).await?,
         Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
         Command::Config(command) => configuration::run(command)?,

@@ -54,6 +54,12 @@ pub enum Error {
         "this node has lost touch with the store, so another one keeps the leases for now: try another or again"
     )]
     Isolated,
+    /// There is something already where a backup was to be restored.
+    #[error(
+        "the store is not empty: it holds {0} entries. Restore into an empty one, or say --replace (over HTTP ?replace=true): \
+         what is not in the snapshot is then removed"
+    )]
+    NotEmpty(usize),
     /// The server is shutting down.
     #[error("this server is shutting down; try another or again")]
     ShuttingDown,

@@ -15,6 +15,7 @@ mod membership;
 mod mirror;
 mod record;
 mod sessions;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -28,6 +29,7 @@ pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
 pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};
+pub use snapshot::{Restored, kept, restore};
 pub use write::Accepted;
 
 use crate::{

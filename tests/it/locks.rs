@@ -57,7 +57,10 @@ impl<'a> Stage<'a> {
             let (token, who) = line.split_once(' ').context("a torn line")?;
             let next = (token.parse()?, who.to_owned());
             if done.last() != Some(&next) {
-                ensure!(done.last().is_none_or(|last| last.0 < next.0), "two at once: {done:?}, then {next:?}");
+                ensure!(
+                    done.last().is_none_or(|last| last.0 < next.0),
+                    "two at once: {done:?}, then {next:?}"
+                );
                 done.push(next);
             }
         }
@@ -109,7 +112,8 @@ fn one_works_at_a_time_whoever_is_killed_or_frozen() {
 
         // Frozen with all that belongs to it; when it wakes its command is stopped.
         let mut fourth = stage.contender("fourth")?;
-        let (guards, work): (Vec<_>, Vec<_>) = third.descendants().into_iter().partition(|pid| is_guard(*pid));
+        let (guards, work): (Vec<_>, Vec<_>) =
+            third.descendants().into_iter().partition(|pid| is_guard(*pid));
         ensure!(guards.len() == 1 && !work.is_empty());
         third.signal(Signal::STOP)?;
         for pid in guards.iter().chain(&work) {

@@ -56,7 +56,7 @@ pub(super) enum Command {
         fence: Option<u64>,
     },
     /// Watches over a command beside `disco lock run`
-    #[command(hide = true)]
+    #[command(hide = true, after_help = "Example:\n  disco lock guard nightly-report 7 2500")]
     Guard(guard::GuardArgs),
 }
 

@@ -357,6 +357,11 @@ impl Inner {
         match self.store.commit(vec![op]).await {
             Ok(revision) => {
                 (lock.token, lock.revision) = (revision, revision);
+                // From now on the record says its token itself: revisions of records change when a store is restored. Where this
+                // fails it stays as it is, and the next write of it does the same.
+                if let Ok(Some(revision)) = self.replace(&lock).await {
+                    lock.revision = revision;
+                }
                 // The board may have told of it before; what was counted since then is not over yet.
                 if begun.elapsed() < lock.ttl {
                     self.hold(&lock);
