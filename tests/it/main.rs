@@ -21,6 +21,7 @@ mod on_demand;
 mod per_type;
 mod plain_http;
 mod real_clients;
+mod snapshot;
 mod tidy;
 mod validate;
 mod views;

@@ -68,8 +68,9 @@ struct Inner {
     members: watch::Receiver<Members>,
     /// Tells this run from others of the same name, which may still believe that they live.
     run: u64,
-    /// A token is the incarnation of its lease.
-    leases: Leases<LockName>,
+    /// Of each token by itself: what is late about an earlier one does not touch its successor. Those that another process owns by
+    /// now end here, too, and then nothing happens.
+    leases: Leases<Held>,
     board: watch::Sender<Board>,
     queues: Queues,
     taken: Counter,
@@ -77,9 +78,12 @@ struct Inner {
     tasks: Tasks,
 }
 
+/// What a lease is of.
+type Held = (LockName, Revision);
+
 /// What became of an attempt to take a lock.
 enum Taken {
-    Held(Box<Lock>),
+    Yes(Box<Lock>),
     /// Somebody else was faster, with this commit.
     Lost(Revision),
 }
@@ -152,7 +156,7 @@ impl Locks {
             // No longer bounded by the wait: what may have been taken is answered.
             let (inner, claim) = (Arc::clone(&self.inner), claim.clone());
             match self.detached(async move { inner.take(&claim).await }).await? {
-                Taken::Held(lock) => {
+                Taken::Yes(lock) => {
                     self.shown(lock.revision).await;
                     return Ok(*lock);
                 }
@@ -248,9 +252,9 @@ impl Locks {
     /// Removes locks whose lease is over.
     async fn expire(self) {
         loop {
-            for (name, token) in self.inner.leases.next_due().await {
+            for (held, _) in self.inner.leases.next_due().await {
                 let inner = Arc::clone(&self.inner);
-                self.inner.tasks.spawn("lock-write", async move { inner.end(&name, token).await });
+                self.inner.tasks.spawn("lock-write", async move { inner.end(held).await });
             }
         }
     }
@@ -261,8 +265,11 @@ fn may_take(held: Option<&Arc<Lock>>, claim: &Claim) -> bool {
     held.is_none_or(|held| !claim.attempt.is_empty() && held.attempt == claim.attempt)
 }
 
-fn incarnation(token: Revision) -> Incarnation {
-    Incarnation(token.0)
+/// A token is held once only.
+const RUN: Incarnation = Incarnation(1);
+
+fn held(lock: &Lock) -> Held {
+    (lock.name.clone(), lock.token)
 }
 
 impl Inner {
@@ -300,18 +307,18 @@ impl Inner {
     /// before.
     fn hold(&self, lock: &Lock) {
         let holder = Holder::Ttl(Lock::expiry(lock.ttl));
-        self.leases.hold(lock.name.clone(), incarnation(lock.token), holder, Instant::now());
+        self.leases.hold(held(lock), RUN, holder, Instant::now());
     }
 
     /// Counts the lease, whole from now on, but no renewals: the next one has to be written. So a removal that is under
     /// way cannot pass by it.
     fn suspend(&self, lock: &Lock, within: Duration) {
-        self.leases.suspend(lock.name.clone(), incarnation(lock.token), within, Instant::now());
+        self.leases.suspend(held(lock), RUN, within, Instant::now());
     }
 
     /// Begins to count the lease of a lock that this process owns, unless it does already.
     fn adopt(&self, lock: &Lock) {
-        if !self.leases.held(&lock.name, incarnation(lock.token)) {
+        if !self.leases.held(&held(lock), RUN) {
             self.suspend(lock, Lock::expiry(lock.ttl));
         }
     }
@@ -329,7 +336,7 @@ impl Inner {
         if let Some(held) = board.lock(&claim.name).filter(|held| may_take(Some(held), claim)) {
             // The lock may have ended since.
             return Ok(match self.renew(&claim.name, held.token).await {
-                Ok(_) => Taken::Held(Box::new((**held).clone())),
+                Ok(_) => Taken::Yes(Box::new((**held).clone())),
                 Err(Error::NoLock(_) | Error::Conflict(_)) => Taken::Lost(Revision(held.revision.0 + 1)),
                 Err(error) => return Err(error),
             });
@@ -370,7 +377,7 @@ impl Inner {
                 }
                 self.taken.inc();
                 tracing::info!(lock = %lock.name, token = %lock.token, holder = lock.holder, "taken");
-                Ok(Taken::Held(Box::new(lock)))
+                Ok(Taken::Yes(Box::new(lock)))
             }
             Err(StoreError::Conflict { actual, .. }) => Ok(Taken::Lost(actual.unwrap_or_default())),
             Err(error) => Err(Error::Store(error)),
@@ -385,7 +392,7 @@ impl Inner {
                 let message = format!("lock {name} was asked back: end the work and release it");
                 return Err(Error::conflict("token", message));
             }
-            let counted = || self.leases.renew(name, incarnation(token), Instant::now()).is_some();
+            let counted = || self.leases.renew(&held(&lock), RUN, Instant::now()).is_some();
             if self.owns(&lock) && counted() {
                 return Ok(lock.ttl);
             }
@@ -458,20 +465,21 @@ impl Inner {
         let op = Op::Delete { key: record::key(&lock.name), when: Condition::Unchanged(lock.revision) };
         let removed = committed(self.store.commit(vec![op]).await)?;
         if removed.is_some() {
-            self.leases.release(&lock.name, incarnation(lock.token), || false);
+            self.leases.release(&held(lock), RUN, || false);
         }
         Ok(removed)
     }
 
     /// The lease is over here. The lock goes unless another process owns it by now, or its holder came back.
-    async fn end(&self, name: &LockName, token: Incarnation) {
-        let ended = async {
+    async fn end(&self, ended: Held) {
+        let (name, token) = &ended;
+        let removal = async {
             let Some(lock) = self.read(name).await? else { return Ok(None) };
             // Asked after the read: who becomes the owner holds the lease before it writes.
-            let over = incarnation(lock.token) == token && self.owns(&lock) && !self.leases.held(name, token);
+            let over = lock.token == *token && self.owns(&lock) && !self.leases.held(&ended, RUN);
             if over { self.remove(&lock).await.map(|removed| removed.map(|_| lock)) } else { Ok(None) }
         };
-        match ended.await {
+        match removal.await {
             Ok(Some(Lock { token, holder, .. })) => {
                 self.expired.inc();
                 tracing::warn!(lock = %name, %token, holder, "its holder fell silent: the lock is free");
@@ -479,7 +487,7 @@ impl Inner {
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(lock = %name, %error, "its lease is over but it could not be removed; trying again");
-                self.leases.abandon(name.clone(), token, Instant::now(), || true);
+                self.leases.abandon(ended.clone(), RUN, Instant::now(), || true);
             }
         }
     }

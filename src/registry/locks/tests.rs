@@ -424,6 +424,7 @@ async fn never_held_by_two_and_tokens_grow_whatever_happens() {
     #[allow(clippy::disallowed_methods, reason = "how long to go on is the tester's choice")]
     let seeds = std::env::var("DISCO_LOCK_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(2);
     for seed in 0..seeds {
+        println!("seed {seed}");
         let chance = Arc::new(Mutex::new(fastrand::Rng::with_seed(seed)));
         let store: Arc<dyn Store> =
             Arc::new(Flaky { store: MemoryStore::default(), chance: Arc::clone(&chance) });
