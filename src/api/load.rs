@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     Api,
-    http::{Reply, service_id},
+    request::{Reply, service_id},
 };
 use crate::{
     model::{Locality, format_duration},

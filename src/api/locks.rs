@@ -16,7 +16,7 @@ use tonic::{Request, Response, Status};
 use super::{
     Api, dto,
     error::{ApiError, Kind},
-    http::{Body, Path, Query, Reply, read_poll, read_wait, wait_at_most},
+    request::{Body, Path, Query, Reply, read_poll, read_wait, wait_at_most},
 };
 use crate::{
     model::{Claim, Fields, Lock, LockName, Problems, Revision, format_duration, parse_duration},

@@ -7,12 +7,15 @@ mod csds;
 mod dto;
 mod error;
 mod grpc;
+mod health;
+mod history;
 mod http;
 mod ledger;
 mod live;
 mod load;
 mod locks;
 mod proxies;
+mod request;
 mod snapshot;
 
 use std::sync::Arc;
@@ -25,6 +28,7 @@ use error::{ApiError, Kind};
 
 use crate::{
     catalog::Reader,
+    health::Monitor,
     proto::v1::{locks_server::LocksServer, proxies_server::ProxiesServer, registry_server::RegistryServer},
     registry::{Locks, Membership, Registry},
     rt::{Readiness, Tasks},
@@ -40,6 +44,8 @@ pub const SYNCED: &str = "registry";
 pub struct Config {
     /// Largest request body in bytes, on both edges.
     pub body_limit: usize,
+    /// HTTP requests at the same time.
+    pub requests: usize,
     /// The configuration in force, as YAML, for `/debug/config`.
     pub effective: String,
 }
@@ -57,6 +63,8 @@ pub struct Api {
     pub registry: Option<Registry>,
     /// Keeps the locks, in a process that takes writes.
     pub locks: Option<Locks>,
+    /// What the health checks of this node are doing.
+    pub checks: Monitor,
     /// Who is connected and has acknowledged what.
     pub proxies: Proxies,
     /// The calls that clients report.

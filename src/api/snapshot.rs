@@ -15,7 +15,7 @@ use serde_json::json;
 use super::{
     Api,
     error::{ApiError, Kind},
-    http::{Query, Reply},
+    request::{Query, Reply},
 };
 use crate::store::Backup;
 

@@ -4,25 +4,28 @@
 //! accepting and end streams (proxies and owners go to another server); wait for what is under way; stop the tasks; flush
 //! the store.
 
+mod incoming;
 mod listen;
 mod loads;
 mod observe;
+mod serve;
 mod settings;
+mod verdicts;
 mod views;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Mutex, mpsc, watch},
+    sync::watch,
 };
-use tonic::service::RoutesBuilder;
+use tonic::{server::NamedService, service::RoutesBuilder};
 
 use crate::{
     api::{Api, SYNCED},
     catalog,
     config::{Config, Role, Store as StoreConfig},
+    health::{Checker, Duty},
     model::Members,
     registry::{self, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
@@ -30,6 +33,7 @@ use crate::{
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, LoadReports, Loads, Proxies},
 };
+use incoming::Incoming;
 use views::Views;
 
 /// Where the process listens.
@@ -68,24 +72,16 @@ pub enum Error {
     /// The log filter is wrong.
     #[error("log.filter {0}")]
     Log(String),
-    /// A server ended by itself.
-    #[error("the {name} server ended: {reason}")]
-    Server {
-        /// Which.
-        name: &'static str,
-        /// Why.
-        reason: String,
-    },
     /// Signals cannot be listened to.
     #[error("signals cannot be listened to: {0}")]
     Signals(std::io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT, or until something fails that it cannot run without. `ready` is called once, when the
+/// Runs until SIGTERM or SIGINT. `ready` is called once, when the
 /// process serves.
 ///
 /// # Errors
-/// When it could not start, or a server ended by itself.
+/// When it could not start.
 pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), Error> {
     let log = LogFilter::start(&config.log.filter, config.log.format).map_err(Error::Log)?;
     listen::raise_descriptor_limit();
@@ -94,13 +90,12 @@ pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), E
 
     let running = Running::start(&config, log).await?;
     ready(&running.addresses);
-    let result = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        error = running.failed() => Err(error),
-    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     running.stop(config.shutdown.drain).await;
-    result
+    Ok(())
 }
 
 /// A process that serves.
@@ -112,7 +107,6 @@ struct Running {
     /// Tasks behind them.
     core: Tasks,
     store: Arc<dyn Store>,
-    failures: Mutex<mpsc::Receiver<Error>>,
 }
 
 impl Running {
@@ -126,7 +120,7 @@ impl Running {
         let has = |role| config.roles.contains(&role);
         let grpc = listen::bind("listen.grpc", config.listen.grpc, has(Role::Registry) || has(Role::Xds))?;
         let http = listen::bind("listen.http", config.listen.http, has(Role::Admin))?;
-        let address = |listener: &Option<TcpListener>| listener.as_ref().and_then(|l| l.local_addr().ok());
+        let address = |incoming: &Option<Incoming>| incoming.as_ref().and_then(Incoming::address);
         let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 
         let store = open_store(&config.store, &metrics)?;
@@ -146,18 +140,27 @@ impl Running {
             }
             StoreConfig::Memory | StoreConfig::File { .. } => None,
         };
-        let members = match &nodes {
-            Some(nodes) => nodes.with_role(Role::Registry.name(), &core),
-            None => watch::channel(Members::alone(node)).1,
+        let members = |role: Role| match &nodes {
+            Some(nodes) => nodes.with_role(role.name(), &core),
+            None => watch::channel(Members::alone(node.clone())).1,
         };
         if nodes.is_some() && has(Role::Registry) {
-            listen::follow_membership(members.clone(), readiness.clone(), &core);
+            listen::follow_membership(members(Role::Registry), readiness.clone(), &core);
         }
-        let locks =
-            has(Role::Registry).then(|| Locks::start(Arc::clone(&store), members.clone(), &metrics, &core));
-        let registry = has(Role::Registry).then(|| {
+        let locks = has(Role::Registry)
+            .then(|| Locks::start(Arc::clone(&store), members(Role::Registry), &metrics, &core));
+        let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
+            let members = members(Role::Registry);
             Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
+        });
+        let checks = registry.clone().filter(|_| has(Role::Discovery)).map(|registry| {
+            let (settings, duty) = (settings::health(config), Duty::new(members(Role::Discovery)));
+            let verdicts = Arc::new(verdicts::Verdicts(registry));
+            let checker = Checker::new(settings, reader.clone(), duty, verdicts, &metrics, &core);
+            let checks = checker.monitor();
+            core.spawn_until_shutdown("health-checks", checker.run());
+            checks
         });
 
         let proxies = Proxies::default();
@@ -167,7 +170,7 @@ impl Running {
             LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
         });
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader.clone(), core.clone(), &metrics));
+            let views = Arc::new(Views::new(reader.clone(), core.clone(), &metrics, config.xds.leds_from));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
@@ -175,54 +178,51 @@ impl Running {
             config: Arc::new(settings::api(config)),
             catalog: reader,
             nodes,
-            registry,
+            registry: registry.filter(|_| has(Role::Registry)),
             locks,
+            checks: checks.unwrap_or_default(),
             proxies,
             loads,
             readiness: readiness.clone(),
-            metrics,
+            metrics: metrics.clone(),
             log,
             tasks: edges.clone(),
         };
 
-        let (failed, failures) = mpsc::channel(1);
-        if let Some(listener) = grpc {
+        if let Some(incoming) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
-            let mut routes = RoutesBuilder::default();
-            routes.add_service(health_service).add_service(listen::reflection());
+            let mut services = Services::default();
+            services.add(health_service);
             if let Some(ads) = ads {
-                ads.add_to(&mut routes);
-                routes.add_service(api.client_status_service());
+                ads.add_to(&mut services.routes);
+                services.names.extend(AdsServer::services());
+                services.add(api.client_status_service());
             }
             if let Some(load_reports) = load_reports {
-                routes.add_service(load_reports);
+                services.add(load_reports);
             }
             if let Some(registry) = api.registry_service() {
-                routes.add_service(registry);
+                services.add(registry);
             }
             if let Some(locks) = api.locks_service() {
-                routes.add_service(locks);
+                services.add(locks);
             }
-            routes.add_service(api.proxies_service());
-            let routes = listen::when_synced(routes.routes(), readiness.clone());
-            listen::serve_grpc(listener, routes, &edges, failed);
+            services.add(api.proxies_service());
+            let reflection = listen::reflection(&services.names);
+            services.routes.add_service(reflection);
+            let routes = listen::when_synced(services.routes.routes(), readiness.clone());
+            let door = serve::Door::grpc(incoming, config.limits.grpc_connections, &metrics);
+            serve::grpc(door, routes, config.xds.max_connection_age, &metrics, &edges);
         }
-        if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges);
+        if let Some(incoming) = http {
+            let door = serve::Door::http(incoming, config.limits.http_connections, &metrics);
+            serve::http(door, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());
         tracing::info!(grpc = shown(addresses.grpc), http = shown(addresses.http), "serving");
-        Ok(Self { addresses, readiness, edges, core, store, failures: Mutex::new(failures) })
-    }
-
-    /// Returns when a server ends by itself.
-    async fn failed(&self) -> Error {
-        match self.failures.lock().await.recv().await {
-            Some(error) => error,
-            None => std::future::pending().await,
-        }
+        Ok(Self { addresses, readiness, edges, core, store })
     }
 
     async fn stop(self, drain: Duration) {
@@ -246,6 +246,30 @@ impl Running {
             tracing::error!(%error, "the store did not close cleanly; what was answered is durable all the same");
         }
         tracing::info!("bye");
+    }
+}
+
+/// The gRPC services of the process and their names.
+#[derive(Debug, Default)]
+struct Services {
+    routes: RoutesBuilder,
+    names: Vec<&'static str>,
+}
+
+impl Services {
+    fn add<S>(&mut self, service: S)
+    where
+        S: tower::Service<http::Request<tonic::body::Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Response: axum::response::IntoResponse,
+        S::Future: Send + 'static,
+    {
+        self.names.push(S::NAME);
+        self.routes.add_service(service);
     }
 }
 

@@ -1,7 +1,10 @@
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
 };
 
 use prometheus_client::metrics::histogram::Histogram;
@@ -14,7 +17,7 @@ use crate::{
     catalog::{Changes, Reader, Snapshot},
     model::{Locality, Revision},
     resources::{ClientKind, Places, View, update_beside},
-    rt::Tasks,
+    rt::{self, Tasks},
     telemetry::{Metrics, Stage},
     xds::{Admit, Admitted, Code, Node, Refusal, ResourceSet, StreamPolicy},
 };
@@ -46,6 +49,10 @@ pub(super) struct Views {
     families: Arc<Mutex<HashMap<View, Family>>>,
     /// From a durable change to its resources.
     published: Histogram,
+    /// See [`View::leds_from`].
+    leds_from: usize,
+    /// Counts histories of resource sets, from the time at which the process started: none is ever met again.
+    origins: Arc<AtomicU64>,
 }
 
 /// Views that differ only in where they are, by that. One task keeps up all of them, in step, so that those which see the same
@@ -57,8 +64,17 @@ struct Family {
 }
 
 impl Views {
-    pub(super) fn new(catalog: Reader, tasks: Tasks, metrics: &Metrics) -> Self {
-        Self { catalog, tasks, families: Arc::default(), published: metrics.propagation(Stage::Published) }
+    pub(super) fn new(catalog: Reader, tasks: Tasks, metrics: &Metrics, leds_from: usize) -> Self {
+        let start = rt::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let origin = u64::try_from(start.as_nanos()).unwrap_or_default();
+        Self {
+            catalog,
+            tasks,
+            families: Arc::default(),
+            published: metrics.propagation(Stage::Published),
+            leds_from,
+            origins: Arc::new(AtomicU64::new(origin)),
+        }
     }
 
     /// The set of a view, now and as it changes; `None` when too many views are in use. Where something runs only decides what
@@ -109,6 +125,7 @@ impl Views {
         places.follow(&Snapshot::default(), &snapshot, &Changes::Resync, &family);
         let mut sets: HashMap<Locality, Arc<ResourceSet>> = HashMap::new();
         let mut calm = Instant::now();
+        let origin = self.origins.fetch_add(1, Ordering::Relaxed);
         loop {
             let Some(members) = self.members(&family) else { return };
             sets.retain(|place, _| members.contains_key(place));
@@ -116,8 +133,8 @@ impl Views {
                 let widest = places.widest(place);
                 let same = sets.iter().find(|(other, _)| places.widest(other) == widest);
                 let set = same.map(|(_, set)| Arc::clone(set)).unwrap_or_else(|| {
-                    let none = ResourceSet::default();
                     let beside = sets.values().next().map(AsRef::as_ref);
+                    let none = ResourceSet::starting(origin);
                     let set = update_beside(beside, &none, &snapshot, &Changes::Resync, &at(&widest));
                     Arc::new(set.with_published(Instant::now()))
                 });
@@ -196,7 +213,8 @@ impl Family {
 impl Admit for Views {
     fn admit(&self, node: &Node) -> Result<Admitted, Refusal> {
         let view = View::of(node)
-            .map_err(|error| Refusal { code: Code::InvalidArgument, message: error.to_string() })?;
+            .map_err(|error| Refusal { code: Code::InvalidArgument, message: error.to_string() })?
+            .with_leds(node, self.leds_from);
         let policy = match view.kind {
             // Only what says that it is an Envoy is trusted to behave as one.
             ClientKind::Envoy if node.user_agent_name.starts_with("envoy") => StreamPolicy::ENVOY,
@@ -221,7 +239,7 @@ mod tests {
     use super::*;
     use crate::{
         catalog::{self, Writer, catalog},
-        model::{Incarnation, Instance, InstanceKey, Lease, Revision, State},
+        model::{Health, Incarnation, Instance, InstanceKey, Lease, Revision, State},
         rt::Shutdown,
         xds::ResourceType,
     };
@@ -237,7 +255,7 @@ mod tests {
             let (writer, reader) = catalog();
             Self {
                 writer,
-                views: Views::new(reader, Tasks::new(Shutdown::default()), &Metrics::default()),
+                views: Views::new(reader, Tasks::new(Shutdown::default()), &Metrics::default(), 0),
                 revision: 0,
             }
         }
@@ -253,9 +271,12 @@ mod tests {
                 weight: 1.try_into().unwrap(),
                 metadata: [].into(),
                 state: State::Serving,
+                check: None,
+                health: Health::unchecked(SystemTime::UNIX_EPOCH),
                 lease: Lease::Session,
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,
+                stale: None,
                 owner: None,
             }));
         }
@@ -294,6 +315,22 @@ mod tests {
 
     fn digest(set: &ResourceSet) -> Vec<u64> {
         ResourceType::ALL.map(|kind| set.digest(kind)).into()
+    }
+
+    #[tokio::test]
+    async fn w10_policies_by_user_agent() {
+        let bench = Bench::new();
+        for (name, policy) in [
+            ("envoy", StreamPolicy::ENVOY),
+            ("gRPC Go", StreamPolicy::GRPC),
+            ("grpc-c++", StreamPolicy::GRPC),
+            ("gRPC Rust tonic-xds", StreamPolicy::GRPC),
+            ("", StreamPolicy::OTHER),
+            ("something new", StreamPolicy::OTHER),
+        ] {
+            let node = Node { user_agent_name: name.into(), ..Node::default() };
+            assert_eq!(bench.views.admit(&node).unwrap().policy, policy, "{name}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

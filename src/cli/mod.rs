@@ -14,6 +14,7 @@ mod proxy;
 mod rollout;
 mod run;
 mod server;
+mod servers;
 mod service;
 mod snapshot;
 #[cfg(test)]
@@ -51,7 +52,7 @@ struct Cli {
 #[derive(Clone, Args)]
 #[command(next_help_heading = "Server")]
 pub struct Global {
-    /// HTTP address of the server to ask
+    /// HTTP addresses of the servers, separated by commas: of the proxies all are asked, of the rest the first that can be reached
     #[arg(
         long,
         global = true,

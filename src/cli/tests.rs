@@ -52,8 +52,12 @@ fn command_lines() {
         "disco --http 127.0.0.1:1 instance list",
         "disco instance list greeter --http 127.0.0.1:1 -ojsonl",
         "disco instance register greeter/a --address 10.0.0.1 --port 1 --metadata a=b --metadata c= --ttl 5m",
+        "disco instance register greeter/a --address 10.0.0.1 --port 1 --health http:/ok --health-interval 2s",
         "disco instance drain greeter/a --wait 0s",
         "disco instance deregister greeter/host:1 --incarnation 3",
+        "disco service history greeter --since 1h -o jsonl",
+        "disco service release greeter",
+        "disco instance explain greeter/a --at 2026-01-31T12:00:00Z",
         "disco proxy show some/node~id",
         "disco config check f",
         "disco config show",
@@ -76,6 +80,9 @@ fn wrong_command_lines_say_what_is_right() {
         ("disco instance drain greeter/a --wait 10", "want a number and a unit, such as 30s"),
         ("disco instance register greeter/a --address 10.0.0.1", "--port"),
         ("disco instance register greeter/a --address 10.0.0.1 --port 1 --metadata x", "want KEY=VALUE"),
+        ("disco instance register greeter/a --address 10.0.0.1 --port 1 --health ping", "is not a check"),
+        ("disco instance register greeter/a --address 10.0.0.1 --port 1 --health-port 1", "--health <CHECK>"),
+        ("disco service history greeter --since soon", "or how long ago, e.g. 10m"),
         ("disco service list -o xml", "jsonl"),
         ("disco dev --http 127.0.0.1:1", "where to listen is --http-listen"),
         ("disco --grpc 127.0.0.1:1 serve", "where to listen is --grpc-listen"),
@@ -112,8 +119,8 @@ fn answer(value: Value) -> axum::routing::MethodRouter {
     axum::routing::any(move || async move { Json((*value).clone()) })
 }
 
-/// Runs a command line against a server; what it prints goes to the test's output.
-async fn against(address: SocketAddr, line: &str) -> Result<(), Failure> {
+/// Runs a command line against a server, or several; what it prints goes to the test's output.
+async fn against(address: impl ToString, line: &str) -> Result<(), Failure> {
     let mut cli = parse(&format!("disco {line}")).unwrap();
     cli.global.http = address.to_string();
     execute(cli).await.map(|_| ())
@@ -128,6 +135,7 @@ fn mesh(complete: bool) -> Router {
         .route("/v1/services/greeter/load", answer(json!({"service": "greeter", "localities": []})))
         .route("/v1/services/greeter/instances/a", answer(instance.clone()))
         .route("/v1/services/greeter/instances/a/drain", answer(json!({"revision": 5, "instance": instance})))
+        .route("/v1/checks", answer(json!({"instances": 0, "machines": 0, "silent": 0, "suspended": null})))
         .route("/v1/proxies", answer(json!({"proxies": []})))
         .route(
             "/v1/revisions/{revision}",
@@ -171,6 +179,47 @@ async fn a_drain_that_is_not_acknowledged_names_the_proxies() {
     against(address, "instance drain greeter/a --wait 0s").await.unwrap();
     let for_ever = against(address, "instance drain greeter/a --wait 9999999999999999s");
     assert!(tokio::time::timeout(std::time::Duration::from_millis(150), for_ever).await.is_err());
+}
+
+#[tokio::test]
+async fn all_servers_are_asked_about_proxies_and_one_that_is_away_leaves_it_open() {
+    let (one, _tasks) = server(mesh(true)).await;
+    let (two, _tasks) = server(mesh(true)).await;
+    let (behind, _tasks) = server(mesh(false)).await;
+    let none =
+        Router::new().route("/v1/proxies/late/resources", answer(json!({"streams": [{"resources": []}]})));
+    let (other, _tasks) = server(none).await;
+    let away = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+
+    against(format!("{one},{two}"), "rollout status 5").await.unwrap();
+    let cases = [
+        (format!("{one},{behind}"), "not yet: edge\\u{1b}-7".to_owned()),
+        (format!("{one},{away}"), format!("not known: the proxies of {away} (cannot reach")),
+        (format!("{away},{one}"), format!("not known: the proxies of {away} (cannot reach")),
+        // It says that it knows no such revision.
+        (
+            format!("{one},{other}"),
+            format!("not known: the proxies of {other} (the server answered with status 404"),
+        ),
+    ];
+    for (servers, want) in cases {
+        for line in [
+            "rollout status 5",
+            "rollout status 5 --wait --timeout 20ms",
+            "instance drain greeter/a --wait 20ms",
+        ] {
+            let failure = against(&servers, line).await.unwrap_err();
+            let drain = line.starts_with("instance") && failure.message.contains("revision 5");
+            assert_eq!(failure.code, failure::NOT_YET, "{line} {servers}: {failure}");
+            assert!(drain || failure.message.contains(&want), "{line} {servers}: {failure}");
+        }
+    }
+    // What one knows is enough, and the others are asked if the first is away.
+    against(format!("{away},{one},{other}"), "proxy diff late").await.unwrap();
+    against(format!("{away},{one}"), "proxy list").await.unwrap();
+    against(format!("{away},{one}"), "instance list").await.unwrap();
+    let failure = against(format!("{away},{away}"), "rollout status 5").await.unwrap_err();
+    assert_eq!(failure.code, failure::FAILED, "{failure}");
 }
 
 #[tokio::test]

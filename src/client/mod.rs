@@ -10,6 +10,7 @@ mod locks;
 mod proxies;
 mod servers;
 mod session;
+mod wire;
 
 pub use ads::{Ads, Answer, Ask};
 pub use http::{FieldError, Http, HttpError};
@@ -17,6 +18,7 @@ pub use locks::{LockError, Locks};
 pub use proxies::{Acknowledged, wait_acknowledged};
 pub use servers::Servers;
 pub use session::{Session, SessionError, SessionState};
+pub use wire::check_to_proto;
 
 #[cfg(test)]
 pub(crate) mod mock;

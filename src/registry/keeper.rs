@@ -34,14 +34,14 @@ impl Inner {
         self.leases.adopt(&instance.key, instance.incarnation, ttl, Instant::now());
     }
 
-    /// Counts the leases that it keeps, and no others.
+    /// Counts the leases that it keeps, and no others. That of a stale instance is over.
     pub(super) fn settle_all(&self, snapshot: &Snapshot) {
         let members = self.members.borrow().clone();
         for instance in snapshot.services().flat_map(|service| service.instances()) {
-            if keeps(&members, instance.owner.as_ref(), &instance.key) {
-                self.adopt(instance);
-            } else {
+            if !keeps(&members, instance.owner.as_ref(), &instance.key) {
                 self.leases.cede(&instance.key);
+            } else if instance.stale.is_none() {
+                self.adopt(instance);
             }
         }
     }
@@ -51,7 +51,7 @@ impl Inner {
         let members = self.members.borrow().clone();
         if !keeps(&members, instance.owner.as_ref(), &instance.key) {
             self.leases.cede(key);
-        } else if instance.owner.as_ref() != Some(&members.own) {
+        } else if instance.owner.as_ref() != Some(&members.own) && instance.stale.is_none() {
             // What it owns itself it counts since the write. If that lease is over, a change must not bring it back.
             self.adopt(instance);
         }

@@ -10,7 +10,7 @@ pub use backoff::Backoff;
 pub use boot::{boot_time, sleep_until_boot};
 pub use hangup::{Fate, Hangup, Watched};
 pub use ready::{Gate, Readiness};
-pub use task::{Shutdown, Tasks};
+pub use task::{Leave, Shutdown, Tasks};
 
 use std::{error::Error, time::SystemTime};
 

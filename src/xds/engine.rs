@@ -1,4 +1,4 @@
-use std::{fmt, mem, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, mem, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -54,6 +54,11 @@ pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
 
     fn ask(request: &Self::Request) -> Ask<'_>;
 
+    /// Whether there is a type in this form of the protocol.
+    fn serves(_: ResourceType) -> bool {
+        true
+    }
+
     /// Whether removals of a type are told at all.
     fn tells_removals(kind: ResourceType) -> bool;
 
@@ -77,8 +82,8 @@ pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
     ) -> Result<Option<Built>, ProtocolError>;
 
     /// A request for a type that Disco does not have (rule K3).
-    fn on_unknown(&mut self, request: Self::Request) {
-        let _ = request;
+    fn on_unknown(&mut self, url: &str, request: Self::Request) {
+        let _ = (url, request);
     }
 
     /// The answer to it: the type URL, the parts and how many removals there are.
@@ -115,10 +120,12 @@ pub(super) struct Built {
 pub(super) struct Engine<V> {
     config: Arc<Config>,
     policy: StreamPolicy,
-    /// The one type of a stream that is not aggregated (rule G3).
-    only: Option<ResourceType>,
+    /// The type URL of a stream that is not aggregated (rule G3).
+    only: Option<&'static str>,
     node_id: String,
-    tracks: [Track; 4],
+    tracks: Tracks,
+    /// Endpoints that a changed cluster waits for and that are still to be sent, where they are collections.
+    warming: BTreeSet<Arc<str>>,
     nonce: u64,
     /// The newest revision that was looked at.
     current: Revision,
@@ -136,12 +143,12 @@ impl<V: Variant> Engine<V> {
     pub(super) fn new(
         node_id: String,
         policy: StreamPolicy,
-        only: Option<ResourceType>,
+        only: Option<&'static str>,
         config: Arc<Config>,
     ) -> Self {
-        let track = |kind| Track::new(kind, config.resend_on_reconnect.contains(&kind));
         Self {
-            tracks: ResourceType::ALL.map(track),
+            tracks: Tracks::default(),
+            warming: BTreeSet::new(),
             config,
             policy,
             only,
@@ -170,24 +177,22 @@ impl<V: Variant> Engine<V> {
         if len > limit {
             return Err(ProtocolError::LongType { len, limit });
         }
-        let known = match (self.only, ask.type_url) {
-            (Some(only), "") => Some(only),
-            (Some(only), url) if url != only.url() => {
-                return Err(ProtocolError::OtherType { want: only.url(), got: url.to_owned() });
+        let url = match (self.only, ask.type_url) {
+            (Some(only), url) if !url.is_empty() && url != only => {
+                return Err(ProtocolError::OtherType { want: only, got: url.to_owned() });
             }
+            (Some(only), _) => only,
             (None, "") => return Err(ProtocolError::NoType),
-            (_, url) => ResourceType::from_url(url),
+            (None, url) => url,
         };
-        let Some(kind) = known else {
-            self.variant.on_unknown(request);
+        let Some(kind) = ResourceType::from_url(url).filter(|kind| V::serves(*kind)) else {
+            let url = url.to_owned();
+            self.variant.on_unknown(&url, request);
             return Ok(Heard::Request);
         };
 
-        let elsewhere: usize = ResourceType::ALL
-            .into_iter()
-            .filter(|other| *other != kind)
-            .map(|other| self.track(other).subscription.names().len())
-            .sum();
+        let others = self.tracks.iter().flatten().filter(|track| track.kind != kind);
+        let elsewhere: usize = others.map(|track| track.subscription.names().len()).sum();
         let config = self.config.as_ref();
         let terms = Terms {
             kind,
@@ -196,7 +201,7 @@ impl<V: Variant> Engine<V> {
             elsewhere,
             set: set.map(AsRef::as_ref),
         };
-        let track = track_mut(&mut self.tracks, kind);
+        let track = track_mut(&mut self.tracks, kind, &self.config);
         let first = !mem::replace(&mut track.seen, true);
         // Rule S1: a nonce of an earlier stream means nothing.
         let heard = if first { Heard::Request } else { answer(track, &ask, config, now) };
@@ -218,10 +223,16 @@ impl<V: Variant> Engine<V> {
         self.looked = Some(now);
         self.expire(now);
         self.current = self.current.max(set.revision());
-        for kind in ResourceType::ALL {
-            let policy = self.policy;
-            if V::weigh(self.track_mut(kind), set, policy) && kind == ResourceType::Cluster {
+        for track in self.tracks.iter_mut().flatten() {
+            let (kind, arrives) = (track.kind, track.claim.is_some());
+            if V::weigh(track, set, self.policy) && kind == ResourceType::Cluster {
                 self.reconnected_until = Some(now + self.config.reconnect_grace);
+            }
+            if arrives
+                && kind == ResourceType::LbEndpoint
+                && (self.reconnected_until.is_some() || self.only.is_some())
+            {
+                track.forget_members(set);
             }
         }
         loop {
@@ -247,9 +258,9 @@ impl<V: Variant> Engine<V> {
 
     /// When to call [`Engine::next_response`] again even if nothing happens.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let held = self.tracks.iter().any(|track| !track.held.is_empty());
+        let held = self.tracks.iter().flatten().any(|track| !track.held.is_empty());
         let grace = self.reconnected_until.filter(|_| held);
-        let answers = self.tracks.iter().flat_map(|track| {
+        let answers = self.tracks.iter().flatten().flat_map(|track| {
             let outstanding = track.outstanding.as_ref().filter(|outstanding| !outstanding.expired);
             let warming = outstanding.filter(|o| self.policy.warms_clusters && o.adds);
             let warming = warming.map(|o| o.sent + self.config.warming_timeout);
@@ -259,14 +270,25 @@ impl<V: Variant> Engine<V> {
         answers.flatten().chain(grace).filter(|at| self.looked.is_none_or(|last| *at > last)).min()
     }
 
+    /// Whether the client has answered everything that it was sent, or had its time to.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.tracks.iter().flatten().all(|track| !track.awaits_answer())
+    }
+
+    /// How long an answer is waited for.
+    pub(super) fn patience(&self) -> Duration {
+        self.config.ack_timeout
+    }
+
     /// Types that the stream asked for.
     pub(super) fn status(&self) -> Vec<TypeStatus> {
-        self.tracks.iter().filter(|track| track.seen).map(|track| track.status(self.current)).collect()
+        let seen = self.tracks.iter().flatten().filter(|track| track.seen);
+        seen.map(|track| track.status(self.current)).collect()
     }
 
     /// Brings what [`Engine::status`] gave up to date.
     pub(super) fn update_status(&self, types: &mut Vec<TypeStatus>) {
-        let seen = || self.tracks.iter().filter(|track| track.seen);
+        let seen = || self.tracks.iter().flatten().filter(|track| track.seen);
         // No type is ever given up, so equally many are the same ones.
         if types.len() != seen().count() {
             *types = self.status();
@@ -277,7 +299,7 @@ impl<V: Variant> Engine<V> {
 
     /// Responses that were not answered in time.
     pub(super) fn unanswered(&self) -> u64 {
-        self.tracks.iter().map(|track| track.report.unanswered).sum()
+        self.tracks.iter().flatten().map(|track| track.report.unanswered).sum()
     }
 
     /// Whether there is something to send of this type; if so, notes since when.
@@ -288,7 +310,7 @@ impl<V: Variant> Engine<V> {
         now: Instant,
     ) -> Result<bool, ProtocolError> {
         let since = self.published.unwrap_or(now);
-        let track = self.track_mut(kind);
+        let Some(track) = self.known_mut(kind) else { return Ok(false) };
         let pending = track.pending(set, V::tells_removals(kind))?;
         if pending {
             track.waiting_since.get_or_insert(since);
@@ -306,16 +328,16 @@ impl<V: Variant> Engine<V> {
         set: &Arc<ResourceSet>,
         now: Instant,
     ) -> Result<bool, ProtocolError> {
-        if self.track(kind).awaits_answer() {
+        if self.track(kind).is_some_and(Track::awaits_answer) {
             return Ok(false);
         }
         // Endpoints never wait for clusters: the client's answer to clusters waits for endpoints (rule O7).
-        if !matches!(kind, ResourceType::Listener | ResourceType::Route) {
+        if matches!(kind, ResourceType::Cluster | ResourceType::Endpoints) {
             return Ok(true);
         }
         let warming_timeout = self.config.warming_timeout;
         let warms = self.policy.warms_clusters;
-        let clusters = self.track_mut(ResourceType::Cluster);
+        let Some(clusters) = self.known_mut(ResourceType::Cluster) else { return Ok(true) };
         // Rule O2: a listener or route may name a cluster that is still to be sent,
         if clusters.pending(set, V::tells_removals(ResourceType::Cluster))? {
             return Ok(false);
@@ -334,7 +356,7 @@ impl<V: Variant> Engine<V> {
         now: Instant,
     ) -> Result<Option<Response>, ProtocolError> {
         let nonce = self.nonce + 1;
-        let track = track_mut(&mut self.tracks, kind);
+        let track = track_mut(&mut self.tracks, kind, &self.config);
         let since = track.waiting_since.take().unwrap_or(now);
         let Some(mut built) = V::build(track, set, nonce, &self.config)? else {
             track.rest(set.revision());
@@ -356,8 +378,12 @@ impl<V: Variant> Engine<V> {
         track.adds &= more;
         track.report.responses += 1;
         track.report.sent = set.revision();
-        if kind == ResourceType::Cluster && self.policy.repush_endpoints && self.only.is_none() {
-            self.repush_endpoints(set);
+        if self.policy.repush_endpoints && self.only.is_none() {
+            match kind {
+                ResourceType::Cluster => self.repush_endpoints(set),
+                ResourceType::Endpoints => self.repush_members(set),
+                _ => {}
+            }
         }
         Ok(Some(self.respond(Some(kind), kind.url(), built, set)))
     }
@@ -365,44 +391,92 @@ impl<V: Variant> Engine<V> {
     /// Rules O4, O6: whoever gets a cluster waits for its endpoints, even if it has them. A stream that has not asked for
     /// endpoints yet may be about to say that it holds them.
     fn repush_endpoints(&mut self, set: &ResourceSet) {
-        let [clusters, endpoints, ..] = &mut self.tracks;
-        let sent = clusters.outstanding.iter().flat_map(|outstanding| outstanding.names.iter());
-        for name in sent {
+        let clusters = self.track(ResourceType::Cluster);
+        let Some(sent) = clusters.and_then(|clusters| clusters.outstanding.as_ref()) else { return };
+        let names = Arc::clone(&sent.names);
+        let in_collections = |name: &str| {
+            let entry = set.get(ResourceType::Endpoints, name);
+            entry.is_some_and(|entry| !entry.resource.needs.is_empty())
+        };
+        let endpoints = track_mut(&mut self.tracks, ResourceType::Endpoints, &self.config);
+        for name in names.iter() {
             let Some(entry) = set.get(ResourceType::Cluster, name) else { continue };
             for need in entry.resource.needs.iter() {
                 if !endpoints.seen || endpoints.subscription.covers(need) {
                     endpoints.due.insert(Arc::clone(need));
+                    if in_collections(need) {
+                        self.warming.insert(Arc::clone(need));
+                    }
                 }
+            }
+        }
+    }
+
+    /// Likewise the members of the collections that its endpoints are in, and after those: a cluster that does not get them
+    /// anew has no endpoints at all (rule L4).
+    fn repush_members(&mut self, set: &ResourceSet) {
+        let [_, Some(endpoints), members, ..] = &mut self.tracks else { return };
+        for name in endpoints.outstanding.iter().flat_map(|outstanding| outstanding.names.iter()) {
+            if !self.warming.remove(name) {
+                continue;
+            }
+            let Some(entry) = set.get(ResourceType::Endpoints, name) else { continue };
+            let needs = entry.resource.needs.iter();
+            // Where it has not asked for any yet it is about to.
+            if let Some(members) = members {
+                members.due.extend(needs.filter(|glob| members.subscription.covers(glob)).cloned());
             }
         }
     }
 
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
-        if self.tracks.iter().all(|track| track.held.is_empty()) {
-            return Ok(false);
+        let released = self.release_members(set)?;
+        let keeps = |track: &Box<Track>| track.kind != ResourceType::LbEndpoint && !track.held.is_empty();
+        if !self.tracks.iter().flatten().any(keeps) {
+            return Ok(released);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);
-        for kind in [ResourceType::Listener, ResourceType::Route] {
-            let track = self.track_mut(kind);
-            if !track.seen {
-                if grace {
-                    return Ok(false);
+        for kind in [ResourceType::Listener, ResourceType::Route, ResourceType::VirtualHost] {
+            let Some(track) = self.known_mut(kind).filter(|track| track.seen) else {
+                // Few ask for virtual hosts at all.
+                if grace && kind != ResourceType::VirtualHost {
+                    return Ok(released);
                 }
-            } else if !track.subscription.is_empty()
+                continue;
+            };
+            if !track.subscription.is_empty()
                 && (track.pending(set, V::tells_removals(kind))? || !track.is_settled())
             {
-                return Ok(false);
+                return Ok(released);
             }
         }
-        for track in &mut self.tracks {
+        let others = |track: &&mut Box<Track>| track.kind != ResourceType::LbEndpoint;
+        for track in self.tracks.iter_mut().flatten().filter(others) {
             track.due.extend(mem::take(&mut track.held).into_keys());
         }
         Ok(true)
     }
 
+    /// Removes members that were held, once the client has all endpoints: those that it has refer to no collection that went.
+    fn release_members(&mut self, set: &Arc<ResourceSet>) -> Result<bool, ProtocolError> {
+        let [_, endpoints, Some(members), ..] = &mut self.tracks else { return Ok(false) };
+        if members.held.is_empty() {
+            return Ok(false);
+        }
+        if let Some(endpoints) = endpoints.as_mut().filter(|endpoints| !endpoints.subscription.is_empty())
+            && (endpoints.pending(set, V::tells_removals(endpoints.kind))?
+                || !endpoints.is_settled()
+                || !endpoints.held.is_empty())
+        {
+            return Ok(false);
+        }
+        members.due.extend(mem::take(&mut members.held).into_keys());
+        Ok(true)
+    }
+
     fn expire(&mut self, now: Instant) {
-        for track in &mut self.tracks {
+        for track in self.tracks.iter_mut().flatten() {
             if let Some(outstanding) = &mut track.outstanding
                 && !outstanding.expired
                 && now >= outstanding.sent + self.config.ack_timeout
@@ -439,29 +513,43 @@ impl<V: Variant> Engine<V> {
         }
     }
 
-    pub(super) fn track(&self, kind: ResourceType) -> &Track {
-        let [cluster, endpoints, listener, route] = &self.tracks;
+    /// Where the stream stands with a type, if it has anything to do with it.
+    pub(super) fn track(&self, kind: ResourceType) -> Option<&Track> {
+        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &self.tracks;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
+            ResourceType::LbEndpoint => lb_endpoint,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
+            ResourceType::VirtualHost => virtual_host,
         }
+        .as_deref()
     }
 
-    fn track_mut(&mut self, kind: ResourceType) -> &mut Track {
-        track_mut(&mut self.tracks, kind)
+    fn known_mut(&mut self, kind: ResourceType) -> Option<&mut Track> {
+        slot(&mut self.tracks, kind).as_deref_mut()
     }
 }
 
-fn track_mut(tracks: &mut [Track; 4], kind: ResourceType) -> &mut Track {
-    let [cluster, endpoints, listener, route] = tracks;
+/// In push order; a type that a stream never asked for costs it nothing.
+type Tracks = [Option<Box<Track>>; 6];
+
+fn slot(tracks: &mut Tracks, kind: ResourceType) -> &mut Option<Box<Track>> {
+    let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = tracks;
     match kind {
         ResourceType::Cluster => cluster,
         ResourceType::Endpoints => endpoints,
+        ResourceType::LbEndpoint => lb_endpoint,
         ResourceType::Listener => listener,
         ResourceType::Route => route,
+        ResourceType::VirtualHost => virtual_host,
     }
+}
+
+fn track_mut<'a>(tracks: &'a mut Tracks, kind: ResourceType, config: &Config) -> &'a mut Track {
+    slot(tracks, kind)
+        .get_or_insert_with(|| Box::new(Track::new(kind, config.resend_on_reconnect.contains(&kind))))
 }
 
 /// So much of a client's reason is kept, in bytes.

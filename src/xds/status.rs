@@ -151,9 +151,7 @@ impl TypeStatus {
     pub(super) fn has(&self, revision: Revision, name: Option<&str>) -> bool {
         match name {
             None => self.acknowledged >= revision && self.unaccepted.is_empty(),
-            Some(name) => {
-                self.settled >= revision && !self.unaccepted.iter().any(|group| group.contains(name))
-            }
+            Some(name) => self.settled >= revision && !self.is_rejected(name),
         }
     }
 }
@@ -247,8 +245,11 @@ impl Proxies {
         let mut acknowledged = 0;
         let mut behind = Vec::new();
         for stream in self.streams() {
+            let collects = || stream.types().iter().any(|of| of.kind == ResourceType::LbEndpoint);
             let set = match concern {
                 Concern::Change { .. } => stream.set(),
+                // To know which collections the endpoints are in.
+                Concern::Endpoints(_) if collects() => stream.set(),
                 Concern::All | Concern::Endpoints(_) => None,
             };
             let lacks = relevant.lacks(&stream.types(), set.as_ref());

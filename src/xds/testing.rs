@@ -5,8 +5,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use envoy_types::pb::{
     envoy::{
         config::{
-            cluster::v3::Cluster, core::v3::Node as CoreNode, endpoint::v3::ClusterLoadAssignment,
-            listener::v3::Listener, route::v3::RouteConfiguration,
+            cluster::v3::Cluster,
+            core::v3::Node as CoreNode,
+            endpoint::v3::{ClusterLoadAssignment, LbEndpoint, lb_endpoint::HostIdentifier},
+            listener::v3::Listener,
+            route::v3::{RouteConfiguration, VirtualHost},
         },
         service::discovery::v3::{
             DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
@@ -30,7 +33,9 @@ use super::{
 };
 use crate::model::Revision;
 
-pub(super) use ResourceType::{Cluster as CDS, Endpoints as EDS, Listener as LDS, Route as RDS};
+pub(super) use ResourceType::{
+    Cluster as CDS, Endpoints as EDS, LbEndpoint as LEDS, Listener as LDS, Route as RDS, VirtualHost as VHDS,
+};
 
 /// A resource with some content that `text` makes. A cluster needs the endpoints of its own name.
 pub(super) fn resource(kind: ResourceType, name: &str, text: &str) -> Resource {
@@ -45,6 +50,11 @@ pub(super) fn resource(kind: ResourceType, name: &str, text: &str) -> Resource {
             message.named_endpoints.insert(text, Default::default());
             Resource::new(kind, name, &message, [])
         }
+        LEDS => {
+            let host = HostIdentifier::EndpointName(text);
+            let message = LbEndpoint { host_identifier: Some(host), ..Default::default() };
+            Resource::new(kind, name, &message, [])
+        }
         LDS => {
             let message = Listener { name: name_, stat_prefix: text, ..Listener::default() };
             Resource::new(kind, name, &message, [])
@@ -55,6 +65,10 @@ pub(super) fn resource(kind: ResourceType, name: &str, text: &str) -> Resource {
                 RouteConfiguration { name: name_, internal_only_headers: vec![text], ..Default::default() };
             Resource::new(kind, name, &message, [])
         }
+        VHDS => {
+            let message = VirtualHost { name: name_, domains: vec![text], ..VirtualHost::default() };
+            Resource::new(kind, name, &message, [])
+        }
     }
 }
 
@@ -63,10 +77,21 @@ pub(super) fn text_of(kind: ResourceType, body: &[u8]) -> String {
     match kind {
         CDS => Cluster::decode(body).unwrap().alt_stat_name,
         EDS => ClusterLoadAssignment::decode(body).unwrap().named_endpoints.into_keys().next().unwrap(),
+        LEDS => match LbEndpoint::decode(body).unwrap().host_identifier {
+            Some(HostIdentifier::EndpointName(text)) => text,
+            other => panic!("{other:?}"),
+        },
         LDS => Listener::decode(body).unwrap().stat_prefix,
         RDS => RouteConfiguration::decode(body).unwrap().internal_only_headers.remove(0),
+        VHDS => VirtualHost::decode(body).unwrap().domains.remove(0),
     }
 }
+
+/// Stands for the content of a virtual host that does not exist (rule L3).
+pub(super) const NO_HOST: &str = "?";
+
+/// The types that both forms of the protocol have.
+pub(super) const IN_BOTH: [ResourceType; 4] = [CDS, EDS, LDS, RDS];
 
 pub(super) fn put(kind: ResourceType, name: &str, text: &str) -> Change {
     Change::Put(resource(kind, name, text))
@@ -171,7 +196,10 @@ impl Speak for Delta {
         let message = DeltaDiscoveryResponse::decode(bytes).unwrap();
         let kind = ResourceType::from_url(&message.type_url);
         let resources = message.resources.into_iter().map(|resource| {
-            let any = resource.resource.unwrap();
+            let Some(any) = resource.resource else {
+                assert_eq!((kind, &resource.aliases), (Some(VHDS), &vec![resource.name.clone()]), "rule D16");
+                return (resource.name, String::new(), NO_HOST.to_owned());
+            };
             assert_eq!(any.type_url, message.type_url, "rule G7");
             (resource.name, resource.version, text_of(kind.unwrap(), &any.value))
         });
@@ -209,6 +237,8 @@ impl Speak for Sotw {
                 EDS => ClusterLoadAssignment::decode(any.value.as_slice()).unwrap().cluster_name,
                 LDS => Listener::decode(any.value.as_slice()).unwrap().name,
                 RDS => RouteConfiguration::decode(any.value.as_slice()).unwrap().name,
+                LEDS => panic!("rule L4: SotW has no collections"),
+                VHDS => panic!("rule G2: incremental only"),
             };
             (name, String::new(), text_of(kind, &any.value))
         });
@@ -300,7 +330,8 @@ impl<V: Speak> Bench<V> {
 
     /// Likewise, on a service of one type.
     pub(super) fn only(kind: ResourceType, changes: impl IntoIterator<Item = Change>) -> Self {
-        let engine = Engine::new("n".into(), StreamPolicy::ENVOY, Some(kind), Arc::new(Config::default()));
+        let engine =
+            Engine::new("n".into(), StreamPolicy::ENVOY, Some(kind.url()), Arc::new(Config::default()));
         Self { engine, ..Self::new(changes) }
     }
 
@@ -386,7 +417,7 @@ impl<V: Speak> Bench<V> {
 
     /// The acknowledged revision of a type.
     pub(super) fn acknowledged(&self, kind: ResourceType) -> u64 {
-        self.engine.track(kind).report.acknowledged.0
+        self.engine.track(kind).map_or(0, |track| track.report.acknowledged.0)
     }
 }
 

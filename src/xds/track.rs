@@ -8,7 +8,9 @@ use imbl::OrdSet;
 use tokio::time::Instant;
 
 use super::{
-    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus, ledger::Flight,
+    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus,
+    ledger::Flight,
+    names::{collection, is_glob},
     subscription::Delta,
 };
 use crate::model::Revision;
@@ -34,6 +36,8 @@ pub(super) struct Track {
     /// Names that must be sent, changed or not: newly asked for, left over from a split response, waiting in the client
     /// for their cluster (rules D4, D18, O4).
     pub due: BTreeSet<Arc<str>>,
+    /// Virtual hosts that the client has and that do not exist any more.
+    pub vanished: BTreeSet<Arc<str>>,
     /// Removed resources that the client keeps until nothing refers to them (rule O3).
     pub held: BTreeMap<Arc<str>, Revision>,
     /// Names of rejected responses, one group each: a group goes again with the next change of any of it (rules S4, D15).
@@ -113,6 +117,7 @@ impl Track {
             everything: false,
             owes: false,
             due: BTreeSet::new(),
+            vanished: BTreeSet::new(),
             held: BTreeMap::new(),
             rejected: Vec::new(),
             recheck: false,
@@ -155,6 +160,8 @@ impl Track {
         }
         if delta.wildcard_off {
             self.everything = false;
+        }
+        if delta.wildcard_off || delta.removed.iter().any(|name| is_glob(name)) {
             self.due.retain(|name| self.subscription.covers(name));
             self.held.retain(|name, _| self.subscription.covers(name));
             for group in mem::take(&mut self.rejected) {
@@ -261,7 +268,8 @@ impl Track {
         if let Some(names) = set.changed_since(self.kind, cursor) {
             return Ok(Box::new(names.filter(matters)));
         }
-        if self.subscription.is_wildcard() {
+        // The name of a collection does not say what is in it.
+        if self.subscription.is_wildcard() || self.kind == ResourceType::LbEndpoint {
             let live = set.iter(self.kind).map(|(name, _)| name);
             let gone = set.iter_gone(self.kind).map(|(name, _)| name);
             return Ok(Box::new(live.chain(gone).filter(matters)));
@@ -283,11 +291,14 @@ impl Track {
             if set.get(self.kind, &name).is_some() {
                 self.held.remove(&name);
                 self.due.insert(name);
-            } else if removals && holds {
+            } else if removals && holds && self.is_referred_to(set, &name) {
                 let removed = set.gone(self.kind, &name).map_or(set.revision(), |gone| gone.removed);
                 self.due.remove(&name);
                 self.held.insert(name, removed);
             } else {
+                if self.kind == ResourceType::VirtualHost {
+                    self.vanished.insert(Arc::clone(&name));
+                }
                 self.due.insert(name);
             }
         }
@@ -303,6 +314,7 @@ impl Track {
             self.due.extend(mem::take(&mut self.rejected).into_iter().flatten());
         }
         self.cursor = Some(set.revision());
+        self.expand(set);
         let due = mem::take(&mut self.due);
         if !mem::take(&mut self.everything) {
             let new = |name: &Arc<str>| {
@@ -316,6 +328,37 @@ impl Track {
         let live = set.iter(self.kind).map(|(name, _)| Arc::clone(name));
         let gone = due.into_iter().filter(|name| set.get(self.kind, name).is_none());
         Ok(live.chain(gone).collect())
+    }
+
+    /// Whether something that the client holds may still refer to a removed resource. Nothing refers to a member of a
+    /// collection, but to the collection, which goes with its last one.
+    fn is_referred_to(&self, set: &ResourceSet, name: &str) -> bool {
+        collection(name).is_none_or(|glob| set.members(self.kind, &glob).next().is_none())
+    }
+
+    /// Makes the members of collections due that are due as such; one without members itself, to be told of as removed
+    /// (rule X3).
+    pub(super) fn expand(&mut self, set: &ResourceSet) {
+        if self.kind != ResourceType::LbEndpoint {
+            return;
+        }
+        let globs: Vec<_> = self.due.iter().filter(|name| is_glob(name)).cloned().collect();
+        for glob in globs {
+            let mut members = set.members(self.kind, &glob).map(|(name, _)| Arc::clone(name)).peekable();
+            if members.peek().is_some() {
+                self.due.remove(&glob);
+                self.due.extend(members);
+            }
+        }
+    }
+
+    /// Makes removals due of members that the client may hold from an earlier connection, which it does not tell. Where a
+    /// whole collection went, what refers to it has changed, too.
+    pub(super) fn forget_members(&mut self, set: &ResourceSet) {
+        let gone = set.iter_gone(self.kind).map(|(name, _)| name);
+        let gone = gone.filter(|name| self.subscription.covers(name) && !self.is_referred_to(set, name));
+        let gone: Vec<_> = gone.cloned().collect();
+        self.due.extend(gone);
     }
 
     /// Makes all groups due that `name` is in.
@@ -337,6 +380,14 @@ impl Track {
             return Some(&entry.resource);
         }
         self.held.contains_key(name).then(|| set.gone(self.kind, name)).flatten().map(|gone| &gone.last)
+    }
+
+    /// Whether a name that does not exist is that of a virtual host that the client asked for and does not have. Envoy has calls
+    /// wait for it until it is told so in a form of its own (rules D16, L3). Asked once for each answer.
+    pub(super) fn is_unknown_host(&mut self, name: &Arc<str>) -> bool {
+        self.kind == ResourceType::VirtualHost
+            && !self.vanished.remove(name)
+            && self.subscription.names().contains(name)
     }
 
     /// Whether nothing unacknowledged is on its way, for at most the time that is allowed.

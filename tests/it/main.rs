@@ -11,9 +11,14 @@
     reason = "tests; helpers do not count as such for the lints"
 )]
 
+mod ageing;
 mod bad_input;
+mod guards;
 mod harness;
+mod health;
 mod ledger;
+mod leds;
+mod leds_protocol;
 mod live;
 mod load_reports;
 mod locks;
@@ -25,3 +30,4 @@ mod snapshot;
 mod tidy;
 mod validate;
 mod views;
+mod virtual_hosts;

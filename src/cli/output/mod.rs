@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 pub(super) use table::{Column, render};
-pub(super) use text::{age, cell, clean, clean_lines, count, number, some_of};
+pub(super) use text::{age, cell, clean, clean_lines, count, number, parse_when, some_of};
 pub(super) use watch::{Refresh, list};
 
 use super::failure::{FAILED, Failure};
@@ -103,7 +103,8 @@ impl View {
             ));
         }
         let nothing = self.content().as_array().is_some_and(Vec::is_empty);
-        if nothing && matches!(format, Format::Table | Format::Wide) {
+        let whole = self.document.get("unknown").is_none();
+        if nothing && whole && matches!(format, Format::Table | Format::Wide) {
             note(self.empty);
             return Ok(());
         }

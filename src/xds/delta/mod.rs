@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use super::{
     Config, Entry, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
     engine::{Ask, Built, Variant},
-    response::removed_field,
+    response::{bodyless_field, removed_field},
     subscription::Terms,
     track::{Claim, Held, Track},
 };
@@ -48,6 +48,10 @@ impl Variant for Delta {
             nonce: &request.response_nonce,
             error: request.error_detail.as_ref().map(|error| error.message.as_str()),
         }
+    }
+
+    fn serves(_: ResourceType) -> bool {
+        true
     }
 
     fn tells_removals(_: ResourceType) -> bool {
@@ -102,6 +106,7 @@ impl Variant for Delta {
             // Rule D9: what has not changed need not go again; here D9 outweighs D4 (rule D10).
             let mut known = 0;
             let everything = mem::take(&mut track.everything);
+            track.expand(set);
             if everything {
                 for (name, entry) in set.iter(track.kind) {
                     known += usize::from(versions.contains_key(name.as_ref()));
@@ -132,7 +137,11 @@ impl Variant for Delta {
                     track.due.remove(&name);
                     track.held.insert(name, set.revision());
                 } else {
-                    track.due.insert(name.into());
+                    let name: Arc<str> = name.into();
+                    if track.kind == ResourceType::VirtualHost {
+                        track.vanished.insert(Arc::clone(&name));
+                    }
+                    track.due.insert(name);
                 }
             }
             track.adds |= track.due.iter().any(|name| set.get(track.kind, name).is_some());
@@ -148,16 +157,20 @@ impl Variant for Delta {
         _: u64,
         config: &Config,
     ) -> Result<Option<Built>, ProtocolError> {
-        // What is removed goes last: clusters, and the endpoints that go with them (rule O1).
-        let holds = matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints);
+        // What is removed goes last: clusters, and the endpoints that go with them (rule O1); the last members of a
+        // collection after what refers to it.
+        let holds =
+            matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints | ResourceType::LbEndpoint);
         let mut names = track.take(set, true, holds)?;
         let mut built = Built { version: set.revision().to_string(), ..Built::default() };
         let mut removed: Vec<&Arc<str>> = Vec::new();
         let mut size = 0;
         let mut fit = 0;
         for name in &names {
-            let resource = track.find(set, name);
-            let field = resource.map(|resource| resource.delta_field());
+            let field = match track.find(set, name).map(|resource| resource.delta_field()) {
+                None => track.is_unknown_host(name).then(|| bodyless_field(name)),
+                found => found,
+            };
             size += field.as_ref().map_or(name.len() + 4, Bytes::len);
             if size > config.response_bytes && fit > 0 {
                 break;
@@ -179,15 +192,15 @@ impl Variant for Delta {
         Ok((fit > 0 || track.owes).then_some(built))
     }
 
-    fn on_unknown(&mut self, request: Self::Request) {
-        let (names, url) = (request.resource_names_subscribe, request.type_url);
-        let known = self.asked.contains(&url);
+    fn on_unknown(&mut self, url: &str, request: Self::Request) {
+        let names = request.resource_names_subscribe;
+        let known = self.asked.contains(url);
         if !known && self.asked.len() >= UNKNOWN_TYPES {
             return;
         }
-        let first = self.asked.insert(url.clone());
+        let first = self.asked.insert(url.to_owned());
         if first || !names.is_empty() {
-            let due = self.unknown.entry(url).or_default();
+            let due = self.unknown.entry(url.to_owned()).or_default();
             let room = UNKNOWN_NAMES.saturating_sub(due.len());
             let names = names.into_iter().filter(|name| (1..=UNKNOWN_NAME_BYTES).contains(&name.len()));
             due.extend(names.take(room));

@@ -39,7 +39,7 @@ use super::{
     status::Seat,
     wire::{Incoming, Requests, Responses},
 };
-use crate::rt::{Shutdown, Tasks};
+use crate::rt::{Leave, Shutdown, Tasks};
 
 /// The discovery services, aggregated and per type, in both forms (rules G1, G2). A clone serves the same.
 #[derive(Debug, Clone)]
@@ -80,6 +80,11 @@ impl AdsServer {
         Self { shared: Arc::new(Shared { admit, proxies, config, observer, shutdown, streams, arrivals }) }
     }
 
+    /// The names of all services.
+    pub fn services() -> impl Iterator<Item = &'static str> {
+        services::NAMES.iter().copied()
+    }
+
     /// Adds all services to those of a gRPC server.
     pub fn add_to(&self, routes: &mut RoutesBuilder) {
         services::add(self, routes);
@@ -88,7 +93,7 @@ impl AdsServer {
     fn serve<V: Serve, B: Incoming>(
         &self,
         request: http::Request<B>,
-        only: Option<ResourceType>,
+        only: Option<&'static str>,
     ) -> http::Response<Body> {
         let shared = Arc::clone(&self.shared);
         let Ok(permit) = Arc::clone(&shared.streams).try_acquire_owned() else {
@@ -100,13 +105,15 @@ impl AdsServer {
         };
         let request = tonic::Request::from_http(request);
         let peer = request.remote_addr();
+        let leave =
+            request.extensions().get().map_or_else(|| shared.shutdown.clone(), |Leave(it)| it.clone());
         let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
         let place = Place::default();
         let session = {
             let place = place.clone();
             async move {
                 let _permit: OwnedSemaphorePermit = permit;
-                serve_stream::<V, B>(requests, place, peer, only, &shared).await
+                serve_stream::<V, B>(requests, place, (peer, leave), only, &shared).await
             }
         };
         let serving = Serving { session: Some(Box::pin(session)), place, end: None };
@@ -200,12 +207,22 @@ impl<F: Future<Output = Result<(), Status>>> Stream for Serving<F> {
     }
 }
 
+/// See [`Node::collections`]. An Envoy that has its clusters by another stream asks this one for endpoints or routes first.
+fn carries_collections<V: Variant>(only: Option<&str>, first: &V::Request) -> bool {
+    let first = ResourceType::from_url(V::ask(first).type_url);
+    V::serves(ResourceType::LbEndpoint)
+        && match only {
+            Some(only) => only == ResourceType::LbEndpoint.url(),
+            None => matches!(first, Some(ResourceType::Cluster | ResourceType::Listener)),
+        }
+}
+
 /// Serves a stream until the client leaves (Ok) or it must end with a status.
 async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
     place: Place,
-    peer: Option<SocketAddr>,
-    only: Option<ResourceType>,
+    (peer, leave): (Option<SocketAddr>, Shutdown),
+    only: Option<&'static str>,
     shared: &Shared,
 ) -> Result<(), Status> {
     let shutdown = &shared.shutdown;
@@ -229,7 +246,8 @@ async fn serve_stream<V: Serve, B: Incoming>(
         return Err(Status::unavailable("too many clients connect at the same time; connect again later"));
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
-    let node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
+    let mut node = Node { only, ..Node::of(V::node(&mut first), peer, &shared.config).map_err(status)? };
+    node.collections = carries_collections::<V>(only, &first);
     let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));
@@ -238,7 +256,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     let seat = shared.proxies.join(node, V::PROTOCOL);
     seat.serve(set.clone());
     let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run((first, arrival), requests, set, place, shutdown).await
+    session.run((first, arrival), requests, set, place, (shutdown, &leave)).await
 }
 
 /// A stream that was let in.
@@ -256,13 +274,15 @@ impl<V: Serve> Session<'_, V> {
         mut requests: Requests<V::Request, B>,
         mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
         place: Place,
-        shutdown: &Shutdown,
+        (shutdown, leave): (&Shutdown, &Shutdown),
     ) -> Result<(), Status> {
         let mut set = sets.borrow_and_update().clone();
         // What is waited for stays registered from one turn to the next: to come and go costs locks that all streams share.
         let mut sets = WatchStream::from_changes(sets);
-        let shutdown = shutdown.wait();
-        tokio::pin!(shutdown);
+        let leaving_time = leave.wait();
+        tokio::pin!(leaving_time);
+        // Once the connection is old: when the stream ends at the latest.
+        let mut last: Option<Instant> = None;
         let mut served = false;
         self.hear(first, set.as_ref())?;
         // Until the first response is made, which takes no help of the client; or until there is something to make it of.
@@ -313,10 +333,25 @@ impl<V: Serve> Session<'_, V> {
                     armed = None;
                     due = true;
                 }
-                () = &mut shutdown => return if served { Ok(()) } else { Err(leaving()) },
+                () = &mut leaving_time => {
+                    if shutdown.started() {
+                        return if served { Ok(()) } else { Err(leaving()) };
+                    }
+                    last = Some(Instant::now() + self.engine.patience());
+                    leaving_time.set(shutdown.wait());
+                }
+            }
+            // Rule K7: the client comes back over another connection and says what it holds. That is worth the most when it has
+            // acknowledged everything, and nothing to a client that was not served yet (rule K1).
+            if let Some(last) = last
+                && (served || !due || Instant::now() >= last)
+                && (self.engine.is_quiet() || Instant::now() >= last)
+            {
+                return Ok(());
             }
             // The timer is set anew only for something earlier: after each ACK it would be for nothing.
-            if let Some(deadline) = self.engine.deadline()
+            let deadline = self.engine.deadline().into_iter().chain(last).min();
+            if let Some(deadline) = deadline
                 && armed.is_none_or(|armed| deadline < armed)
             {
                 timer.as_mut().reset(deadline);
@@ -359,6 +394,16 @@ impl<V: Serve> Drop for Session<'_, V> {
 /// Rule K1: a stream that ends before it was served counts as a failure of the server, one that was served does not.
 pub(super) fn leaving() -> Status {
     Status::unavailable("the server is shutting down; connect to another one, or again")
+}
+
+/// What a client is told whose message cannot be read: tonic's codec calls it an error of the server. What else ends a stream of
+/// requests has another code, or what it came from.
+pub fn unreadable(status: Status) -> Status {
+    use std::error::Error as _;
+    if status.code() == tonic::Code::Internal && status.source().is_none() {
+        return Status::invalid_argument(format!("the message cannot be read: {}", status.message()));
+    }
+    status
 }
 
 pub(super) fn status(error: ProtocolError) -> Status {

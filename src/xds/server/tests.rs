@@ -30,7 +30,7 @@ impl Admit for AllOf {
         if node.id == "nobody" {
             return Err(Refusal { code: Code::PermissionDenied, message: "nobody may not".into() });
         }
-        Ok(Admitted { set: self.0.clone(), policy: StreamPolicy::of(node) })
+        Ok(Admitted { set: self.0.clone(), policy: StreamPolicy::ENVOY })
     }
 }
 
@@ -71,6 +71,8 @@ struct Server {
     proxies: Proxies,
     counts: Arc<Counts>,
     tasks: Tasks,
+    /// Starts when the connections are old.
+    leave: Shutdown,
     ads: AdsServer,
 }
 
@@ -94,12 +96,18 @@ async fn start_with(set: Option<ResourceSet>, config: Config) -> Server {
     let address = listener.local_addr().unwrap();
     let mut routes = RoutesBuilder::default();
     server.add_to(&mut routes);
+    let leave = tasks.shutdown().child();
+    let told = Leave(leave.clone());
     tasks.spawn_until_shutdown("test server", async move {
         let incoming = TcpListenerStream::new(listener);
-        let server = tonic::transport::Server::builder().add_routes(routes.routes());
+        let layer = tower::util::MapRequestLayer::new(move |mut request: http::Request<_>| {
+            request.extensions_mut().insert(told.clone());
+            request
+        });
+        let server = tonic::transport::Server::builder().layer(layer).add_routes(routes.routes());
         server.serve_with_incoming(incoming).await.unwrap();
     });
-    Server { address, sets, proxies, counts, tasks, ads: server }
+    Server { address, sets, proxies, counts, tasks, leave, ads: server }
 }
 
 impl Server {
@@ -311,6 +319,46 @@ async fn k1_streams_end_well_on_shutdown() {
     let _ = (served.next().await, waiting.next().await);
 }
 
+#[tokio::test]
+async fn k7_on_an_old_connection_streams_end_well_once_everything_is_acknowledged() {
+    let server = start(Some(ResourceSet::default())).await;
+    server.publish(1, [put(CDS, "a", "1"), put(EDS, "a", "1")]);
+    let mut idle = server.delta("idle").await;
+    idle.ask(delta(CDS, &[], &[])).await;
+    idle.take().await;
+    let mut busy = server.delta("busy").await;
+    busy.ask(delta(CDS, &[], &[])).await;
+    let clusters = busy.next().await.unwrap().unwrap();
+    server.until("one acknowledged", |server| server.counts.get("acknowledged") == 1).await;
+    server.leave.start();
+    assert_eq!(idle.next().await.unwrap(), None, "with status OK");
+
+    // The other one's clusters wait for their endpoints, which it still gets, and then it has acknowledged everything.
+    busy.ask(delta(EDS, &["a"], &[])).await;
+    assert_eq!(busy.take().await, ["a"]);
+    busy.ask(DeltaDiscoveryRequest { response_nonce: clusters.nonce, ..delta(CDS, &[], &[]) }).await;
+    assert_eq!(busy.next().await.unwrap(), None);
+    server.until("all gone", |server| server.proxies.is_empty()).await;
+
+    // One that comes on the old connection all the same is served first (rule K1).
+    let mut late = server.delta("late").await;
+    late.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(late.take().await, ["a"]);
+    assert_eq!(late.next().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn k7_a_client_that_never_answers_does_not_keep_an_old_connection() {
+    let config = Config { ack_timeout: Duration::from_millis(100), ..Config::default() };
+    let server = start_with(Some(ResourceSet::default()), config).await;
+    server.publish(1, [put(CDS, "a", "1")]);
+    let mut mute = server.delta("mute").await;
+    mute.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(mute.next().await.unwrap().unwrap().resources.len(), 1);
+    server.leave.start();
+    assert_eq!(mute.next().await.unwrap(), None);
+}
+
 const CLUSTERS: [&str; 2] = [
     "/envoy.service.cluster.v3.ClusterDiscoveryService/StreamClusters",
     "/envoy.service.cluster.v3.ClusterDiscoveryService/DeltaClusters",
@@ -369,6 +417,45 @@ async fn g2_g3_a_service_per_type_and_its_type_url_may_be_empty() {
     }
 }
 
+/// Delta only: a collection needs it (rule L4).
+#[tokio::test]
+async fn g2_l4_members_of_collections_by_a_service_of_their_own() {
+    let glob = "xdstp:///envoy.config.endpoint.v3.LbEndpoint/a/*";
+    let member = put(ResourceType::LbEndpoint, &glob.replace('*', "1"), "x");
+    let server = start(Some(one_of_each().apply(Revision(2), [member]))).await;
+    let path = "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    let request =
+        DeltaDiscoveryRequest { node: Some(node("n")), ..delta(ResourceType::LbEndpoint, &[glob], &[]) };
+    requests.send(request).await.unwrap();
+    let response = within(responses.unwrap()).await.unwrap();
+    let names: Vec<_> = response.resources.iter().map(|resource| resource.name.as_str()).collect();
+    assert_eq!(names, [glob.replace('*', "1")]);
+}
+
+/// An Envoy that has its clusters by another stream could not be sent members anew after a change of a cluster.
+#[test]
+fn l4_a_stream_carries_collections_if_all_that_refers_to_them_comes_by_it() {
+    let first = |kind| delta(kind, &[], &[]);
+    for (only, kind, want) in [
+        (None, CDS, true),
+        (None, ResourceType::Listener, true),
+        (None, EDS, false),
+        (None, ResourceType::Route, false),
+        (None, ResourceType::LbEndpoint, false),
+        (Some(ResourceType::LbEndpoint), ResourceType::LbEndpoint, true),
+        (Some(EDS), EDS, false),
+    ] {
+        assert_eq!(
+            carries_collections::<Delta>(only.map(ResourceType::url), &first(kind)),
+            want,
+            "{only:?} {kind:?}"
+        );
+        let sotw = DiscoveryRequest { type_url: kind.url().into(), ..Default::default() };
+        assert!(!carries_collections::<Sotw>(only.map(ResourceType::url), &sotw), "SotW {only:?} {kind:?}");
+    }
+}
+
 #[tokio::test]
 async fn g3_k2_another_type_on_a_service_of_one_type_is_an_error() {
     let server = start(Some(one_of_each())).await;
@@ -383,15 +470,65 @@ async fn g3_k2_another_type_on_a_service_of_one_type_is_an_error() {
 }
 
 #[tokio::test]
+async fn g2_l3_virtual_hosts_have_an_incremental_service() {
+    let server = start(Some(one_of_each())).await;
+    let path = "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    let request = DeltaDiscoveryRequest { node: Some(node("n")), ..DeltaDiscoveryRequest::default() };
+    requests.send(request).await.unwrap();
+    let response = within(responses.unwrap()).await.unwrap();
+    assert_eq!((response.type_url.as_str(), response.resources.len()), (ResourceType::VirtualHost.url(), 1));
+}
+
+#[tokio::test]
+async fn c1_k3_secrets_have_services_and_do_not_exist() {
+    let server = start(Some(one_of_each())).await;
+    let url = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+    for type_url in ["", url] {
+        let path = "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets";
+        let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+        let request = DeltaDiscoveryRequest {
+            node: Some(node("n")),
+            type_url: type_url.into(),
+            resource_names_subscribe: vec!["cert".into()],
+            ..Default::default()
+        };
+        requests.send(request).await.unwrap();
+        let response = within(responses.unwrap()).await.unwrap();
+        assert_eq!((response.type_url.as_str(), response.removed_resources), (url, vec!["cert".to_owned()]));
+
+        // The other form has no words for it: the stream stays, and is silent.
+        let path = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
+        let (requests, responses) = server.stream::<_, DiscoveryResponse>(path).await;
+        let request = DiscoveryRequest {
+            node: Some(node("silent")),
+            type_url: type_url.into(),
+            resource_names: vec!["cert".into()],
+            ..Default::default()
+        };
+        requests.send(request).await.unwrap();
+        let mut responses = responses.unwrap();
+        server.until("there", |server| server.proxies.list().iter().any(|it| it.node.id == "silent")).await;
+        let quiet = tokio::time::timeout(Duration::from_millis(50), responses.message()).await;
+        assert!(quiet.is_err(), "{quiet:?}");
+    }
+    let clusters = DeltaDiscoveryRequest { node: Some(node("n")), ..delta(CDS, &[], &[]) };
+    let path = "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    requests.send(clusters).await.unwrap();
+    let error = within(responses.unwrap()).await.unwrap_err();
+    assert!(error.message().contains(url), "{error}");
+}
+
+#[tokio::test]
 async fn g2_k2_services_of_types_that_are_not_generated_are_unimplemented() {
     let server = start(Some(one_of_each())).await;
     for path in [
-        "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
-        "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
-        "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts",
+        "/envoy.service.route.v3.VirtualHostDiscoveryService/StreamVirtualHosts",
+        "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/StreamScopedRoutes",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/DeltaScopedRoutes",
-        "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints",
+        "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/StreamLocalityEndpoints",
         "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
         "/envoy.service.runtime.v3.RuntimeDiscoveryService/DeltaRuntime",
         "/envoy.service.extension.v3.ExtensionConfigDiscoveryService/DeltaExtensionConfigs",

@@ -38,6 +38,11 @@ impl Variant for Sotw {
         }
     }
 
+    /// Rule G2: virtual hosts are incremental only. Rule L4: so are collections; Envoy crashes on their members.
+    fn serves(kind: ResourceType) -> bool {
+        !matches!(kind, ResourceType::VirtualHost | ResourceType::LbEndpoint)
+    }
+
     fn tells_removals(kind: ResourceType) -> bool {
         is_full(kind)
     }

@@ -1,6 +1,8 @@
 //! Scripts for delta streams, named after the rules that they hold.
 
+mod leds;
 mod order;
+mod virtual_hosts;
 
 use std::time::Duration;
 

@@ -1,3 +1,5 @@
+mod leds;
+
 use std::{collections::BTreeMap, time::SystemTime};
 
 use envoy_types::pb::envoy::{
@@ -8,7 +10,7 @@ use envoy_types::pb::envoy::{
         },
         endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
         listener::v3::{Listener, filter},
-        route::v3::{RouteConfiguration, route::Action, route_action::ClusterSpecifier},
+        route::v3::{RouteConfiguration, VirtualHost, route::Action, route_action::ClusterSpecifier},
     },
     extensions::filters::network::http_connection_manager::v3::{
         HttpConnectionManager, http_connection_manager::RouteSpecifier,
@@ -20,7 +22,7 @@ use prost::Message;
 use super::*;
 use crate::{
     catalog::{self, catalog},
-    model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
+    model::{Check, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State, Verdict},
 };
 
 /// `id, address, zone or region/zone, weight, state` of an instance of `greeter`.
@@ -39,9 +41,12 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         weight: weight.try_into().unwrap(),
         metadata: BTreeMap::new(),
         state,
+        check: None,
+        health: Health::unchecked(SystemTime::UNIX_EPOCH),
         lease: Lease::Session,
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
+        stale: None,
         owner: None,
     }
 }
@@ -232,6 +237,80 @@ fn what_is_near_comes_first() {
     }
 }
 
+/// What a letter says of an instance: serving, degraded, unhealthy, draining, not checked yet.
+fn judged(letter: char, port: u16) -> Instance {
+    let (id, address) = (format!("i{port}"), format!("10.0.0.1:{port}"));
+    let state = if letter == 'D' { Draining } else { Serving };
+    let (verdict, passed) = match letter {
+        's' => (Verdict::Healthy, true),
+        'd' => (Verdict::Degraded, true),
+        'u' | 'D' => (Verdict::Unhealthy, true),
+        'n' => (Verdict::Unhealthy, false),
+        _ => (Verdict::Unknown, false),
+    };
+    let unchecked = instance("greeter", (&id, &address, "", 1, state));
+    let health = Health { verdict, passed, ..unchecked.health };
+    Instance { check: Some(Check::Owner.into()), health, ..unchecked }
+}
+
+#[test]
+fn verdicts_by_case() {
+    // Each instance on the port of its place; what Envoy is told (the letter after a port: degraded, unhealthy, draining) and gRPC.
+    for (case, envoy, grpc) in [
+        ("ss", "1 2", "1 2"),
+        ("su", "1 2u", "1"),
+        ("sd", "1 2d", "1"),
+        ("sduD", "1 2d 3u 4D", "1"),
+        // None is healthy: the degraded serve.
+        ("du", "1 2u", "1"),
+        ("dD", "1 2D", "1"),
+        // All fail: never is a service emptied by its checks.
+        ("uu", "1 2", "1 2"),
+        ("uD", "1 2D", "1"),
+        ("D", "1D", ""),
+        // What has never passed is nobody's last resort.
+        ("?", "", ""),
+        ("n", "", ""),
+        ("?s", "2", "2"),
+        ("nu", "2", "2"),
+    ] {
+        let instances = case.chars().zip(1..).map(|(letter, port)| judged(letter, port));
+        let snapshot = Snapshot::default().apply(Revision(1), instances.map(catalog::Change::PutInstance));
+        let shown = |view: &View| {
+            let sent = load_assignment(&render(&snapshot, view), "greeter");
+            let all = sent.endpoints.iter().flat_map(|locality| &locality.lb_endpoints);
+            let all: Vec<_> = all
+                .map(|endpoint| {
+                    let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
+                        panic!("no host")
+                    };
+                    let Some(address::Address::SocketAddress(socket)) =
+                        &host.address.as_ref().and_then(|address| address.address.as_ref())
+                    else {
+                        panic!("no address")
+                    };
+                    let Some(PortSpecifier::PortValue(port)) = socket.port_specifier else {
+                        panic!("no port")
+                    };
+                    let health = match endpoint.health_status() {
+                        HealthStatus::Unknown => "",
+                        HealthStatus::Degraded => "d",
+                        HealthStatus::Unhealthy => "u",
+                        HealthStatus::Draining => "D",
+                        other => panic!("{other:?}"),
+                    };
+                    format!("{port}{health}")
+                })
+                .collect();
+            let sick = all.iter().any(|endpoint| endpoint.ends_with(['d', 'u']));
+            assert_eq!(sent.policy.is_some(), sick, "{case}");
+            all.join(" ")
+        };
+        assert_eq!(shown(&View::envoy(1)), envoy, "{case}: Envoy");
+        assert_eq!(shown(&View::grpc()), grpc, "{case}: gRPC");
+    }
+}
+
 #[test]
 fn places_that_see_the_same_get_the_same_bytes() {
     let snapshot =
@@ -257,12 +336,36 @@ fn only_upstreams_are_sent() {
         assert_eq!(names(&envoy, ResourceType::Cluster), want);
         assert_eq!(names(&envoy, ResourceType::Endpoints), want);
         assert_eq!(names(&only(upstreams, on_demand()), ResourceType::Cluster), want);
-        for kind in ResourceType::ALL {
+        for kind in
+            [ResourceType::Cluster, ResourceType::Endpoints, ResourceType::Listener, ResourceType::Route]
+        {
             assert_eq!(names(&only(upstreams, View::grpc()), kind), want, "{kind:?}");
         }
         let routes: RouteConfiguration = decode(&render(&snapshot, &envoy), ResourceType::Route, OUTBOUND);
         let hosts: Vec<_> = routes.virtual_hosts.iter().map(|host| host.name.as_str()).collect();
         assert_eq!(hosts, [want, &["*"]].concat());
+    }
+}
+
+fn by_host() -> View {
+    View { virtual_hosts: true, ..View::envoy(1) }
+}
+
+#[test]
+fn l3_virtual_hosts_are_those_of_the_route_table() {
+    let put = |service: &str| catalog::Change::PutService(service.parse().unwrap());
+    let snapshot = Snapshot::default().apply(Revision(1), ["a", "b.c"].map(put));
+    let set = render(&snapshot, &by_host());
+    let table: RouteConfiguration = decode(&set, ResourceType::Route, OUTBOUND);
+    assert_eq!(set.len(ResourceType::VirtualHost), 2);
+    for host in table.virtual_hosts.iter().filter(|host| host.name != "*") {
+        let name = format!("{OUTBOUND}/{}", host.name);
+        assert_eq!(&decode::<VirtualHost>(&set, ResourceType::VirtualHost, &name), host);
+    }
+    // Of what the proxy is told of only; and it costs nobody else anything.
+    assert_eq!(render(&snapshot, &only(&["b.c"], by_host())).len(ResourceType::VirtualHost), 1);
+    for view in [View::envoy(1), on_demand(), View::grpc()] {
+        assert_eq!(render(&snapshot, &view).len(ResourceType::VirtualHost), 0);
     }
 }
 
@@ -536,7 +639,7 @@ fn change(op: &Op) -> Option<catalog::Change> {
 }
 
 fn view() -> impl Strategy<Value = View> {
-    let kind = prop_oneof![Just(View::envoy(10_000)), Just(on_demand()), Just(View::grpc())];
+    let kind = prop_oneof![Just(View::envoy(10_000)), Just(on_demand()), Just(by_host()), Just(View::grpc())];
     let place = prop::sample::select(vec![
         "", "z0", "z1", "r0/", "r0/z0", "r0/z1", "r1/z1", "r1/z9", "r9/z1", "r9/z9",
     ]);
