@@ -27,7 +27,7 @@ use crate::{
     config::{Config, Role, Store as StoreConfig},
     health::{Checker, Duty},
     model::Members,
-    registry::{self, Membership, Mirror, Patience, Registry},
+    registry::{self, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, EtcdStore, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
@@ -147,6 +147,8 @@ impl Running {
         if nodes.is_some() && has(Role::Registry) {
             listen::follow_membership(members(Role::Registry), readiness.clone(), &core);
         }
+        let locks = has(Role::Registry)
+            .then(|| Locks::start(Arc::clone(&store), members(Role::Registry), &metrics, &core));
         let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
             let members = members(Role::Registry);
@@ -177,6 +179,7 @@ impl Running {
             catalog: reader,
             nodes,
             registry: registry.filter(|_| has(Role::Registry)),
+            locks,
             checks: checks.unwrap_or_default(),
             proxies,
             loads,
@@ -201,6 +204,9 @@ impl Running {
             }
             if let Some(registry) = api.registry_service() {
                 services.add(registry);
+            }
+            if let Some(locks) = api.locks_service() {
+                services.add(locks);
             }
             services.add(api.proxies_service());
             let reflection = listen::reflection(&services.names);

@@ -23,10 +23,12 @@ mod keeper;
 mod leases;
 mod leave;
 mod live;
+mod locks;
 mod membership;
 mod mirror;
 mod record;
 mod sessions;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -38,15 +40,17 @@ pub use check::{health_to_proto, raw_check, verdict_from_proto};
 pub use error::Error;
 pub use guard::Guards;
 pub use history::{Entry, HistoryLimits, What};
+pub use locks::{Board, Locks, lock_to_proto};
 pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
 pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};
+pub use snapshot::{Restored, kept, restore};
 pub use write::Accepted;
 
 use crate::{
     catalog,
-    model::{Instance, Limits, Members},
+    model::{Instance, InstanceKey, Limits, Members},
     rt::Tasks,
     store::Store,
     telemetry::{Metrics, Stage},
@@ -96,7 +100,7 @@ struct Inner {
     store: Arc<dyn Store>,
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
-    leases: Leases,
+    leases: Leases<InstanceKey>,
     door: leave::Door,
     held: held::Held,
     history: history::History,

@@ -107,6 +107,10 @@ impl Store for Gated {
         self.store.watch(prefix, after)
     }
 
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.store.advance(to)
+    }
+
     fn close(&self) -> BoxFuture<'_, Result<(), StoreError>> {
         self.store.close()
     }

@@ -29,7 +29,15 @@ const BATCH_COMMITS: usize = 1024;
 /// What is asked of the writer.
 #[derive(Debug)]
 pub(super) enum Request {
-    Commit { ops: Vec<Op>, answer: Answer },
+    Commit {
+        ops: Vec<Op>,
+        answer: Answer,
+    },
+    /// The revisions up to this one are taken from now on.
+    Advance {
+        to: Revision,
+        answer: oneshot::Sender<Result<(), StoreError>>,
+    },
     Close,
 }
 
@@ -75,7 +83,14 @@ impl Writer {
         while queue.blocking_recv_many(&mut requests, BATCH_COMMITS) > 0 {
             let mut waiting = requests.drain(..).peekable();
             while waiting.peek().is_some() {
-                self.write_batch(&mut frame, &mut waiting, &mut queue);
+                let is_advance = |request: &Request| matches!(request, Request::Advance { .. });
+                if let Some(Request::Advance { to, answer }) = waiting.next_if(is_advance) {
+                    // Nobody listens when the caller gave up; it stands.
+                    let _ = answer.send(self.advance(&mut frame, to));
+                    continue;
+                }
+                let mut commits = std::iter::from_fn(|| waiting.next_if(|request| !is_advance(request)));
+                self.write_batch(&mut frame, &mut commits, &mut queue);
             }
             drop(waiting);
             if self.compaction_due() {
@@ -106,7 +121,7 @@ impl Writer {
                         queue.close();
                         continue;
                     }
-                    None => break,
+                    Some(Request::Advance { .. }) | None => break,
                 };
                 let outcome = state.check(&ops, &ahead).map(|()| {
                     revision.0 += 1;
@@ -135,6 +150,18 @@ impl Writer {
             // Nobody listens when the caller gave up; the commit stands.
             let _ = answer.send(outcome);
         }
+    }
+
+    fn advance(&mut self, frame: &mut Frame, to: Revision) -> Result<(), StoreError> {
+        if to <= self.readable.state().revision() {
+            return Ok(());
+        }
+        let bytes = frame.skip(to);
+        self.log
+            .append(bytes)
+            .map_err(|error| StoreError::Failed(format!("cannot write the change: {error}")))?;
+        self.logged += bytes.len() as u64;
+        self.readable.advance(to)
     }
 
     fn append(&mut self, frame: &mut Frame) -> Result<(), FileError> {
