@@ -170,7 +170,7 @@ impl Inner {
             let mut next = (**present).clone();
             next.stale = None;
             let why = "it was renewed".to_owned();
-            Some((Edit::Put(next), Note { what: What::Returned, by: BY.into(), why }))
+            Some((Edit::Put(Box::new(next)), Note { what: What::Returned, by: BY.into(), why }))
         })
         .await
     }

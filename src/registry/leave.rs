@@ -265,7 +265,7 @@ impl Inner {
                 let reason = format!("{}, too many others went, and {said}", self.text(cause, present));
                 let mut next = (**present).clone();
                 next.stale = Some(Box::new(Stale { since, reason: reason.clone() }));
-                Some((Edit::Put(next), Note { what: What::Held, by: BY.into(), why: reason }))
+                Some((Edit::Put(Box::new(next)), Note { what: What::Held, by: BY.into(), why: reason }))
             })
             .await;
         self.held.soon(written.done.iter().map(|it| (it.key.clone(), it.incarnation)));

@@ -432,8 +432,8 @@ impl<V: Variant> Engine<V> {
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
         let released = self.release_members(set)?;
-        let keeps = |track: &Box<Track>| track.kind != ResourceType::LbEndpoint && !track.held.is_empty();
-        if !self.tracks.iter().flatten().any(keeps) {
+        let tracks = || self.tracks.iter().flatten();
+        if !tracks().any(|track| track.kind != ResourceType::LbEndpoint && !track.held.is_empty()) {
             return Ok(released);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);
