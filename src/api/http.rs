@@ -423,7 +423,7 @@ mod tests {
         let (members, config) =
             (crate::model::Members::alone("n1".parse().unwrap()), registry::Config::default());
         let members = tokio::sync::watch::Sender::new(members).subscribe();
-        let registry = Registry::start(config, store, reader.clone(), members, &metrics, &core);
+        let registry = Registry::start(config, store, reader.clone(), members, None, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
         let config = super::super::Config { body_limit: 1024, requests, effective: String::new() };
         Api {

@@ -27,7 +27,7 @@ use crate::{
     config::{Config, Role, Store as StoreConfig},
     health::{Checker, Duty},
     model::Members,
-    registry::{self, Locks, Membership, Mirror, Patience, Registry},
+    registry::{self, Forward, GrpcForward, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, EtcdStore, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
@@ -152,7 +152,8 @@ impl Running {
         let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
             let members = members(Role::Registry);
-            Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
+            let forward = nodes.clone().map(|nodes| Arc::new(GrpcForward::new(nodes)) as Arc<dyn Forward>);
+            Registry::start(settings::registry(config), store, catalog, members, forward, &metrics, &core)
         });
         let checks = registry.clone().filter(|_| has(Role::Discovery)).map(|registry| {
             let (settings, duty) = (settings::health(config), Duty::new(members(Role::Discovery)));

@@ -13,6 +13,7 @@ mod batch;
 mod cache;
 mod check;
 mod error;
+mod forward;
 mod guard;
 #[cfg(test)]
 mod guard_tests;
@@ -38,6 +39,7 @@ use std::{sync::Arc, time::Duration};
 pub use cache::Cache;
 pub use check::{health_to_proto, raw_check, verdict_from_proto};
 pub use error::Error;
+pub use forward::{FORWARDED, Forward, GrpcForward};
 pub use guard::Guards;
 pub use history::{Entry, HistoryLimits, What};
 pub use locks::{Board, Locks, lock_to_proto};
@@ -100,6 +102,8 @@ struct Inner {
     store: Arc<dyn Store>,
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
+    /// The way to the other processes, if there are any.
+    forward: Option<Arc<dyn Forward>>,
     leases: Leases<InstanceKey>,
     door: leave::Door,
     held: held::Held,
@@ -139,12 +143,13 @@ impl RegistryMetrics {
 
 impl Registry {
     /// Starts the tasks that keep the leases and the services of a catalog that a [`Mirror`] keeps. `members` are the
-    /// processes with a registry over the same store.
+    /// processes with a registry over the same store, and `forward` the way to them.
     pub fn start(
         config: Config,
         store: Arc<dyn Store>,
         catalog: catalog::Reader,
         members: watch::Receiver<Members>,
+        forward: Option<Arc<dyn Forward>>,
         metrics: &Metrics,
         tasks: &Tasks,
     ) -> Self {
@@ -158,6 +163,7 @@ impl Registry {
             store,
             catalog,
             members,
+            forward,
             metrics: RegistryMetrics::new(metrics),
             tasks: tasks.clone(),
         });
