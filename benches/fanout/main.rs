@@ -53,6 +53,9 @@ fn main() {
     if wanted("catalog") {
         catalogs(quick);
     }
+    if wanted("names") {
+        names(quick);
+    }
     if wanted("churn") {
         churn();
     }
@@ -389,6 +392,50 @@ const WILDCARDS: usize = 50;
 /// A client that names what it wants the endpoints of.
 fn named(n: usize, names: &[&str]) -> Plan {
     Plan::new(Protocol::Delta, &format!("bench-{n}"), &[Ask::new(ENDPOINTS, names)], 1)
+}
+
+/// Services that each of many streams names.
+const NAMED: usize = 10;
+
+fn names(quick: bool) {
+    let services = if quick { 2_000 } else { 10_000 };
+    let crowds = if quick { [100, 2_000] } else { [100, 10_000] };
+    println!(
+        "one change to {CONCERNED} streams, beside others that each name {NAMED} other ones of {services} services"
+    );
+    println!("{:<22} {:>8} {:>8} {:>15} {:>9}", "", "p50", "p99", "us CPU a change", "responses");
+    let ours: Vec<String> = (0..NAMED).map(service).collect();
+    let ours: Vec<&str> = ours.iter().map(String::as_str).collect();
+    let mut disco = Disco::start(services, 1);
+    let fleet = Fleet::start(disco.address(), (0..CONCERNED).map(|n| named(n, &ours)).collect());
+    fleet.opened();
+    let figures = crowds.map(|crowd| {
+        let plans = (0..crowd).map(|n| {
+            let theirs = (0..NAMED).map(|at| NAMED + (n * NAMED + at) % (services - NAMED));
+            let theirs: Vec<String> = theirs.map(service).collect();
+            named(CONCERNED + n, &theirs.iter().map(String::as_str).collect::<Vec<_>>())
+        });
+        let others = Fleet::start(disco.address(), plans.collect());
+        others.opened();
+        std::thread::sleep(Duration::from_secs(1));
+        let before = others.totals().responses;
+        let (mut latency, mut cpu) = (histogram(), vec![]);
+        for _ in 0..if quick { 30 } else { 100 } {
+            let before = disco.cpu();
+            round(&mut disco, &fleet, CONCERNED, &mut latency);
+            cpu.push((disco.cpu() - before) * 1e6);
+        }
+        let (p50, p99, cpu) = (ms(&latency, 0.5), ms(&latency, 0.99), median(cpu));
+        let sent = others.totals().responses - before;
+        println!("{:<22} {p50:>8.2} {p99:>8.2} {cpu:>15.0} {sent:>9}", format!("{crowd} others"));
+        (crowd as f64, cpu)
+    });
+    let [(few, with_few), (many, with_many)] = figures;
+    let each = (with_many - with_few) / (many - few);
+    println!(
+        "  ratio {:.2}; {each:.3} us CPU a change and stream that it does not concern\n",
+        with_many / with_few
+    );
 }
 
 fn churn() {

@@ -145,7 +145,7 @@ impl Running {
             LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
         });
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader, core.clone(), &metrics));
+            let views = Arc::new(Views::new(reader, proxies.clone(), core.clone(), &metrics));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });

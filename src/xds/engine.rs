@@ -4,7 +4,8 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::{
-    Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, TypeStatus,
+    Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, Subscription,
+    TypeStatus,
     response::Head,
     subscription::Terms,
     track::{Outstanding, Track},
@@ -48,7 +49,7 @@ pub enum Heard {
 }
 
 /// What differs between delta and SotW.
-pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
+pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
     const PROTOCOL: Protocol;
     type Request: prost::Message + Default + 'static;
 
@@ -111,7 +112,7 @@ pub(super) struct Built {
 /// drives it passes the time in.
 ///
 /// Types are served in the order of [`ResourceType::ALL`] (rule O1), at most one unanswered response each.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Engine<V> {
     config: Arc<Config>,
     policy: StreamPolicy,
@@ -204,9 +205,22 @@ impl<V: Variant> Engine<V> {
         Ok(heard)
     }
 
-    /// Notes that there is a newer set, for the measured latency.
-    pub(super) fn on_resources(&mut self, set: &ResourceSet, now: Instant) {
-        self.published.get_or_insert(set.published().unwrap_or(now));
+    /// Notes when the first set was published that has news, for the measured latency.
+    pub(super) fn on_news(&mut self, since: Instant) {
+        self.published.get_or_insert(since);
+    }
+
+    /// Nothing up to `revision` concerns the stream that it has not looked at, so that it need not look.
+    pub(super) fn skip(&mut self, revision: Revision) {
+        for track in &mut self.tracks {
+            track.skip(self.current, revision);
+        }
+    }
+
+    /// What the stream asked for, by type.
+    pub(super) fn subscriptions(&self) -> impl Iterator<Item = (ResourceType, &Subscription)> {
+        let seen = self.tracks.iter().filter(|track| track.seen);
+        seen.map(|track| (track.kind, &track.subscription))
     }
 
     /// The next response, if anything is due and may be sent. Call until `None`.

@@ -204,7 +204,8 @@ impl<V: Fuzz> World<V> {
             }
         }
         // Names that this script knows, of things that it has, and the few that flips invent.
-        let due: usize = ResourceType::ALL.map(|kind| self.server.engine.track(kind).due.len()).iter().sum();
+        let due: usize =
+            ResourceType::ALL.map(|kind| self.server.served.engine.track(kind).due.len()).iter().sum();
         assert!(due < 200, "{due} names are due");
         Ok(())
     }

@@ -15,7 +15,7 @@ use crate::model::Revision;
 
 /// Where a stream stands with one resource type: what it asked for, up to where changes have been considered, and what
 /// must be sent out of turn. There is no list of what the client holds: up to the cursor it holds what the set says.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Track {
     pub kind: ResourceType,
     /// What the client says that it holds is not believed (rule D10).
@@ -48,19 +48,19 @@ pub(super) struct Track {
     /// SotW: hash of the last list of names, and the version the client was last told.
     pub names_hash: Option<u64>,
     pub version: Option<String>,
-    pub digest: Option<(Arc<ResourceSet>, u64)>,
+    pub digest: Option<(Revision, u64)>,
     pub report: Report,
 }
 
 /// What a client says it holds, in its first request of a type.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Claim {
     pub held: Held,
     /// Names that are due whatever it holds.
     pub forced: BTreeSet<Arc<str>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Held {
     /// Versions by name (rule D9).
     Each(HashMap<String, String>),
@@ -69,7 +69,7 @@ pub(super) enum Held {
 }
 
 /// A response without an answer.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Outstanding {
     pub nonce: u64,
     /// What was in it, removals too.
@@ -88,7 +88,7 @@ pub(super) struct Outstanding {
 }
 
 /// What is told of a type.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Report {
     pub sent: Revision,
     /// Up to here everything was acknowledged or did not concern the stream.
@@ -216,6 +216,15 @@ impl Track {
     /// Goes on from a revision at which the client was.
     pub(super) fn resume(&mut self, at: Revision) {
         self.cursor = Some(at);
+    }
+
+    /// What changed from `looked` to `revision` does not concern the stream. Whatever has not come as far as `looked` has
+    /// changes before that to consider.
+    pub(super) fn skip(&mut self, looked: Revision, revision: Revision) {
+        let digest = self.digest.as_mut().map(|(at, _)| at);
+        for at in self.cursor.as_mut().into_iter().chain(digest).filter(|at| **at == looked) {
+            *at = revision.max(*at);
+        }
     }
 
     /// Whether there is something to send, or it takes a closer look to know.
@@ -374,6 +383,12 @@ impl Track {
         }
     }
 
+    /// Whether it has everything up to `current`, and whatever comes that does not concern it.
+    fn rests(&self, current: Revision) -> bool {
+        let owed = self.owes || self.everything || self.claim.is_some() || !self.due.is_empty();
+        !owed && self.outstanding.is_none() && self.held.is_empty() && self.report.settled >= current
+    }
+
     pub(super) fn status(&self, current: Revision) -> TypeStatus {
         let report = &self.report;
         TypeStatus {
@@ -388,6 +403,7 @@ impl Track {
             unanswered: report.unanswered,
             unaccepted: self.rejected.clone(),
             rejections: report.rejections.iter().cloned().collect(),
+            rests: self.rests(current),
             flight: self.flight(),
         }
     }
@@ -412,6 +428,7 @@ impl Track {
         status.responses = report.responses;
         status.rejected = report.rejected;
         status.unanswered = report.unanswered;
+        status.rests = self.rests(current);
         status.flight = self.flight();
     }
 }

@@ -21,7 +21,7 @@ use super::{
 };
 
 /// The delta variant.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Delta {
     /// Answers due for types that Disco does not have: the names that do not exist.
     unknown: BTreeMap<String, BTreeSet<String>>,

@@ -24,17 +24,17 @@ use futures_util::{
     future::{Ready, ready},
 };
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
     time::Instant,
 };
-use tokio_stream::{StreamExt as _, wrappers::WatchStream};
 use tonic::{Status, body::Body, service::RoutesBuilder};
 
 use super::{
     Admit, Admitted, Code, Config, Heard, Node, Observer, Protocol, ProtocolError, Proxies, Refusal,
-    ResourceSet, ResourceType, Response, Unobserved,
+    ResourceType, Response, Unobserved,
     delta::Delta,
     engine::{Engine, Variant},
+    served::Served,
     sotw::Sotw,
     status::Seat,
     wire::{Incoming, Requests, Responses},
@@ -230,20 +230,22 @@ async fn serve_stream<V: Serve, B: Incoming>(
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
     let node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
-    let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
+    let Admitted { feed, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));
     tracing::debug!(node = node.id, agent = node.user_agent(), protocol = %V::PROTOCOL, ?peer, "connected");
     shared.observer.connected(V::PROTOCOL);
     let seat = shared.proxies.join(node, V::PROTOCOL);
-    seat.serve(set.clone());
-    let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run((first, arrival), requests, set, place, shutdown).await
+    let follower = feed.follow();
+    seat.serve(follower.standing());
+    let served = Served::new(engine, follower);
+    let mut session = Session { served, seat, observer: shared.observer.as_ref(), unanswered: 0 };
+    session.run((first, arrival), requests, place, shutdown).await
 }
 
 /// A stream that was let in.
 struct Session<'a, V: Serve> {
-    engine: Engine<V>,
+    served: Served<V>,
     seat: Seat,
     observer: &'a dyn Observer,
     unanswered: u64,
@@ -254,79 +256,58 @@ impl<V: Serve> Session<'_, V> {
         &mut self,
         (first, arrival): (V::Request, SemaphorePermit<'_>),
         mut requests: Requests<V::Request, B>,
-        mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
         place: Place,
         shutdown: &Shutdown,
     ) -> Result<(), Status> {
-        let mut set = sets.borrow_and_update().clone();
         // What is waited for stays registered from one turn to the next: to come and go costs locks that all streams share.
-        let mut sets = WatchStream::from_changes(sets);
         let shutdown = shutdown.wait();
         tokio::pin!(shutdown);
         let mut served = false;
-        self.hear(first, set.as_ref())?;
+        self.hear(first)?;
         // Until the first response is made, which takes no help of the client; or until there is something to make it of.
-        let mut arrival = set.is_some().then_some(arrival);
+        let mut arrival = self.served.is_known().then_some(arrival);
         // From now on the stream counts among those that have not acknowledged.
         self.report();
-        // Whether there may be something to send.
-        let mut due = true;
         let timer = tokio::time::sleep(Duration::ZERO);
         tokio::pin!(timer);
-        let mut armed: Option<Instant> = None;
         loop {
             tokio::select! {
                 // In this order because it is the order of what comes most often; whoever floods starves no stream but its
                 // own.
                 biased;
                 // A place first, then the response: while the client does not read, newer state replaces older.
-                () = place.free(), if due && set.is_some() => {
-                    let Some(current) = &set else { continue };
+                () = place.free(), if self.served.is_due() => {
                     drop(arrival.take());
-                    match self.engine.next_response(current, Instant::now()).map_err(status)? {
+                    match self.served.next(Instant::now()).map_err(status)? {
                         Some(response) => {
                             self.observer.sent(V::PROTOCOL, &response);
                             *place.response() = Some(response);
                             served = true;
                         }
-                        None => {
-                            due = false;
-                            self.report();
-                        }
+                        None => self.report(),
                     }
                 }
                 request = requests.next() => match request? {
-                    Some(request) => {
-                        self.hear(request, set.as_ref())?;
-                        due = true;
-                    }
+                    Some(request) => self.hear(request)?,
                     None => return Ok(()),
                 },
-                next = sets.next() => {
-                    if let Some(next) = next.ok_or_else(leaving)? {
-                        self.engine.on_resources(&next, Instant::now());
-                        set = Some(next);
-                        due = true;
+                more = self.served.news(), if !self.served.is_due() => {
+                    if !more {
+                        return Err(leaving());
                     }
+                    self.served.wake();
                 }
-                () = &mut timer, if armed.is_some() => {
-                    armed = None;
-                    due = true;
-                }
+                () = &mut timer, if self.served.is_armed() => self.served.time_out(),
                 () = &mut shutdown => return if served { Ok(()) } else { Err(leaving()) },
             }
-            // The timer is set anew only for something earlier: after each ACK it would be for nothing.
-            if let Some(deadline) = self.engine.deadline()
-                && armed.is_none_or(|armed| deadline < armed)
-            {
+            if let Some(deadline) = self.served.timer() {
                 timer.as_mut().reset(deadline);
-                armed = Some(deadline);
             }
         }
     }
 
-    fn hear(&mut self, request: V::Request, set: Option<&Arc<ResourceSet>>) -> Result<(), Status> {
-        match self.engine.on_request(request, set, Instant::now()).map_err(status)? {
+    fn hear(&mut self, request: V::Request) -> Result<(), Status> {
+        match self.served.hear(request, Instant::now()).map_err(status)? {
             Heard::Request => {}
             Heard::Acknowledged(kind, latency) => self.observer.acknowledged(V::PROTOCOL, kind, latency),
             Heard::Rejected(kind, reason) => {
@@ -334,19 +315,19 @@ impl<V: Serve> Session<'_, V> {
                 self.observer.rejected(V::PROTOCOL, kind, &reason);
             }
         }
-        if set.is_none() {
+        if !self.served.is_known() {
             self.report();
         }
         Ok(())
     }
 
     fn report(&mut self) {
-        let unanswered = self.engine.unanswered();
+        let unanswered = self.served.engine.unanswered();
         if unanswered > self.unanswered {
             self.observer.unanswered(V::PROTOCOL, unanswered - self.unanswered);
             self.unanswered = unanswered;
         }
-        self.seat.update(|types| self.engine.update_status(types));
+        self.served.report(&self.seat);
     }
 }
 
