@@ -160,7 +160,7 @@ pub(super) fn field_len(tag: u32, len: usize) -> usize {
     key_len(tag) + encoded_len_varint(len as u64) + len
 }
 
-fn put_head(buffer: &mut BytesMut, tag: u32, len: usize) {
+pub(super) fn put_head(buffer: &mut BytesMut, tag: u32, len: usize) {
     encode_key(tag, WireType::LengthDelimited, buffer);
     encode_varint(len as u64, buffer);
 }

@@ -138,6 +138,9 @@ impl TypeStatus {
     /// Nothing concerns the stream up to `quiet` that is not in the status.
     pub(super) fn skip(&mut self, quiet: Revision) {
         (self.acknowledged, self.settled) = (self.acknowledged_at(quiet), self.settled_at(quiet));
+        if let Some(considered) = self.flight.considered.as_mut().filter(|_| self.rests) {
+            *considered = quiet.max(*considered);
+        }
     }
 
     fn settled_at(&self, quiet: Revision) -> Revision {

@@ -353,7 +353,12 @@ impl<V: Speak> Bench<V> {
         let response = self.served.next(self.now).unwrap();
         self.served.timer();
         self.served.engine.update_status(&mut self.status);
-        assert_eq!(format!("{:?}", self.status), format!("{:?}", self.served.engine.status()));
+        // What rests is not kept up; the revision stands for it.
+        let [kept, now] = [self.status.clone(), self.served.engine.status()].map(|mut types| {
+            types.iter_mut().for_each(|of| of.skip(set.revision()));
+            format!("{types:?}")
+        });
+        assert_eq!(kept, now);
         if response.is_none() {
             self.served.follower().reported();
         }

@@ -1,6 +1,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     mem,
+    ops::ControlFlow,
     sync::Arc,
 };
 
@@ -239,43 +240,48 @@ impl Track {
             return Ok(true);
         }
         let at = set.revision();
-        if self.cursor.is_some_and(|cursor| cursor < at) && self.news(set, removals)?.next().is_some() {
+        if self.cursor.is_some_and(|cursor| cursor < at)
+            && self.news(set, removals, |_| ControlFlow::Break(()))?.is_break()
+        {
             return Ok(true);
         }
         self.cursor = Some(at);
         Ok(false)
     }
 
-    /// Names that changed after the cursor and concern the stream; with removals of what it holds, if it is told of them.
-    fn news<'a>(
-        &'a self,
-        set: &'a ResourceSet,
+    /// Looks at the names that changed after the cursor and concern the stream, newest first and some perhaps more than once,
+    /// until `found` says that it is enough; with removals of what it holds, if it is told of them.
+    fn news(
+        &self,
+        set: &ResourceSet,
         removals: bool,
-    ) -> Result<Box<dyn Iterator<Item = &'a Arc<str>> + 'a>, ProtocolError> {
-        let Some(cursor) = self.cursor else { return Ok(Box::new([].into_iter())) };
+        mut found: impl FnMut(&Arc<str>) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, ProtocolError> {
+        let Some(cursor) = self.cursor else { return Ok(ControlFlow::Continue(())) };
         if removals && !set.knows_removals_since(self.kind, cursor) {
             return Err(ProtocolError::Behind { at: cursor });
         }
-        let matters = move |name: &&Arc<str>| {
-            self.subscription.covers(name)
+        let mut look = |name: &Arc<str>| {
+            let matters = self.subscription.covers(name)
                 && match set.get(self.kind, name) {
                     Some(entry) => entry.changed > cursor,
                     None => set.gone(self.kind, name).is_some_and(|gone| {
                         let told = removals && gone.first <= cursor;
-                        let suspect = || self.rejected.iter().any(|group| group.contains(*name));
+                        let suspect = || self.rejected.iter().any(|group| group.contains(name));
                         gone.removed > cursor && (told || suspect())
                     }),
-                }
+                };
+            if matters { found(name) } else { ControlFlow::Continue(()) }
         };
-        if let Some(names) = set.changed_since(self.kind, cursor) {
-            return Ok(Box::new(names.filter(matters)));
-        }
-        if self.subscription.is_wildcard() {
+        Ok(if let Some(mut names) = set.changed_since(self.kind, cursor) {
+            names.try_for_each(look)
+        } else if self.subscription.is_wildcard() {
             let live = set.iter(self.kind).map(|(name, _)| name);
             let gone = set.iter_gone(self.kind).map(|(name, _)| name);
-            return Ok(Box::new(live.chain(gone).filter(matters)));
-        }
-        Ok(Box::new(self.subscription.names().iter().filter(matters)))
+            live.chain(gone).try_for_each(look)
+        } else {
+            self.subscription.names().iter().try_for_each(&mut look)
+        })
     }
 
     /// Takes all names that are to be sent now, and brings the cursor to the set. Removals that must wait are held.
@@ -286,19 +292,23 @@ impl Track {
         holds: bool,
     ) -> Result<Vec<Arc<str>>, ProtocolError> {
         let before = self.cursor;
-        let news: BTreeSet<Arc<str>> = self.news(set, removals)?.cloned().collect();
+        let mut news: Vec<Arc<str>> = Vec::new();
+        let _ = self.news(set, removals, |name| {
+            news.push(Arc::clone(name));
+            ControlFlow::Continue(())
+        })?;
+        news.sort_unstable();
+        news.dedup();
+        let alone = self.due.is_empty() && !self.everything && self.rejected.is_empty();
+        news.retain(|name| self.is_sent(set, name, removals && holds));
+        if alone {
+            self.cursor = Some(set.revision());
+            self.adds |= self.are_new(set, before, &news);
+            return Ok(news);
+        }
         for name in news {
             self.reopen(&name);
-            if set.get(self.kind, &name).is_some() {
-                self.held.remove(&name);
-                self.due.insert(name);
-            } else if removals && holds {
-                let removed = set.gone(self.kind, &name).map_or(set.revision(), |gone| gone.removed);
-                self.due.remove(&name);
-                self.held.insert(name, removed);
-            } else {
-                self.due.insert(name);
-            }
+            self.due.insert(name);
         }
         if !self.rejected.is_empty() {
             // Asked for again, and gone meanwhile: its neighbours need not wait for a change of it (rule D15).
@@ -314,17 +324,41 @@ impl Track {
         self.cursor = Some(set.revision());
         let due = mem::take(&mut self.due);
         if !mem::take(&mut self.everything) {
-            let new = |name: &Arc<str>| {
-                let since = set.get(self.kind, name).map(|entry| entry.since);
-                since.is_some_and(|since| before.is_none_or(|before| since > before))
-            };
-            self.adds |= due.iter().any(new);
+            self.adds |= self.are_new(set, before, &due);
             return Ok(due.into_iter().filter(|name| self.subscription.covers(name)).collect());
         }
         self.adds |= set.len(self.kind) > 0;
         let live = set.iter(self.kind).map(|(name, _)| Arc::clone(name));
         let gone = due.into_iter().filter(|name| set.get(self.kind, name).is_none());
         Ok(live.chain(gone).collect())
+    }
+
+    /// Whether something that changed is to be sent now: removals may have to wait (rule O3).
+    fn is_sent(&mut self, set: &ResourceSet, name: &Arc<str>, holds: bool) -> bool {
+        if set.get(self.kind, name).is_some() {
+            self.held.remove(name);
+            return true;
+        }
+        if holds {
+            let removed = set.gone(self.kind, name).map_or(set.revision(), |gone| gone.removed);
+            self.due.remove(name);
+            self.reopen(name);
+            self.held.insert(Arc::clone(name), removed);
+        }
+        !holds
+    }
+
+    /// Whether any came into being after the client was told last.
+    fn are_new<'a>(
+        &self,
+        set: &ResourceSet,
+        before: Option<Revision>,
+        names: impl IntoIterator<Item = &'a Arc<str>>,
+    ) -> bool {
+        names.into_iter().any(|name| {
+            let since = set.get(self.kind, name).map(|entry| entry.since);
+            since.is_some_and(|since| before.is_none_or(|before| since > before))
+        })
     }
 
     /// Makes all groups due that `name` is in.
@@ -412,6 +446,18 @@ impl Track {
     /// anew each time would cost more than all the rest.
     pub(super) fn update_status(&self, status: &mut TypeStatus, current: Revision) {
         let report = &self.report;
+        let rests = self.rests(current);
+        if rests
+            && status.rests
+            && status.synced
+            && status.responses == report.responses
+            && status.subscription.shares(&self.subscription)
+            && self.rejected.is_empty()
+            && status.unaccepted.is_empty()
+        {
+            // Nothing was asked, sent or answered, and to what came meanwhile it rests.
+            return;
+        }
         if !status.subscription.shares(&self.subscription) {
             status.subscription.clone_from(&self.subscription);
         }
@@ -428,7 +474,7 @@ impl Track {
         status.responses = report.responses;
         status.rejected = report.rejected;
         status.unanswered = report.unanswered;
-        status.rests = self.rests(current);
+        status.rests = rests;
         status.flight = self.flight();
     }
 }

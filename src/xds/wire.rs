@@ -35,6 +35,8 @@ pub(super) struct Responses<S> {
 
 #[derive(Debug, Default)]
 struct Parts {
+    /// What is put together already.
+    first: Option<Bytes>,
     next: Option<Bytes>,
     rest: vec::IntoIter<Bytes>,
 }
@@ -49,15 +51,31 @@ impl Parts {
     fn of(response: Response) -> Result<Self, Status> {
         let len = u32::try_from(response.len())
             .map_err(|_| Status::resource_exhausted("a response is larger than 4 GiB"))?;
-        let mut head = BytesMut::with_capacity(FRAME + response.head.len());
-        head.put_u8(0);
-        head.put_u32(len);
-        head.put_slice(&response.head);
-        Ok(Self { next: Some(head.freeze()), rest: response.body.into_iter() })
+        // With room for the small parts that go with it.
+        let small = response.body.iter().map(Bytes::len).take_while(|len| *len < LARGE);
+        let fits = small.scan(FRAME + response.head.len(), |size, len| {
+            *size += len;
+            (*size <= CHUNK).then_some(*size)
+        });
+        let size = fits.last().unwrap_or(FRAME + response.head.len());
+        let mut chunk = BytesMut::with_capacity(size);
+        chunk.put_u8(0);
+        chunk.put_u32(len);
+        chunk.put_slice(&response.head);
+        let mut rest = response.body.into_iter();
+        while chunk.len() < size
+            && let Some(part) = rest.next()
+        {
+            chunk.put_slice(&part);
+        }
+        Ok(Self { first: Some(chunk.freeze()), next: None, rest })
     }
 
     /// The next piece to send.
     fn chunk(&mut self) -> Option<Bytes> {
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
         let first = self.next.take().or_else(|| self.rest.next())?;
         if first.len() >= LARGE {
             return Some(first);

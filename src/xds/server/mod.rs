@@ -272,8 +272,7 @@ impl<V: Serve> Session<'_, V> {
         tokio::pin!(timer);
         loop {
             tokio::select! {
-                // In this order because it is the order of what comes most often; whoever floods starves no stream but its
-                // own.
+                // The first two because they cost little to ask; whoever floods starves no stream but its own.
                 biased;
                 // A place first, then the response: while the client does not read, newer state replaces older.
                 () = place.free(), if self.served.is_due() => {
@@ -283,20 +282,22 @@ impl<V: Serve> Session<'_, V> {
                             self.observer.sent(V::PROTOCOL, &response);
                             *place.response() = Some(response);
                             served = true;
+                            // Nothing else needs to be asked before it is taken, which is at once.
+                            place.free().await;
                         }
                         None => self.report(),
                     }
                 }
-                request = requests.next() => match request? {
-                    Some(request) => self.hear(request)?,
-                    None => return Ok(()),
-                },
                 more = self.served.news(), if !self.served.is_due() => {
                     if !more {
                         return Err(leaving());
                     }
                     self.served.wake();
                 }
+                request = requests.next() => match request? {
+                    Some(request) => self.hear(request)?,
+                    None => return Ok(()),
+                },
                 () = &mut timer, if self.served.is_armed() => self.served.time_out(),
                 () = &mut shutdown => return if served { Ok(()) } else { Err(leaving()) },
             }
