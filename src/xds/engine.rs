@@ -6,6 +6,7 @@ use tokio::time::Instant;
 use super::{
     Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, Subscription,
     TypeStatus,
+    asked::{Asked, Decode},
     response::Head,
     subscription::Terms,
     track::{Outstanding, Track},
@@ -51,7 +52,7 @@ pub enum Heard {
 /// What differs between delta and SotW.
 pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
     const PROTOCOL: Protocol;
-    type Request: prost::Message + Default + 'static;
+    type Request: Decode;
 
     fn ask(request: &Self::Request) -> Ask<'_>;
 
@@ -61,7 +62,7 @@ pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
     /// Takes the names of a request into the track.
     fn subscribe(
         track: &mut Track,
-        request: Self::Request,
+        asked: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
     ) -> Result<(), ProtocolError>;
@@ -159,11 +160,11 @@ impl<V: Variant> Engine<V> {
     /// Takes a request in. `set` is what the stream is served, if it is known yet.
     pub(super) fn on_request(
         &mut self,
-        request: V::Request,
+        asked: Asked<V::Request>,
         set: Option<&Arc<ResourceSet>>,
         now: Instant,
     ) -> Result<Heard, ProtocolError> {
-        let ask = V::ask(&request);
+        let ask = V::ask(&asked.message);
         if let Some(id) = ask.node_id.filter(|id| !id.is_empty() && *id != self.node_id) {
             return Err(ProtocolError::NodeChanged { was: self.node_id.clone(), now: id.to_owned() });
         }
@@ -180,7 +181,7 @@ impl<V: Variant> Engine<V> {
             (_, url) => ResourceType::from_url(url),
         };
         let Some(kind) = known else {
-            self.variant.on_unknown(request);
+            self.variant.on_unknown(asked.message);
             return Ok(Heard::Request);
         };
 
@@ -201,7 +202,7 @@ impl<V: Variant> Engine<V> {
         let first = !mem::replace(&mut track.seen, true);
         // Rule S1: a nonce of an earlier stream means nothing.
         let heard = if first { Heard::Request } else { answer(track, &ask, config, now) };
-        V::subscribe(track, request, first, terms)?;
+        V::subscribe(track, asked, first, terms)?;
         Ok(heard)
     }
 

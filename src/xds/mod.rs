@@ -15,6 +15,7 @@
 //! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.
 
 mod admit;
+mod asked;
 mod config;
 #[cfg(test)]
 mod convergence;

@@ -1,6 +1,7 @@
 use std::{fmt, sync::Arc};
 
 use bytes::{BufMut, Bytes, BytesMut};
+use imbl::OrdSet;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
@@ -268,6 +269,23 @@ impl ResourceSet {
     /// A resource by name.
     pub fn get(&self, kind: ResourceType, name: &str) -> Option<&Entry> {
         self.of(kind).live.get(name)
+    }
+
+    /// Each of these names, in order, with its resource.
+    pub(super) fn get_each<'a>(
+        &'a self,
+        kind: ResourceType,
+        names: &'a OrdSet<Arc<str>>,
+    ) -> impl Iterator<Item = (&'a Arc<str>, Option<&'a Entry>)> {
+        let live = &self.of(kind).live;
+        // Both are in order: where most is asked for, going along costs less than looking up.
+        let mut along = (live.len() / 8 <= names.len()).then(|| live.iter().peekable());
+        names.iter().map(move |name| {
+            let Some(along) = &mut along else { return (name, live.get(name)) };
+            while along.next_if(|(there, _)| !Arc::ptr_eq(there, name) && *there < name).is_some() {}
+            let found = along.next_if(|(there, _)| Arc::ptr_eq(there, name) || *there == name);
+            (name, found.map(|(_, entry)| entry))
+        })
     }
 
     /// A resource that was removed and not yet forgotten.

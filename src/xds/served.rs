@@ -2,6 +2,7 @@ use tokio::time::Instant;
 
 use super::{
     ProtocolError, Response,
+    asked::Asked,
     engine::{Engine, Heard, Variant},
     feed::{Follower, Taken},
     status::Seat,
@@ -27,10 +28,10 @@ impl<V: Variant> Served<V> {
     }
 
     /// Takes a request in.
-    pub(super) fn hear(&mut self, request: V::Request, now: Instant) -> Result<Heard, ProtocolError> {
+    pub(super) fn hear(&mut self, asked: Asked<V::Request>, now: Instant) -> Result<Heard, ProtocolError> {
         self.due = true;
         let set = self.follower.latest();
-        self.engine.on_request(request, set.as_ref(), now)
+        self.engine.on_request(asked, set.as_ref(), now)
     }
 
     /// Whether there is anything to make a response of.

@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use super::{
     Change, Config, Heard, ProtocolError, Proxies, Publisher, Resource, ResourceSet, ResourceType, Response,
     StreamPolicy, TypeStatus,
+    asked::{Asked, Decode},
     delta::Delta,
     engine::{Engine, Variant},
     feed::Grain,
@@ -322,7 +323,8 @@ impl<V: Speak> Bench<V> {
     }
 
     pub(super) fn try_request(&mut self, request: V::Request) -> Result<Heard, ProtocolError> {
-        self.served.hear(request, self.now)
+        let asked: Asked<V::Request> = Decode::decode(request.encode_to_vec().into()).unwrap();
+        self.served.hear(asked, self.now)
     }
 
     /// The next revision.

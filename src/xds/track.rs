@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
     ops::ControlFlow,
     sync::Arc,
@@ -9,8 +9,8 @@ use imbl::OrdSet;
 use tokio::time::Instant;
 
 use super::{
-    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus, ledger::Flight,
-    subscription::Delta,
+    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus, asked::Versions,
+    ledger::Flight, subscription::Delta,
 };
 use crate::model::Revision;
 
@@ -64,7 +64,7 @@ pub(super) struct Claim {
 #[derive(Debug, Clone)]
 pub(super) enum Held {
     /// Versions by name (rule D9).
-    Each(HashMap<String, String>),
+    Each(Versions),
     /// One version for all (rule S9).
     All(String),
 }

@@ -9,10 +9,12 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures_util::Stream;
 use http_body::{Body, Frame};
 use http_body_util::BodyExt as _;
-use prost::Message;
 use tonic::{Code, Status};
 
-use super::Response;
+use super::{
+    Response,
+    asked::{Asked, Decode},
+};
 
 /// Flag and length before each message.
 const FRAME: usize = 5;
@@ -154,14 +156,14 @@ pub trait Incoming: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> 
 
 impl<B> Incoming for B where B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static {}
 
-impl<T: Message + Default, B: Incoming> Requests<T, B> {
+impl<T: Decode, B: Incoming> Requests<T, B> {
     /// Accepts messages of up to `limit` bytes.
     pub(super) fn new(body: B, limit: usize) -> Self {
         Self { body: Box::pin(body), buffer: BytesMut::new(), limit, message: PhantomData }
     }
 
     /// The next request, `None` when the client is done. Cancel-safe.
-    pub(super) async fn next(&mut self) -> Result<Option<T>, Status> {
+    pub(super) async fn next(&mut self) -> Result<Option<Asked<T>>, Status> {
         if self.fill().await? { self.decode() } else { Ok(None) }
     }
 
@@ -202,13 +204,14 @@ impl<T: Message + Default, B: Incoming> Requests<T, B> {
         Ok((self.buffer.len() - FRAME >= len).then_some(len))
     }
 
-    fn decode(&mut self) -> Result<Option<T>, Status> {
+    fn decode(&mut self) -> Result<Option<Asked<T>>, Status> {
         let Some(len) = self.complete()? else { return Ok(None) };
         self.buffer.advance(FRAME);
-        let message = T::decode(self.buffer.split_to(len));
+        let message = self.buffer.split_to(len).freeze();
         if self.buffer.is_empty() {
             self.buffer = BytesMut::new();
         }
+        let message = Decode::decode(message);
         message
             .map(Some)
             .map_err(|error| Status::invalid_argument(format!("not a discovery request: {error}")))
@@ -219,6 +222,7 @@ impl<T: Message + Default, B: Incoming> Requests<T, B> {
 mod tests {
     use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryResponse};
     use http_body_util::{Full, StreamBody};
+    use prost::Message as _;
 
     use super::*;
     use crate::{
@@ -293,9 +297,10 @@ mod tests {
                 .collect();
             let body = StreamBody::new(tokio_stream::iter(pieces));
             let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 1000);
-            assert_eq!(requests.next().await.unwrap(), Some(request.clone()));
-            assert_eq!(requests.next().await.unwrap(), Some(request.clone()));
-            assert_eq!(requests.next().await.unwrap(), None);
+            for want in [Some(&request), Some(&request), None] {
+                let asked = requests.next().await.unwrap().map(|asked| asked.message);
+                assert_eq!(asked.as_ref(), want);
+            }
         }
     }
 

@@ -32,6 +32,7 @@ use tonic::{Status, body::Body, service::RoutesBuilder};
 use super::{
     Admit, Admitted, Code, Config, Heard, Node, Observer, Protocol, ProtocolError, Proxies, Refusal,
     ResourceType, Response, Unobserved,
+    asked::Asked,
     delta::Delta,
     engine::{Engine, Variant},
     served::Served,
@@ -229,7 +230,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
         return Err(Status::unavailable("too many clients connect at the same time; connect again later"));
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
-    let node = Node::of(V::node(&mut first), peer, &shared.config).map_err(status)?;
+    let node = Node::of(V::node(&mut first.message), peer, &shared.config).map_err(status)?;
     let Admitted { feed, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));
@@ -254,7 +255,7 @@ struct Session<'a, V: Serve> {
 impl<V: Serve> Session<'_, V> {
     async fn run<B: Incoming>(
         &mut self,
-        (first, arrival): (V::Request, SemaphorePermit<'_>),
+        (first, arrival): (Asked<V::Request>, SemaphorePermit<'_>),
         mut requests: Requests<V::Request, B>,
         place: Place,
         shutdown: &Shutdown,
@@ -307,8 +308,8 @@ impl<V: Serve> Session<'_, V> {
         }
     }
 
-    fn hear(&mut self, request: V::Request) -> Result<(), Status> {
-        match self.served.hear(request, Instant::now()).map_err(status)? {
+    fn hear(&mut self, asked: Asked<V::Request>) -> Result<(), Status> {
+        match self.served.hear(asked, Instant::now()).map_err(status)? {
             Heard::Request => {}
             Heard::Acknowledged(kind, latency) => self.observer.acknowledged(V::PROTOCOL, kind, latency),
             Heard::Rejected(kind, reason) => {

@@ -11,6 +11,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::{
     Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
+    asked::Asked,
     engine::{Ask, Built, Variant},
     subscription::Terms,
     track::{Claim, Held, Track},
@@ -44,7 +45,7 @@ impl Variant for Sotw {
 
     fn subscribe(
         track: &mut Track,
-        request: Self::Request,
+        Asked { message: request, .. }: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
     ) -> Result<(), ProtocolError> {
