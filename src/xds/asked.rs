@@ -8,7 +8,7 @@ use prost::{
 };
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::Version;
+use super::{ProtocolError, Version};
 
 /// A request, with what it says the client holds.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,17 +26,53 @@ pub(super) enum Malformed {
     Short,
     #[error("a name in initial_resource_versions is not UTF-8")]
     Text,
+    #[error("initial_resource_versions has more than {VERSIONS_MOST} names")]
+    ManyVersions,
+    #[error(transparent)]
+    ManyNames(ProtocolError),
 }
 
 /// A request as it comes off the wire.
 pub(super) trait Decode: Message + Default + 'static {
     /// # Errors
-    /// What is wrong with the bytes.
-    fn decode(bytes: Bytes) -> Result<Asked<Self>, Malformed>;
+    /// What is wrong with the bytes, or that there are more than `names` to subscribe to: that is known before anything is made
+    /// of them, which for a million takes so long that others would wait.
+    fn decode(bytes: Bytes, names: usize) -> Result<Asked<Self>, Malformed>;
+}
+
+/// Counts the fields of a message by tag: lists of names are all that comes often.
+#[derive(Debug, Default)]
+struct Counts([usize; 16]);
+
+impl Counts {
+    fn saw(&mut self, tag: u32) {
+        if let Some(count) = self.0.get_mut(tag as usize) {
+            *count += 1;
+        }
+    }
+
+    fn check(self, limit: usize) -> Result<(), Malformed> {
+        let names = self.0.into_iter().max().unwrap_or_default();
+        if names > limit {
+            Err(Malformed::ManyNames(ProtocolError::ManyNames { names, limit }))
+        } else {
+            Ok(())
+        }
+    }
 }
 
 impl Decode for DiscoveryRequest {
-    fn decode(bytes: Bytes) -> Result<Asked<Self>, Malformed> {
+    fn decode(bytes: Bytes, names: usize) -> Result<Asked<Self>, Malformed> {
+        // Each takes two bytes at least.
+        if bytes.len() / 2 > names {
+            let (mut rest, mut count) = (bytes.as_ref(), Counts::default());
+            while !rest.is_empty() {
+                let (tag, wire) = decode_key(&mut rest)?;
+                count.saw(tag);
+                skip_field(wire, tag, &mut rest, DecodeContext::default())?;
+            }
+            count.check(names)?;
+        }
         Ok(Asked { message: Message::decode(bytes)?, held: Versions::default() })
     }
 }
@@ -44,11 +80,14 @@ impl Decode for DiscoveryRequest {
 /// The field of the versions.
 const VERSIONS: u32 = 5;
 
+/// So many versions are taken in: each takes some memory until it was compared.
+const VERSIONS_MOST: usize = 1_000_000;
+
 /// The versions are taken out first and stay in the memory of the request: two strings for each are most of what it would cost
 /// to let a proxy in that comes back.
 impl Decode for DeltaDiscoveryRequest {
-    fn decode(bytes: Bytes) -> Result<Asked<Self>, Malformed> {
-        let mut rest = bytes.as_ref();
+    fn decode(bytes: Bytes, names: usize) -> Result<Asked<Self>, Malformed> {
+        let (mut rest, mut count) = (bytes.as_ref(), Counts::default());
         let mut entries = Vec::new();
         let mut others: Vec<Range<usize>> = Vec::new();
         while !rest.is_empty() {
@@ -58,8 +97,12 @@ impl Decode for DeltaDiscoveryRequest {
             if tag == VERSIONS {
                 let entry = take(&mut rest)?;
                 entries.push(Entry::decode(entry, bytes.len() - rest.len() - entry.len())?);
+                if entries.len() > VERSIONS_MOST {
+                    return Err(Malformed::ManyVersions);
+                }
                 continue;
             }
+            count.saw(tag);
             skip_field(wire, tag, &mut rest, DecodeContext::default())?;
             let end = bytes.len() - rest.len();
             match others.last_mut() {
@@ -67,6 +110,7 @@ impl Decode for DeltaDiscoveryRequest {
                 _ => others.push(start..end),
             }
         }
+        count.check(names)?;
         let message = match others.as_slice() {
             [all] => Message::decode(bytes.slice(all.clone()))?,
             parts => {
@@ -210,7 +254,7 @@ mod tests {
     }
 
     fn check(bytes: Vec<u8>) {
-        let ours = <DeltaDiscoveryRequest as Decode>::decode(bytes.clone().into());
+        let ours = <DeltaDiscoveryRequest as Decode>::decode(bytes.clone().into(), usize::MAX);
         let theirs = plain(&bytes);
         let (mut ours, mut theirs) = match (ours, theirs) {
             (Ok(ours), Ok(theirs)) => (ours, theirs),

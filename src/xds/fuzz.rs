@@ -322,7 +322,7 @@ fn k5_any_bytes_in_any_pieces_are_requests_or_an_error() {
             .map(|part| Ok::<_, tonic::Status>(Frame::data(Bytes::copy_from_slice(part))))
             .collect();
         let body = StreamBody::new(stream::iter(pieces));
-        let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 20_000);
+        let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 20_000, 100);
         let mut found = 0;
         while let Ok(Some(_)) = requests.next().now_or_never().expect("nothing to wait for") {
             found += 1;

@@ -349,7 +349,7 @@ mod tests {
             let mut subscription = Subscription::default();
             let delta = subscription.update(names, &[], true, terms).unwrap();
             assert_eq!(delta.added.len(), names.len());
-            let want: OrdSet<Arc<str>> = names.iter().map(|name| name.as_str().into()).collect();
+            let want: OrdSet<Arc<str>> = names.iter().map(|name| Arc::from(name.as_str())).collect();
             assert_eq!(*subscription.names(), want);
             subscription.names().ptr_eq(set.names(ResourceType::Endpoints).as_set())
         };

@@ -323,7 +323,7 @@ impl<V: Speak> Bench<V> {
     }
 
     pub(super) fn try_request(&mut self, request: V::Request) -> Result<Heard, ProtocolError> {
-        let asked: Asked<V::Request> = Decode::decode(request.encode_to_vec().into()).unwrap();
+        let asked: Asked<V::Request> = Decode::decode(request.encode_to_vec().into(), usize::MAX).unwrap();
         self.served.hear(asked, self.now)
     }
 

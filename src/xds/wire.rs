@@ -13,7 +13,8 @@ use tonic::{Code, Status};
 
 use super::{
     Response,
-    asked::{Asked, Decode},
+    asked::{Asked, Decode, Malformed},
+    server::code,
 };
 
 /// Flag and length before each message.
@@ -148,6 +149,7 @@ pub(super) struct Requests<T, B> {
     body: Pin<Box<B>>,
     buffer: BytesMut,
     limit: usize,
+    names: usize,
     message: PhantomData<fn() -> T>,
 }
 
@@ -157,9 +159,9 @@ pub trait Incoming: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> 
 impl<B> Incoming for B where B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static {}
 
 impl<T: Decode, B: Incoming> Requests<T, B> {
-    /// Accepts messages of up to `limit` bytes.
-    pub(super) fn new(body: B, limit: usize) -> Self {
-        Self { body: Box::pin(body), buffer: BytesMut::new(), limit, message: PhantomData }
+    /// Accepts messages of up to `limit` bytes that subscribe to up to so many `names`.
+    pub(super) fn new(body: B, limit: usize, names: usize) -> Self {
+        Self { body: Box::pin(body), buffer: BytesMut::new(), limit, names, message: PhantomData }
     }
 
     /// The next request, `None` when the client is done. Cancel-safe.
@@ -211,10 +213,11 @@ impl<T: Decode, B: Incoming> Requests<T, B> {
         if self.buffer.is_empty() {
             self.buffer = BytesMut::new();
         }
-        let message = Decode::decode(message);
-        message
-            .map(Some)
-            .map_err(|error| Status::invalid_argument(format!("not a discovery request: {error}")))
+        let message = Decode::decode(message, self.names);
+        message.map(Some).map_err(|error| match error {
+            Malformed::ManyNames(error) => Status::new(code(error.code()), error.to_string()),
+            error => Status::invalid_argument(format!("not a discovery request: {error}")),
+        })
     }
 }
 
@@ -296,7 +299,7 @@ mod tests {
                 .map(|piece| Ok::<_, Status>(Frame::data(Bytes::copy_from_slice(piece))))
                 .collect();
             let body = StreamBody::new(tokio_stream::iter(pieces));
-            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 1000);
+            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 1000, 100);
             for want in [Some(&request), Some(&request), None] {
                 let asked = requests.next().await.unwrap().map(|asked| asked.message);
                 assert_eq!(asked.as_ref(), want);
@@ -307,14 +310,17 @@ mod tests {
     #[tokio::test]
     async fn bad_requests_are_errors_that_say_what_is_wrong() {
         let long = framed(&[0; 2000]);
+        let many = delta(CDS, &["a", "b", "c"], &[]).encode_to_vec();
         for (bytes, code, word) in [
             (vec![1, 0, 0, 0, 0], Code::Unimplemented, "compressed"),
             (long, Code::ResourceExhausted, "request_bytes"),
             (vec![0, 255, 255, 255, 255], Code::ResourceExhausted, "request_bytes"),
             (framed(&[255; 10]), Code::InvalidArgument, "discovery request"),
             (vec![0, 0], Code::InvalidArgument, "ended"),
+            (framed(&many), Code::ResourceExhausted, "names_per_stream"),
         ] {
-            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(Full::new(Bytes::from(bytes)), 1000);
+            let mut requests =
+                Requests::<DeltaDiscoveryRequest, _>::new(Full::new(Bytes::from(bytes)), 1000, 2);
             let error = requests.next().await.unwrap_err();
             assert_eq!(error.code(), code, "{error}");
             assert!(error.message().contains(word), "{error}");

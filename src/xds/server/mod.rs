@@ -101,7 +101,11 @@ impl AdsServer {
         };
         let request = tonic::Request::from_http(request);
         let peer = request.remote_addr();
-        let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
+        let requests = Requests::<V::Request, B>::new(
+            request.into_inner(),
+            shared.config.request_bytes,
+            shared.config.names_per_stream,
+        );
         let place = Place::default();
         let session = {
             let place = place.clone();
@@ -352,7 +356,7 @@ fn refused(refusal: Refusal) -> Status {
     Status::new(code(refusal.code), refusal.message)
 }
 
-fn code(code: Code) -> tonic::Code {
+pub(super) fn code(code: Code) -> tonic::Code {
     match code {
         Code::InvalidArgument => tonic::Code::InvalidArgument,
         Code::Unauthenticated => tonic::Code::Unauthenticated,
