@@ -19,7 +19,7 @@ use super::{
     Api,
     ledger::{any, aside},
 };
-use crate::xds::{Delivery, Held, ProxyStatus, ResourceType, TypeStatus};
+use crate::xds::{Delivery, Held, ProxyStatus, ResourceType, TypeStatus, unreadable};
 
 /// The gRPC service.
 #[derive(Debug, Clone)]
@@ -61,7 +61,7 @@ impl ClientStatusDiscoveryService for ClientStatus {
         let shutdown = self.0.tasks.shutdown().clone();
         let answers = request.into_inner().then(move |request| {
             let service = service.clone();
-            async move { service.answer(request?).await }
+            async move { service.answer(request.map_err(unreadable)?).await }
         });
         let answers = answers.take_until(Box::pin(async move { shutdown.wait().await }));
         Ok(Response::new(Box::pin(answers)))

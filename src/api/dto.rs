@@ -6,11 +6,12 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    catalog::Service,
+    catalog::{Reader, Service},
     model::{
         Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, State, Update, Value,
         format_duration, parse_duration,
     },
+    registry::Member,
 };
 
 #[derive(Debug, Serialize)]
@@ -26,6 +27,9 @@ pub(super) struct InstanceDto {
     state: &'static str,
     lease: LeaseDto,
     revision: u64,
+    /// The Disco process that counts its lease.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<String>,
     registered_at: String,
 }
 
@@ -65,6 +69,7 @@ impl From<&Instance> for InstanceDto {
             state,
             lease,
             revision,
+            owner,
             registered_at,
         } = instance;
         Self {
@@ -86,9 +91,36 @@ impl From<&Instance> for InstanceDto {
             },
             lease: (*lease).into(),
             revision: revision.0,
+            owner: owner.as_ref().map(ToString::to_string),
             registered_at: timestamp(*registered_at),
         }
     }
+}
+
+/// That what is answered may be older than the truth.
+#[derive(Debug, Serialize)]
+pub(super) struct StaleDto {
+    since: String,
+    reason: String,
+}
+
+impl StaleDto {
+    /// `None`, which is `null`, when it is the truth.
+    pub(super) fn of(catalog: &Reader) -> Option<Self> {
+        catalog.stale().map(|stale| Self { since: timestamp(stale.since), reason: stale.reason.to_string() })
+    }
+}
+
+/// A process that shares the store.
+pub(super) fn node(member: &Member) -> serde_json::Value {
+    let Member { id, roles, grpc, http, started_at } = member;
+    serde_json::json!({
+        "node": id.as_str(),
+        "roles": roles,
+        "grpc": grpc,
+        "http": http,
+        "started_at": timestamp(*started_at),
+    })
 }
 
 #[derive(Debug, Serialize)]
@@ -260,6 +292,21 @@ pub(super) fn read_update(body: &[u8], limits: &Limits) -> Result<Update, Proble
     fields.finish(&mut problems);
     let update = Update::check_into(weight, metadata, limits, &mut problems);
     if problems.is_empty() { Ok(update) } else { Err(problems) }
+}
+
+/// `{"live": {…}}`.
+pub(super) fn read_live(body: &[u8]) -> Result<BTreeMap<String, String>, Problems> {
+    let node = parse_json(body)?;
+    let mut problems = Problems::default();
+    let mut fields = Fields::of(&node, "", &mut problems);
+    let entries = fields.texts("live", &mut problems);
+    if entries.is_none() && problems.is_empty() {
+        problems.add("live", "is missing: want a map of texts, such as {\"block\": \"17\"}");
+    }
+    fields.finish(&mut problems);
+    let entries = entries.unwrap_or_default().into_iter();
+    let entries = entries.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    if problems.is_empty() { Ok(entries) } else { Err(problems) }
 }
 
 fn read_metadata(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<BTreeMap<String, String>> {

@@ -75,7 +75,10 @@ impl From<registry::Error> for ApiError {
             registry::Error::NotFound(_) | registry::Error::NoService(_) => (Kind::NotFound, Vec::new()),
             registry::Error::Conflict(problem) => (Kind::Conflict, vec![problem]),
             registry::Error::Limit(problem) => (Kind::Limit, vec![problem]),
-            registry::Error::Store(_) | registry::Error::ShuttingDown => (Kind::Unavailable, Vec::new()),
+            registry::Error::Store(_)
+            | registry::Error::Elsewhere { .. }
+            | registry::Error::Isolated
+            | registry::Error::ShuttingDown => (Kind::Unavailable, Vec::new()),
             registry::Error::Record { .. } => (Kind::Internal, Vec::new()),
         };
         Self { kind, message, fields }

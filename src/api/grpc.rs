@@ -5,9 +5,9 @@ use std::{pin::Pin, time::Duration};
 use futures_util::{Stream, StreamExt as _};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::{dto, error::ApiError};
+use super::{dto, error::ApiError, live};
 use crate::{
     catalog::Changes,
     model::{
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Answers of a stream that wait for a slow reader.
-const QUEUE: usize = 16;
+pub(super) const QUEUE: usize = 16;
 
 /// The gRPC service.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ pub(super) struct RegistryService {
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl RegistryService {
     pub(super) fn new(registry: Registry, tasks: Tasks) -> Self {
@@ -156,6 +156,7 @@ fn require_ref(reference: Option<v1::InstanceRef>) -> Result<(InstanceKey, Optio
 #[tonic::async_trait]
 impl registry_server::Registry for RegistryService {
     type WatchStream = Answers<v1::WatchResponse>;
+    type WatchLiveStream = Answers<v1::WatchLiveResponse>;
     type SessionStream = Answers<v1::SessionResponse>;
 
     async fn register(&self, request: Request<v1::RegisterRequest>) -> Answer<v1::RegisterResponse> {
@@ -166,7 +167,7 @@ impl registry_server::Registry for RegistryService {
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Answer<v1::RenewResponse> {
         let (key, incarnation) = require_ref(request.into_inner().instance)?;
-        let (ttl, revision) = self.registry.renew(&key, incarnation).map_err(ApiError::from)?;
+        let (ttl, revision) = self.registry.renew(key, incarnation).await.map_err(ApiError::from)?;
         Ok(Response::new(v1::RenewResponse { revision: revision.0, ttl: ttl.try_into().ok() }))
     }
 
@@ -255,6 +256,18 @@ impl registry_server::Registry for RegistryService {
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
+    async fn publish(&self, request: Request<v1::PublishRequest>) -> Answer<v1::PublishResponse> {
+        let v1::PublishRequest { instance, entries } = request.into_inner();
+        let (key, incarnation) = require_ref(instance)?;
+        let entries = live::entries(entries, &self.registry)?;
+        self.registry.publish(key, incarnation, entries).map_err(ApiError::from)?;
+        Ok(Response::new(v1::PublishResponse {}))
+    }
+
+    async fn watch_live(&self, request: Request<v1::WatchLiveRequest>) -> Answer<Self::WatchLiveStream> {
+        live::watch(&self.registry, &self.tasks, request)
+    }
+
     async fn session(&self, request: Request<Streaming<v1::SessionRequest>>) -> Answer<Self::SessionStream> {
         let mut hangup = request.extensions().get::<Hangup>().cloned();
         let mut requests = request.into_inner();
@@ -268,6 +281,7 @@ impl registry_server::Registry for RegistryService {
                     request = requests.next() => request,
                     // The owner is alive; it comes back to the next server, within the grace.
                     () = shutdown.wait() => break Ended::Lost,
+                    () = service.registry.left() => break Ended::Lost,
                 };
                 match request {
                     Some(Ok(request)) => {
@@ -276,13 +290,20 @@ impl registry_server::Registry for RegistryService {
                             break Ended::Closed;
                         }
                     }
+                    // A message that cannot be read is no sign of its owner's end.
+                    Some(Err(status)) if status.code() == Code::InvalidArgument => {
+                        let _ = answers.try_send(Err(status));
+                        break Ended::Lost;
+                    }
                     Some(Err(_)) | None => break how_it_ended(hangup.as_mut()).await,
                 }
             };
             session.end(how).await;
-            if how == Ended::Lost && shutdown.started() {
+            if how == Ended::Lost {
+                let reason =
+                    if shutdown.started() { "is shutting down" } else { "has lost touch with the store" };
                 let _ =
-                    answers.try_send(Err(Status::unavailable("this server is shutting down; use another")));
+                    answers.try_send(Err(Status::unavailable(format!("this server {reason}; use another"))));
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -302,7 +323,7 @@ async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
     }
 }
 
-fn read_service(text: &str) -> Result<ServiceId, ApiError> {
+pub(super) fn read_service(text: &str) -> Result<ServiceId, ApiError> {
     text.parse().map_err(|message: String| {
         let mut problems = Problems::default();
         problems.add("service", message);

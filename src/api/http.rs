@@ -1,42 +1,31 @@
 //! HTTP/JSON over the registry's handlers, and what operators ask a process.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
-    body::Bytes,
-    extract::{
-        self, DefaultBodyLimit, FromRequest, FromRequestParts, RawQuery, Request, State,
-        rejection::BytesRejection,
-    },
-    http::{StatusCode, header, request::Parts},
+    extract::{DefaultBodyLimit, RawQuery, Request, State},
+    http::{StatusCode, header},
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing,
 };
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use serde_json::json;
+use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
-    Api,
-    dto::{self, InstanceDto, LeaseDto, ServiceDto},
+    Api, SYNCED,
+    dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, load, proxies,
+    ledger, live, load, proxies,
+    request::{Body, Path, Query, Reply, instance_key, read_incarnation, read_wait, service_id},
 };
 use crate::{
-    model::{
-        Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value, excerpt,
-        format_duration, parse_duration,
-    },
-    registry::{self, Accepted},
+    model::{Fields, Problems, Revision, excerpt, format_duration},
+    registry::{self, Accepted, Membership},
 };
-
-/// Longest that a long poll is held.
-pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
-
-/// Longest that a body may take to arrive.
-const BODY_WITHIN: Duration = Duration::from_secs(30);
-
-pub(super) type Reply = Result<Response, ApiError>;
 
 /// All routes.
 pub(super) fn router(api: Api) -> Router {
@@ -46,23 +35,28 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/live", routing::get(live::list))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
         .route(&format!("{instance}/explain"), routing::get(ledger::explain))
+        .route(&format!("{instance}/live"), routing::put(live::publish))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
-        .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
-        .route("/readyz", routing::get(readyz))
-        .route("/metrics", routing::get(metrics))
+        .route("/v1/nodes", routing::get(list_nodes))
         .route("/debug/log", routing::get(get_log).put(set_log))
         .route("/debug/config", routing::get(debug_config))
         .route("/debug/catalog", routing::get(debug_catalog))
         .route("/debug/xds", routing::get(proxies::debug))
         .route("/", routing::get(index))
+        .route_layer(middleware::from_fn_with_state(Places::new(&api), within_limit))
+        // What tells how the process is answers also when it has too much to do.
+        .route("/livez", routing::get(|| async { Json(json!({"status": "alive"})) }))
+        .route("/readyz", routing::get(readyz))
+        .route("/metrics", routing::get(metrics))
         .fallback(|request: Request| async move {
             ApiError::new(
                 Kind::NotFound,
@@ -79,6 +73,7 @@ pub(super) fn router(api: Api) -> Router {
                 ),
             )
         })
+        .layer(middleware::from_fn_with_state(api.clone(), when_synced))
         .layer(DefaultBodyLimit::max(body_limit))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::new(
@@ -90,155 +85,107 @@ pub(super) fn router(api: Api) -> Router {
         .with_state(api)
 }
 
-/// A request body within the limit.
-struct Body(Bytes);
+/// Before everything has been read back, nothing would be a wrong answer (never 2).
+async fn when_synced(State(api): State<Api>, request: Request, next: Next) -> Response {
+    if request.uri().path().starts_with("/v1/") && api.readiness.waits_for(SYNCED) {
+        let message =
+            "what is registered has not been read back from the store yet: try another node or again";
+        return ApiError::new(Kind::Unavailable, message).into_response();
+    }
+    next.run(request).await
+}
 
-impl FromRequest<Api> for Body {
-    type Rejection = ApiError;
+/// Places for requests.
+#[derive(Debug, Clone)]
+struct Places {
+    free: Arc<Semaphore>,
+    limit: usize,
+    taken: Gauge,
+    refused: Counter,
+}
 
-    async fn from_request(request: Request, api: &Api) -> Result<Self, ApiError> {
-        let limit = api.config.body_limit;
-        let too_large = || {
-            let message = format!("the body is larger than {limit} bytes; limits.body raises that");
-            ApiError::new(Kind::TooLarge, message)
-        };
-        // What is announced need not be waited for.
-        let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok());
-        if announced.and_then(|length| length.parse::<usize>().ok()).is_some_and(|length| length > limit) {
-            return Err(too_large());
-        }
-        let body = tokio::time::timeout(BODY_WITHIN, Bytes::from_request(request, api)).await;
-        let body = body.map_err(|_| {
-            let message = format!("the body did not arrive within {}", format_duration(BODY_WITHIN));
-            ApiError::new(Kind::Invalid, message)
-        })?;
-        match body {
-            Ok(body) => Ok(Self(body)),
-            Err(BytesRejection::FailedToBufferBody(error))
-                if error.status() == StatusCode::PAYLOAD_TOO_LARGE =>
-            {
-                Err(too_large())
-            }
-            Err(error) => Err(ApiError::new(Kind::Invalid, format!("the body did not arrive: {error}"))),
+impl Places {
+    fn new(api: &Api) -> Self {
+        let limit = api.config.requests;
+        Self {
+            free: Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS))),
+            limit,
+            taken: api.metrics.gauge("http_requests_open", "HTTP requests that are worked on or wait"),
+            refused: api.metrics.counter("http_requests_refused", "HTTP requests beyond the limit"),
         }
     }
 }
 
-/// The variable parts of a path.
-pub(super) struct Path<T>(pub(super) T);
-
-impl<T: serde::de::DeserializeOwned + Send> FromRequestParts<Api> for Path<T> {
-    type Rejection = ApiError;
-
-    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
-        match extract::Path::from_request_parts(parts, api).await {
-            Ok(extract::Path(path)) => Ok(Self(path)),
-            Err(error) => Err(ApiError::new(Kind::Invalid, format!("the path is not text: {error}"))),
+/// Turns requests away when there are as many as there may be; those that are there go on.
+async fn within_limit(State(places): State<Places>, request: Request, next: Next) -> Reply {
+    let Ok(_place) = places.free.try_acquire() else {
+        if places.refused.inc() == 0 {
+            let limit = places.limit;
+            tracing::warn!(
+                limit,
+                "HTTP requests are turned away (limits.http_requests); further ones are only counted"
+            );
         }
+        return Err(ApiError::new(
+            Kind::Unavailable,
+            format!(
+                "this server has {} requests, as many as it may (limits.http_requests); ask another one, or later",
+                places.limit
+            ),
+        ));
+    };
+    let _taken = Taken::new(&places.taken);
+    Ok(next.run(request).await)
+}
+
+/// Counts while it is there; a caller that goes away takes it along.
+struct Taken<'a>(&'a Gauge);
+
+impl<'a> Taken<'a> {
+    fn new(gauge: &'a Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
     }
 }
 
-/// The parameters behind the `?`, read like the fields of a body.
-pub(super) struct Query(Node);
-
-impl Query {
-    pub(super) fn of(raw: Option<&str>) -> Self {
-        let pairs = raw.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()).map(|pair| {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = percent_decode(value);
-            let value = value.parse().map_or(Value::Text(value), Value::Int);
-            (percent_decode(name), Node { value, at: None })
-        });
-        Self(Node { value: Value::Map(pairs.collect()), at: None })
-    }
-
-    pub(super) fn read<T>(
-        &self,
-        read: impl FnOnce(&mut Fields<'_>, &mut Problems) -> T,
-    ) -> Result<T, ApiError> {
-        let mut problems = Problems::default();
-        let mut fields = Fields::of(&self.0, "", &mut problems);
-        let value = read(&mut fields, &mut problems);
-        fields.finish(&mut problems);
-        if problems.is_empty() { Ok(value) } else { Err(problems.into()) }
-    }
-}
-
-fn percent_decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        let mut digits = rest.clone();
-        let hex = |digit: Option<u8>| digit.and_then(|d| char::from(d).to_digit(16));
-        match (byte, hex(digits.next()), hex(digits.next())) {
-            (b'%', Some(high), Some(low)) => {
-                bytes.push(u8::try_from(high * 16 + low).unwrap_or(b'?'));
-                rest = digits;
-            }
-            (b'+', ..) => bytes.push(b' '),
-            _ => bytes.push(byte),
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// How long a long poll waits; absent means not at all.
-pub(super) fn read_wait(fields: &mut Fields<'_>, problems: &mut Problems) -> Duration {
-    let wait = fields.parse("wait", problems, parse_duration).unwrap_or_default();
-    if wait > WAIT_MAX {
-        problems.add(
-            "wait",
-            format!("{} is too long: want at most {}", format_duration(wait), format_duration(WAIT_MAX)),
-        );
-    }
-    wait
-}
-
-fn read_incarnation(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Incarnation> {
-    fields
-        .integer("incarnation", 1..=u64::MAX.into(), problems)
-        .and_then(|number| u64::try_from(number).ok())
-        .map(Incarnation)
-}
-
-pub(super) fn service_id(text: &str) -> Result<ServiceId, ApiError> {
-    let mut problems = Problems::default();
-    problems.take("service", text.parse()).ok_or_else(|| problems.into())
-}
-
-pub(super) fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiError> {
-    let mut problems = Problems::default();
-    let service = problems.take("service", service.parse::<ServiceId>());
-    let id = problems.take("id", id.parse::<InstanceId>());
-    match (service, id) {
-        (Some(service), Some(id)) => Ok(InstanceKey { service, id }),
-        _ => Err(problems.into()),
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 
 async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {
     let (index, wait) = read_poll(query.as_deref())?;
-    let catalog = api.registry.catalog();
+    let catalog = &api.catalog;
     wait_at_most(&api, wait, catalog.newer_than(index)).await;
     let snapshot = catalog.latest();
     let services: Vec<_> = snapshot.services().map(|service| ServiceDto::from(&**service)).collect();
-    Ok(Json(json!({"revision": snapshot.revision().0, "services": services})).into_response())
+    Ok(Json(
+        json!({"revision": snapshot.revision().0, "services": services, "stale": StaleDto::of(&api.catalog)}),
+    )
+    .into_response())
+}
+
+async fn list_nodes(State(api): State<Api>) -> Reply {
+    let nodes = api.nodes.as_ref().map(Membership::latest).unwrap_or_default();
+    let nodes: Vec<_> = nodes.iter().map(dto::node).collect();
+    Ok(Json(json!({"nodes": nodes, "stale": StaleDto::of(&api.catalog)})).into_response())
 }
 
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
     Ok(Json(ServiceDto::from(&**service)).into_response())
 }
 
 async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
-    let revision = api.registry.remove_service(service_id(&service)?).await?;
+    let revision = api.registry()?.remove_service(service_id(&service)?).await?;
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
 /// `?index` and `?wait` of a long poll.
-fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
+pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
     Query::of(query).read(|fields, problems| {
         let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
         (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
@@ -252,7 +199,7 @@ async fn list_instances(
 ) -> Reply {
     let (index, wait) = read_poll(query.as_deref())?;
     let id = service_id(&service)?;
-    let catalog = api.registry.catalog();
+    let catalog = &api.catalog;
     wait_at_most(&api, wait, async {
         // A snapshot newer than the service's last change is no news of it.
         let mut seen = Revision::default();
@@ -267,11 +214,11 @@ async fn list_instances(
     let snapshot = catalog.latest();
     let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
     let instances: Vec<_> = service.instances().map(|instance| InstanceDto::from(&**instance)).collect();
-    Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances})).into_response())
+    Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances, "stale": StaleDto::of(&api.catalog)})).into_response())
 }
 
 /// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
-async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
     if wait.is_zero() {
         return;
     }
@@ -283,7 +230,7 @@ async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = 
 
 async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
     let key = instance_key(&service, &id)?;
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     Ok(Json(InstanceDto::from(&**instance)).into_response())
 }
@@ -293,8 +240,8 @@ async fn register(
     Path((service, id)): Path<(String, String)>,
     Body(body): Body,
 ) -> Reply {
-    let registration = dto::read_registration(service, id, &body, api.registry.limits())?;
-    let Accepted { revision, instance } = api.registry.register(registration).await?;
+    let registration = dto::read_registration(service, id, &body, api.registry()?.limits())?;
+    let Accepted { revision, instance } = api.registry()?.register(registration).await?;
     let lease = LeaseDto::from(instance.lease);
     Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
         .into_response())
@@ -307,8 +254,8 @@ async fn update(
     Body(body): Body,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let update = dto::read_update(&body, api.registry.limits())?;
-    let accepted = api.registry.update(instance_key(&service, &id)?, incarnation, update).await?;
+    let update = dto::read_update(&body, api.registry()?.limits())?;
+    let accepted = api.registry()?.update(instance_key(&service, &id)?, incarnation, update).await?;
     Ok(accepted_reply(&accepted))
 }
 
@@ -318,7 +265,7 @@ async fn drain(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let accepted = api.registry.drain(instance_key(&service, &id)?, incarnation).await?;
+    let accepted = api.registry()?.drain(instance_key(&service, &id)?, incarnation).await?;
     Ok(accepted_reply(&accepted))
 }
 
@@ -332,7 +279,7 @@ async fn renew(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let (ttl, revision) = api.registry.renew(&instance_key(&service, &id)?, incarnation)?;
+    let (ttl, revision) = api.registry()?.renew(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0, "ttl": format_duration(ttl)})).into_response())
 }
 
@@ -342,7 +289,7 @@ async fn deregister(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let revision = api.registry.deregister(instance_key(&service, &id)?, incarnation).await?;
+    let revision = api.registry()?.deregister(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
@@ -387,7 +334,7 @@ async fn debug_config(State(api): State<Api>) -> Response {
 }
 
 async fn debug_catalog(State(api): State<Api>) -> Response {
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let services: serde_json::Map<_, _> = snapshot
         .services()
         .map(|service| {
@@ -405,13 +352,16 @@ async fn index() -> &'static str {
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
      PUT    /v1/services/{service}/instances/{id}      register, update and renew\n\
      PATCH  /v1/services/{service}/instances/{id}      change weight or metadata\n\
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
+     PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -435,45 +385,74 @@ mod tests {
     };
 
     #[test]
-    fn queries_are_read_like_fields() {
+    fn a_long_poll_says_from_where_and_how_long() {
         let (index, wait) = read_poll(Some("index=7&wait=1m")).unwrap();
         assert_eq!((index, wait), (Revision(7), Duration::from_secs(60)));
         for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
             assert!(read_poll(Some(bad)).is_err(), "{bad}");
         }
-        let service =
-            Query::of(Some("service=123")).read(|f, p| f.parse("service", p, str::parse::<ServiceId>));
-        assert_eq!(service.unwrap().unwrap().as_str(), "123", "a name of digits is a name");
-        assert_eq!(percent_decode("a%20b+c%zz%"), "a b c%zz%");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn who_waits_is_answered_when_the_server_ends() {
-        let tasks = Tasks::default();
+    async fn api(tasks: &Tasks, requests: usize) -> Api {
         let core = Tasks::default();
         let (writer, reader) = crate::catalog::catalog();
         let (store, readiness, metrics) =
             (Arc::new(MemoryStore::default()), Readiness::default(), Metrics::default());
-        let gate = readiness.gate("registry");
-        let config = registry::Config::default();
-        let registry =
-            registry::Registry::start(config, store, writer, reader, &metrics, &core, gate).await.unwrap();
+        let store: Arc<dyn crate::store::Store> = store;
+        let mirror = registry::Mirror::new(Arc::clone(&store), writer, reader.clone());
+        mirror.start(registry::Patience::None, &core, readiness.gate(SYNCED)).await.unwrap();
+        let (members, config) =
+            (crate::model::Members::alone("n1".parse().unwrap()), registry::Config::default());
+        let members = tokio::sync::watch::Sender::new(members).subscribe();
+        let registry = registry::Registry::start(config, store, reader.clone(), members, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
-        let config = super::super::Config { body_limit: 1024, effective: String::new() };
-        let api = Api {
+        let config = super::super::Config { body_limit: 1024, requests, effective: String::new() };
+        Api {
             config: Arc::new(config),
-            registry,
+            catalog: reader,
+            nodes: None,
+            registry: Some(registry),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),
             readiness,
             metrics,
             log,
             tasks: tasks.clone(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_beyond_the_limit_are_turned_away_and_the_others_go_on() {
+        let tasks = Tasks::default();
+        let router = router(api(&tasks, 1).await);
+        let get = |path: &str| {
+            let request = Request::get(path).body(axum::body::Body::empty()).unwrap();
+            let response = router.clone().oneshot(request);
+            async { response.await.unwrap().status() }
         };
+        let mut waits = std::pin::pin!(get("/v1/services?index=9&wait=1m"));
+        assert!(futures_util::poll!(waits.as_mut()).is_pending());
+        for (path, status) in [
+            ("/v1/services", StatusCode::SERVICE_UNAVAILABLE),
+            ("/debug/log", StatusCode::SERVICE_UNAVAILABLE),
+            ("/nothing", StatusCode::NOT_FOUND),
+            ("/livez", StatusCode::OK),
+            ("/metrics", StatusCode::OK),
+        ] {
+            assert_eq!(get(path).await, status, "{path}");
+        }
+        assert_eq!(waits.await, StatusCode::OK);
+        assert_eq!(get("/v1/services").await, StatusCode::OK);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_is_answered_when_the_server_ends() {
+        let tasks = Tasks::default();
+        let api = api(&tasks, 10).await;
         let body = br#"{"address":"127.0.0.1","port":1}"#;
-        let limits = api.registry.limits();
+        let limits = api.registry().unwrap().limits();
         let registration = dto::read_registration("greeter".into(), "a".into(), body, limits).unwrap();
-        api.registry.register(registration).await.unwrap();
+        api.registry().unwrap().register(registration).await.unwrap();
 
         tasks.shutdown().start();
         for (path, status) in [

@@ -25,8 +25,8 @@ use super::{
     Api,
     dto::{self, InstanceDto},
     error::{ApiError, Kind},
-    http::{Path, Query, Reply, instance_key, read_wait},
-    proxies::{kind, streams_of},
+    proxies::streams_of,
+    request::{Path, Query, Reply, instance_key, read_wait},
 };
 use crate::{
     model::{Instance, Problems, Revision, ServiceId, State as Health, excerpt},
@@ -52,7 +52,7 @@ pub(super) async fn revision(
         return Err(problems.into());
     };
     let progress = api.delivered(Revision(number), service.as_ref(), wait).await?;
-    let accepted = api.registry.catalog().came(Revision(number));
+    let accepted = api.catalog.came(Revision(number));
     Ok(Json(json!({
         "revision": number,
         "complete": progress.complete,
@@ -72,7 +72,7 @@ impl Api {
         service: Option<&ServiceId>,
         wait: Duration,
     ) -> Result<Progress, ApiError> {
-        let catalog = self.registry.catalog();
+        let catalog = &self.catalog;
         let newest = catalog.latest().revision();
         if revision > newest {
             let mut problems = Problems::default();
@@ -112,7 +112,7 @@ fn waiting(lack: &Lack, accepted: Option<std::time::SystemTime>) -> Value {
         "node_id": lack.node_id,
         "peer": lack.peer.map(|peer| peer.to_string()).unwrap_or_default(),
         "protocol": lack.protocol.as_str(),
-        "type": kind(lack.kind),
+        "type": lack.kind.name(),
         "reason": reason,
         "since": dto::timestamp(since),
         "error": error,
@@ -157,8 +157,11 @@ fn stream(status: &ProxyStatus, only: Option<ResourceType>, body: bool) -> Value
 }
 
 fn parse_kind(text: &str) -> Result<ResourceType, String> {
-    let found = ResourceType::ALL.into_iter().find(|of| kind(*of) == text);
-    found.ok_or_else(|| format!("{} is no type: want cluster, endpoints, listener or route", excerpt(text)))
+    let found = ResourceType::ALL.into_iter().find(|of| of.name() == text);
+    found.ok_or_else(|| {
+        let names = ResourceType::ALL.map(ResourceType::name).join(", ");
+        format!("{} is no type: want one of {names}", excerpt(text))
+    })
 }
 
 fn resource(status: &ProxyStatus, held: &Held, body: bool) -> Value {
@@ -177,7 +180,7 @@ fn resource(status: &ProxyStatus, held: &Held, body: bool) -> Value {
         _ => "",
     };
     let mut shown = json!({
-        "type": kind(held.kind),
+        "type": held.kind.name(),
         "name": held.name,
         "version": held.resource.as_ref().map(|resource| resource.version.to_string()).unwrap_or_default(),
         "revision": held.changed.0,
@@ -200,7 +203,7 @@ pub(super) fn any(resource: &Resource) -> Option<Any> {
 
 pub(super) async fn explain(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
     let key = instance_key(&service, &id)?;
-    let snapshot = api.registry.catalog().latest();
+    let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     let proxies = api.proxies.list();
     // Of the same endpoints the same is true.
@@ -240,7 +243,7 @@ pub(super) async fn explain(State(api): State<Api>, Path((service, id)): Path<(S
     Ok(Json(json!({
         "revision": snapshot.revision().0,
         "instance": InstanceDto::from(&**instance),
-        "abandoned": api.registry.is_abandoned(&instance.key),
+        "abandoned": api.registry.as_ref().is_some_and(|registry| registry.is_abandoned(instance)),
         "views": views.collect::<Vec<_>>(),
         "proxies": proxies.collect::<Vec<_>>(),
     }))

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     Api,
-    http::{Reply, service_id},
+    request::{Reply, service_id},
 };
 use crate::{
     model::{Locality, format_duration},
@@ -20,7 +20,7 @@ use crate::{
 
 pub(super) async fn show(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
-    if api.registry.catalog().latest().service(&id).is_none() {
+    if api.catalog.latest().service(&id).is_none() {
         return Err(registry::Error::NoService(id).into());
     }
     let Load { localities, drops } = api.loads.of(id.as_str(), Instant::now());

@@ -9,8 +9,10 @@ mod error;
 mod grpc;
 mod http;
 mod ledger;
+mod live;
 mod load;
 mod proxies;
+mod request;
 
 use std::sync::Arc;
 
@@ -18,19 +20,27 @@ use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service
     ClientStatusDiscoveryService, ClientStatusDiscoveryServiceServer,
 };
 
+use error::{ApiError, Kind};
+
 use crate::{
+    catalog::Reader,
     proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
-    registry::Registry,
+    registry::{Membership, Registry},
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
     xds::{Loads, Proxies},
 };
+
+/// The condition of readiness that what is registered has been read back.
+pub const SYNCED: &str = "registry";
 
 /// Settings of the edges.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// Largest request body in bytes, on both edges.
     pub body_limit: usize,
+    /// HTTP requests at the same time.
+    pub requests: usize,
     /// The configuration in force, as YAML, for `/debug/config`.
     pub effective: String,
 }
@@ -40,8 +50,12 @@ pub struct Config {
 pub struct Api {
     /// Settings.
     pub config: Arc<Config>,
-    /// Takes the writes, and has the catalog.
-    pub registry: Registry,
+    /// What is registered.
+    pub catalog: Reader,
+    /// The processes that share its store, if it is shared.
+    pub nodes: Option<Membership>,
+    /// Takes the writes, in a process that does.
+    pub registry: Option<Registry>,
     /// Who is connected and has acknowledged what.
     pub proxies: Proxies,
     /// The calls that clients report.
@@ -62,12 +76,20 @@ impl Api {
         http::router(self.clone())
     }
 
-    /// `disco.v1.Registry`.
+    /// `disco.v1.Registry`, in a process that takes writes.
     pub fn registry_service(
         &self,
-    ) -> RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>> {
-        RegistryServer::new(grpc::RegistryService::new(self.registry.clone(), self.tasks.clone()))
-            .max_decoding_message_size(self.config.body_limit)
+    ) -> Option<RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>>> {
+        let service = grpc::RegistryService::new(self.registry.clone()?, self.tasks.clone());
+        Some(RegistryServer::new(service).max_decoding_message_size(self.config.body_limit))
+    }
+
+    fn registry(&self) -> Result<&Registry, ApiError> {
+        self.registry.as_ref().ok_or_else(|| {
+            let message =
+                "this node takes no writes: it does not have the role `registry`; send them to one that has";
+            ApiError::new(Kind::Unavailable, message)
+        })
     }
 
     /// The client status discovery service, which tells of the proxies in the words of xDS.

@@ -13,12 +13,12 @@ use tonic::{Request, Status};
 use super::{
     Api, dto,
     error::{ApiError, Kind},
-    http::{Path, Reply, WAIT_MAX},
+    request::{Path, Reply, WAIT_MAX},
 };
 use crate::{
     model::{Problems, Revision, ServiceId, excerpt, nearest},
     proto::v1::{self, proxies_server},
-    xds::{ProxyStatus, ResourceType, TypeStatus},
+    xds::{ProxyStatus, TypeStatus},
 };
 
 pub(super) async fn list(State(api): State<Api>) -> Response {
@@ -50,16 +50,6 @@ pub(super) fn streams_of(api: &Api, node: &str) -> Result<Vec<ProxyStatus>, ApiE
     Ok(all.into_iter().filter(|proxy| proxy.node.id == node).collect())
 }
 
-/// The name of a type in paths and answers.
-pub(super) fn kind(kind: ResourceType) -> &'static str {
-    match kind {
-        ResourceType::Cluster => "cluster",
-        ResourceType::Endpoints => "endpoints",
-        ResourceType::Listener => "listener",
-        ResourceType::Route => "route",
-    }
-}
-
 fn proxy(status: &ProxyStatus) -> Value {
     json!({
         "node_id": status.node.id,
@@ -76,7 +66,7 @@ fn proxy(status: &ProxyStatus) -> Value {
 
 fn proxy_type(status: &TypeStatus) -> Value {
     json!({
-        "type": kind(status.kind),
+        "type": status.kind.name(),
         "type_url": status.kind.url(),
         "wildcard": status.subscription.is_wildcard(),
         "names": status.subscription.names().len(),

@@ -7,25 +7,27 @@
 mod listen;
 mod loads;
 mod observe;
+mod serve;
 mod settings;
 mod views;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::{Mutex, mpsc},
+    sync::watch,
 };
-use tonic::service::RoutesBuilder;
+use tonic::{server::NamedService, service::RoutesBuilder};
 
 use crate::{
-    api::Api,
+    api::{Api, SYNCED},
     catalog,
     config::{Config, Role, Store as StoreConfig},
-    registry::{self, Registry},
+    model::Members,
+    registry::{self, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
-    store::{self, FileStore, MemoryStore, Store},
+    store::{self, EtcdStore, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, LoadReports, Loads, Proxies},
 };
@@ -58,30 +60,25 @@ pub enum Error {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] store::OpenError),
+    /// The store in etcd cannot be used.
+    #[error(transparent)]
+    Etcd(#[from] store::EtcdError),
     /// What the store holds cannot be read.
     #[error("the registry cannot start: {0}")]
     Registry(#[from] registry::Error),
     /// The log filter is wrong.
     #[error("log.filter {0}")]
     Log(String),
-    /// A server ended by itself.
-    #[error("the {name} server ended: {reason}")]
-    Server {
-        /// Which.
-        name: &'static str,
-        /// Why.
-        reason: String,
-    },
     /// Signals cannot be listened to.
     #[error("signals cannot be listened to: {0}")]
     Signals(std::io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT, or until something fails that it cannot run without. `ready` is called once, when the
+/// Runs until SIGTERM or SIGINT. `ready` is called once, when the
 /// process serves.
 ///
 /// # Errors
-/// When it could not start, or a server ended by itself.
+/// When it could not start.
 pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), Error> {
     let log = LogFilter::start(&config.log.filter, config.log.format).map_err(Error::Log)?;
     listen::raise_descriptor_limit();
@@ -90,13 +87,12 @@ pub async fn run(config: Config, ready: impl FnOnce(&Addresses)) -> Result<(), E
 
     let running = Running::start(&config, log).await?;
     ready(&running.addresses);
-    let result = tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        error = running.failed() => Err(error),
-    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     running.stop(config.shutdown.drain).await;
-    result
+    Ok(())
 }
 
 /// A process that serves.
@@ -108,14 +104,13 @@ struct Running {
     /// Tasks behind them.
     core: Tasks,
     store: Arc<dyn Store>,
-    failures: Mutex<mpsc::Receiver<Error>>,
 }
 
 impl Running {
     async fn start(config: &Config, log: LogFilter) -> Result<Self, Error> {
         let (edges, core) = (Tasks::new(Shutdown::default()), Tasks::new(Shutdown::default()));
         let (readiness, metrics) = (Readiness::default(), Metrics::default());
-        let (synced, listening) = (readiness.gate("registry"), readiness.gate("listeners"));
+        let listening = readiness.gate("listeners");
 
         // Bound before the store is read: a port that is taken should not cost a restart its wait, and connections that
         // come meanwhile wait in the backlog.
@@ -127,16 +122,32 @@ impl Running {
 
         let store = open_store(&config.store, &metrics)?;
         let (writer, reader) = catalog::catalog();
-        let registry = Registry::start(
-            settings::registry(config),
-            Arc::clone(&store),
-            writer,
-            reader.clone(),
-            &metrics,
-            &core,
-            synced,
-        )
-        .await?;
+        let node = settings::node(config, &addresses);
+        let mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
+        let patience = match config.store {
+            StoreConfig::Etcd(_) => Patience::Wait(Some(settings::copy(config, &node))),
+            StoreConfig::Memory | StoreConfig::File { .. } => Patience::None,
+        };
+        mirror.start(patience, &core, readiness.gate(SYNCED)).await?;
+        metrics.collect(observe::CatalogMetrics(reader.clone()));
+        let nodes = match config.store {
+            StoreConfig::Etcd(_) => {
+                let me = settings::member(config, &addresses, node.clone());
+                Some(Membership::start(Arc::clone(&store), me, &core))
+            }
+            StoreConfig::Memory | StoreConfig::File { .. } => None,
+        };
+        let members = match &nodes {
+            Some(nodes) => nodes.with_role(Role::Registry.name(), &core),
+            None => watch::channel(Members::alone(node)).1,
+        };
+        if nodes.is_some() && has(Role::Registry) {
+            listen::follow_membership(members.clone(), readiness.clone(), &core);
+        }
+        let registry = has(Role::Registry).then(|| {
+            let (store, catalog) = (Arc::clone(&store), reader.clone());
+            Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
+        });
 
         let proxies = Proxies::default();
         let loads = Loads::new(config.xds.load_report_interval);
@@ -145,55 +156,54 @@ impl Running {
             LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
         });
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader, proxies.clone(), core.clone(), &metrics));
+            let views = Arc::new(Views::new(reader.clone(), proxies.clone(), core.clone(), &metrics));
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
         let api = Api {
             config: Arc::new(settings::api(config)),
+            catalog: reader,
+            nodes,
             registry,
             proxies,
             loads,
             readiness: readiness.clone(),
-            metrics,
+            metrics: metrics.clone(),
             log,
             tasks: edges.clone(),
         };
 
-        let (failed, failures) = mpsc::channel(1);
         if let Some(listener) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
-            let mut routes = RoutesBuilder::default();
-            routes.add_service(health_service).add_service(listen::reflection());
+            let mut services = Services::default();
+            services.add(health_service);
             if let Some(ads) = ads {
-                ads.add_to(&mut routes);
-                routes.add_service(api.client_status_service());
+                ads.add_to(&mut services.routes);
+                services.names.extend(AdsServer::services());
+                services.add(api.client_status_service());
             }
             if let Some(load_reports) = load_reports {
-                routes.add_service(load_reports);
+                services.add(load_reports);
             }
-            if has(Role::Registry) {
-                routes.add_service(api.registry_service());
+            if let Some(registry) = api.registry_service() {
+                services.add(registry);
             }
-            routes.add_service(api.proxies_service());
-            listen::serve_grpc(listener, routes.routes(), &edges, failed);
+            services.add(api.proxies_service());
+            let reflection = listen::reflection(&services.names);
+            services.routes.add_service(reflection);
+            let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
+            let routes = listen::when_synced(services.routes.routes(), readiness.clone());
+            serve::grpc(door, routes, config.xds.max_connection_age, &metrics, &edges);
         }
         if let Some(listener) = http {
-            listen::serve_http(listener, api.http(), &edges);
+            let door = serve::Door::http(listener, config.limits.http_connections, &metrics);
+            serve::http(door, api.http(), &edges);
         }
         listening.open();
         let shown = |address: Option<SocketAddr>| address.map_or_else(|| "off".to_owned(), |a| a.to_string());
         tracing::info!(grpc = shown(addresses.grpc), http = shown(addresses.http), "serving");
-        Ok(Self { addresses, readiness, edges, core, store, failures: Mutex::new(failures) })
-    }
-
-    /// Returns when a server ends by itself.
-    async fn failed(&self) -> Error {
-        match self.failures.lock().await.recv().await {
-            Some(error) => error,
-            None => std::future::pending().await,
-        }
+        Ok(Self { addresses, readiness, edges, core, store })
     }
 
     async fn stop(self, drain: Duration) {
@@ -220,6 +230,30 @@ impl Running {
     }
 }
 
+/// The gRPC services of the process and their names.
+#[derive(Debug, Default)]
+struct Services {
+    routes: RoutesBuilder,
+    names: Vec<&'static str>,
+}
+
+impl Services {
+    fn add<S>(&mut self, service: S)
+    where
+        S: tower::Service<http::Request<tonic::body::Body>, Error = Infallible>
+            + NamedService
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+        S::Response: axum::response::IntoResponse,
+        S::Future: Send + 'static,
+    {
+        self.names.push(S::NAME);
+        self.routes.add_service(service);
+    }
+}
+
 fn open_store(config: &StoreConfig, metrics: &Metrics) -> Result<Arc<dyn Store>, Error> {
     match config {
         StoreConfig::Memory => Ok(Arc::new(MemoryStore::default())),
@@ -231,5 +265,6 @@ fn open_store(config: &StoreConfig, metrics: &Metrics) -> Result<Arc<dyn Store>,
             metrics.collect(observe::StoreMetrics(Arc::clone(&store)));
             Ok(store)
         }
+        StoreConfig::Etcd(settings) => Ok(Arc::new(EtcdStore::open(settings)?)),
     }
 }

@@ -5,12 +5,14 @@ use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeMetric as _},
     metrics::{
         counter::{ConstCounter, Counter},
-        gauge::Gauge,
+        gauge::{ConstGauge, Gauge},
         histogram::Histogram,
     },
 };
 
 use crate::{
+    catalog::Reader,
+    rt,
     store::FileStore,
     telemetry::{Metrics, Stage},
     xds::{Observer, Protocol, ResourceType, Response},
@@ -61,6 +63,19 @@ impl Observer for StreamMetrics {
 
     fn unanswered(&self, _: Protocol, responses: u64) {
         self.unanswered.inc_by(responses);
+    }
+}
+
+/// The catalog, as metrics.
+#[derive(Debug)]
+pub(super) struct CatalogMetrics(pub(super) Reader);
+
+impl Collector for CatalogMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let stale = self.0.stale().and_then(|stale| rt::now().duration_since(stale.since).ok());
+        let gauge = ConstGauge::new(stale.unwrap_or_default().as_secs_f64());
+        let help = "How long what is known may have been older than the truth, 0 while it is not";
+        gauge.encode(encoder.encode_descriptor("catalog_stale_seconds", help, None, gauge.metric_type())?)
     }
 }
 

@@ -1,6 +1,47 @@
 //! Each room's part of the configuration.
 
-use crate::{api, config::Config, registry, xds};
+use std::net::SocketAddr;
+
+use super::Addresses;
+use crate::{
+    api,
+    config::{Config, Store},
+    model::MemberId,
+    registry::{self, Cache, Member},
+    rt, xds,
+};
+
+/// What this process is called among those that share its store.
+pub(super) fn node(config: &Config, addresses: &Addresses) -> MemberId {
+    let shared = matches!(config.store, Store::Etcd(_));
+    let by_machine = || {
+        let machine = rustix::system::uname();
+        let machine = machine.nodename().to_string_lossy();
+        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+        let machine: String = machine.chars().map(plain).take(100).collect();
+        let port = addresses.grpc.or(addresses.http).map_or(0, |address| address.port());
+        format!("{}-{port}", machine.trim_matches(['-', '.'])).parse().ok()
+    };
+    let given = config.node.clone();
+    given.or_else(|| shared.then(by_machine).flatten()).unwrap_or_else(MemberId::sole)
+}
+
+/// What the others are told of this process.
+pub(super) fn member(config: &Config, addresses: &Addresses, id: MemberId) -> Member {
+    let shown = |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
+    Member {
+        id,
+        roles: config.roles.iter().map(|role| role.name().to_owned()).collect(),
+        grpc: shown(addresses.grpc),
+        http: shown(addresses.http),
+        started_at: rt::now(),
+    }
+}
+
+/// Where the copy of the catalog is that is served while the store is away.
+pub(super) fn copy(config: &Config, node: &MemberId) -> Cache {
+    Cache::new(config.data_dir.join(format!("catalog-{}.copy", node.as_str().replace(':', "_"))))
+}
 
 pub(super) fn registry(config: &Config) -> registry::Config {
     registry::Config {
@@ -26,5 +67,9 @@ pub(super) fn xds(config: &Config) -> xds::Config {
 }
 
 pub(super) fn api(config: &Config) -> api::Config {
-    api::Config { body_limit: config.limits.body, effective: config.to_yaml() }
+    api::Config {
+        body_limit: config.limits.body,
+        requests: config.limits.http_requests,
+        effective: config.to_yaml(),
+    }
 }

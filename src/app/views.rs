@@ -259,6 +259,7 @@ mod tests {
                 lease: Lease::Session,
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,
+                owner: None,
             }));
         }
 
@@ -301,6 +302,22 @@ mod tests {
 
     fn digest(set: &ResourceSet) -> Vec<u64> {
         ResourceType::ALL.map(|kind| set.digest(kind)).into()
+    }
+
+    #[tokio::test]
+    async fn w10_policies_by_user_agent() {
+        let bench = Bench::new();
+        for (name, policy) in [
+            ("envoy", StreamPolicy::ENVOY),
+            ("gRPC Go", StreamPolicy::GRPC),
+            ("grpc-c++", StreamPolicy::GRPC),
+            ("gRPC Rust tonic-xds", StreamPolicy::GRPC),
+            ("", StreamPolicy::OTHER),
+            ("something new", StreamPolicy::OTHER),
+        ] {
+            let node = Node { user_agent_name: name.into(), ..Node::default() };
+            assert_eq!(bench.views.admit(&node).unwrap().policy, policy, "{name}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

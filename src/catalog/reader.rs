@@ -2,7 +2,7 @@ use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
 use tokio::sync::watch;
 
-use super::snapshot::Snapshot;
+use super::{live::LiveBoard, snapshot::Snapshot};
 use crate::model::{InstanceId, Revision, ServiceId};
 
 /// What changed between two revisions.
@@ -14,6 +14,15 @@ pub enum Changes {
     Resync,
 }
 
+/// Why the catalog may be older than the truth.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stale {
+    /// It was equal to the truth until then.
+    pub since: SystemTime,
+    /// What keeps it from being so now.
+    pub reason: Arc<str>,
+}
+
 /// A snapshot and how it came about.
 #[derive(Debug, Default)]
 pub(super) struct State {
@@ -23,6 +32,7 @@ pub(super) struct State {
     pub(super) log_from: Revision,
     /// When revisions came, oldest first: as many as the log has.
     pub(super) times: imbl::Vector<(Revision, SystemTime)>,
+    pub(super) stale: Option<Stale>,
 }
 
 impl State {
@@ -53,12 +63,23 @@ impl State {
 #[derive(Debug, Clone)]
 pub struct Reader {
     pub(super) state: watch::Receiver<Arc<State>>,
+    pub(super) live: LiveBoard,
 }
 
 impl Reader {
     /// The newest snapshot.
     pub fn latest(&self) -> Arc<Snapshot> {
         Arc::clone(&self.state.borrow().snapshot)
+    }
+
+    /// What instances say of themselves many times a second.
+    pub fn live(&self) -> &LiveBoard {
+        &self.live
+    }
+
+    /// Whether it may be older than the truth, because what it is told by is silent.
+    pub fn stale(&self) -> Option<Stale> {
+        self.state.borrow().stale.clone()
     }
 
     /// What changed from `since` to the newest snapshot, with that snapshot.

@@ -2,6 +2,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
+use super::live::Live;
 use crate::model::{Instance, InstanceId, InstanceKey, Revision, ServiceId};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
@@ -34,6 +35,21 @@ pub enum Change {
     PutInstance(Instance),
     /// The instance is gone; its service stays.
     RemoveInstance(InstanceKey),
+    /// What the instance says of itself now. For the board, not for the snapshot.
+    PutLive(InstanceKey, Live),
+    /// It says nothing any more.
+    RemoveLive(InstanceKey),
+}
+
+impl Change {
+    /// Whether it is for the board only.
+    pub(super) fn is_live(&self) -> bool {
+        matches!(self, Self::PutLive(..) | Self::RemoveLive(_))
+    }
+
+    pub(super) fn removed_service(&self) -> Option<&ServiceId> {
+        if let Self::RemoveService(id) = self { Some(id) } else { None }
+    }
 }
 
 impl Service {
@@ -100,6 +116,7 @@ impl Snapshot {
                     let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
                     next.instances += usize::from(before.is_none());
                 }
+                Change::PutLive(..) | Change::RemoveLive(_) => {}
                 Change::RemoveInstance(key) => {
                     if next.instance(&key).is_some() {
                         let service = next.service_mut(revision, key.service);

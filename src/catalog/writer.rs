@@ -3,10 +3,14 @@ use std::sync::Arc;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    reader::{Reader, State},
+    live::LiveBoard,
+    reader::{Reader, Stale, State},
     snapshot::Change,
 };
-use crate::{model::Revision, rt};
+use crate::{
+    model::{Instance, Revision},
+    rt,
+};
 
 /// Changes that the catalog remembers. A reader further behind looks at everything.
 const REMEMBERED: usize = 8192;
@@ -15,12 +19,14 @@ const REMEMBERED: usize = 8192;
 #[derive(Debug)]
 pub struct Writer {
     state: watch::Sender<Arc<State>>,
+    live: LiveBoard,
 }
 
 /// An empty catalog: its writer and a reader.
 pub fn catalog() -> (Writer, Reader) {
     let (sender, receiver) = watch::channel(Arc::new(State::default()));
-    (Writer { state: sender }, Reader { state: receiver })
+    let live = LiveBoard::default();
+    (Writer { state: sender, live: live.clone() }, Reader { state: receiver, live })
 }
 
 impl Writer {
@@ -39,17 +45,41 @@ impl Writer {
             if revision <= snapshot.revision() {
                 continue;
             }
+            let only_live = !changes.is_empty() && changes.iter().all(Change::is_live);
+            let mut said = Vec::new();
             for change in &changes {
-                log.push_back(match change {
-                    Change::PutService(id) | Change::RemoveService(id) => (revision, id.clone(), None),
-                    Change::PutInstance(instance) => {
-                        (revision, instance.key.service.clone(), Some(instance.key.id.clone()))
+                match change {
+                    Change::PutService(id) | Change::RemoveService(id) => {
+                        log.push_back((revision, id.clone(), None));
                     }
-                    Change::RemoveInstance(key) => (revision, key.service.clone(), Some(key.id.clone())),
-                });
+                    Change::PutInstance(Instance { key, incarnation, .. }) => {
+                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
+                        // What a run said ends with it.
+                        if self.live.get(key).is_some_and(|live| live.incarnation != *incarnation) {
+                            said.push((key.clone(), None));
+                        }
+                    }
+                    Change::RemoveInstance(key) => {
+                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
+                        said.push((key.clone(), None));
+                    }
+                    Change::PutLive(key, live) => said.push((key.clone(), Some(live.clone()))),
+                    Change::RemoveLive(key) => said.push((key.clone(), None)),
+                }
             }
-            times.push_back((revision, time));
-            snapshot = snapshot.apply(revision, changes);
+            if !only_live {
+                times.push_back((revision, time));
+                let gone: Vec<_> = changes.iter().filter_map(Change::removed_service).cloned().collect();
+                snapshot = snapshot.apply(revision, changes);
+                gone.iter().filter(|id| snapshot.service(id).is_none()).for_each(|id| self.live.forget(id));
+            }
+            for (key, live) in said {
+                let run = snapshot.instance(&key).map(|instance| instance.incarnation);
+                // It may have been said just before the instance left.
+                if live.as_ref().is_none_or(|live| run == Some(live.incarnation)) {
+                    self.live.put(&key, revision, live);
+                }
+            }
         }
         while log.len() > REMEMBERED {
             if let Some((dropped, ..)) = log.pop_front() {
@@ -61,8 +91,25 @@ impl Writer {
         }
         if snapshot.revision() > now.snapshot.revision() {
             snapshot.taken = Some(Instant::now());
-            self.state.send_replace(Arc::new(State { snapshot: Arc::new(snapshot), log, log_from, times }));
+            let (snapshot, stale) = (Arc::new(snapshot), now.stale.clone());
+            self.state.send_replace(Arc::new(State { snapshot, log, log_from, times, stale }));
         }
+    }
+
+    /// Notes that what is known may be older than the truth, or is not any more. What is known stays.
+    pub fn set_stale(&mut self, stale: Option<Stale>) {
+        let now = Arc::clone(&self.state.borrow());
+        if now.stale == stale {
+            return;
+        }
+        let State { snapshot, log, log_from, times, .. } = &*now;
+        self.state.send_replace(Arc::new(State {
+            snapshot: Arc::clone(snapshot),
+            log: log.clone(),
+            log_from: *log_from,
+            times: times.clone(),
+            stale,
+        }));
     }
 }
 
@@ -89,6 +136,7 @@ mod tests {
             metadata: BTreeMap::new(),
             state: Health::Serving,
             lease: Lease::Session,
+            owner: None,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,
         }

@@ -13,6 +13,7 @@ use super::{
         Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, note, number, print,
         render, some_of,
     },
+    servers::{Elsewhere, ask_all, pending, unknown},
 };
 use crate::{
     client::{Http, HttpError},
@@ -27,7 +28,7 @@ const ASK: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a watch of one service waits at the server.
-const POLL: Duration = Duration::from_secs(30);
+pub(super) const POLL: Duration = Duration::from_secs(30);
 
 /// Verbs of `disco instance`.
 #[derive(Debug, Subcommand)]
@@ -68,6 +69,20 @@ pub(super) enum Command {
         after_help = "Example:\n  disco instance register greeter/a --address 10.0.0.7 --port 50051 --zone eu-1a --ttl 5m"
     )]
     Register(Register),
+    /// Say what changes many times a second, to those who watch the service; proxies are not told
+    #[command(
+        long_about = "Say what changes many times a second, such as the range of blocks that an instance has, to those who watch \
+                      the service. It replaces what was said before, and proxies are not told.",
+        after_help = "Example:\n  disco instance publish chain/a first=17 last=4711"
+    )]
+    Publish {
+        /// Which instance, e.g. chain/a
+        #[arg(value_name = KEY, value_parser = parse_key)]
+        instance: InstanceKey,
+        /// Everything that there is to say
+        #[arg(value_name = "KEY=VALUE", value_parser = parse_pair)]
+        entries: Vec<(String, String)>,
+    },
     /// Stop new calls to an instance and wait until every proxy knows
     #[command(
         long_about = "Stop new calls to an instance and wait until every proxy knows.\n\nEnds with 2 when some proxies have \
@@ -168,6 +183,13 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
             View { document, items: None, table: explain_table, empty: "" }.print(options.output)
         }
         Command::Register(register) => register_one(&http, &register).await,
+        Command::Publish { instance, entries } => {
+            let entries: Map<String, Value> =
+                entries.into_iter().map(|(key, value)| (key, Value::String(value))).collect();
+            let body = json!({ "live": entries });
+            http.send(Method::PUT, &path(&instance, "/live", None), Some(&body), Duration::ZERO).await?;
+            Ok(())
+        }
         Command::Drain(arguments) => drain(&http, &arguments).await,
         Command::Deregister { which } => {
             let path = path(&which.instance, "", which.incarnation);
@@ -428,7 +450,7 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
         let wait = left.min(ASK);
         let path =
             format!("/v1/revisions/{revision}?service={}&wait={}ms", instance.service, wait.as_millis());
-        let delivery = http.get(&path, wait).await?;
+        let delivery = ask_all(http, &path, wait, Elsewhere::No).await?;
         let acknowledged = number(&delivery, "/acknowledged");
         if delivery.get("complete").and_then(Value::as_bool).unwrap_or_default() {
             let took = started.elapsed().as_millis();
@@ -444,16 +466,10 @@ async fn drain(http: &Http, drain: &Drain) -> Result<(), Failure> {
                  not yet: {}\n  `disco rollout status {revision} --service {}` shows since when and why",
                 format_duration(drain.wait),
                 acknowledged,
-                some_of(&pending(&delivery)),
+                some_of(&pending(&delivery).into_iter().chain(unknown(&delivery)).collect::<Vec<_>>()),
                 instance.service
             )));
         }
         tokio::time::sleep_until(asked + PAUSE.min(left)).await;
     }
-}
-
-/// The proxies that have not acknowledged, as safe text.
-pub(super) fn pending(delivery: &Value) -> Vec<String> {
-    let nodes = delivery.get("pending").and_then(Value::as_array).into_iter().flatten();
-    nodes.filter_map(Value::as_str).map(clean).collect()
 }

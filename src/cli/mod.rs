@@ -13,6 +13,7 @@ mod proxy;
 mod rollout;
 mod run;
 mod server;
+mod servers;
 mod service;
 #[cfg(test)]
 mod tests;
@@ -49,7 +50,7 @@ struct Cli {
 #[derive(Clone, Args)]
 #[command(next_help_heading = "Server")]
 pub struct Global {
-    /// HTTP address of the server to ask
+    /// HTTP addresses of the servers, separated by commas: of the proxies all are asked, of the rest the first that can be reached
     #[arg(
         long,
         global = true,

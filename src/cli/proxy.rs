@@ -8,6 +8,7 @@ use super::{
     output::{
         Column, Format, ListOptions, ShowOptions, View, age, cell, clean, count, list, number, print, render,
     },
+    servers::{Elsewhere, ask_all, unknown},
 };
 use crate::{client::Http, rt};
 
@@ -65,6 +66,9 @@ pub(super) enum Kind {
     /// RDS
     #[value(aliases = ["routes", "rds"])]
     Route,
+    /// VHDS
+    #[value(name = "virtual_host", aliases = ["virtual-host", "virtual_hosts", "vhds"])]
+    VirtualHost,
 }
 
 pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure> {
@@ -72,7 +76,7 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
     match command {
         Command::List(options) => list(&options, async |_| proxies(&http).await).await,
         Command::Status { node, options } => {
-            let document = http.get(&path(&node, ""), Duration::ZERO).await?;
+            let document = ask_all(&http, &path(&node, ""), Duration::ZERO, Elsewhere::Maybe).await?;
             View { document, items: Some("proxies"), table: proxy_tables, empty: "" }.print(options.output)
         }
         Command::Resources { node, kind, options } => {
@@ -83,9 +87,10 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
                 Some(Kind::Endpoints) => "&type=endpoints",
                 Some(Kind::Listener) => "&type=listener",
                 Some(Kind::Route) => "&type=route",
+                Some(Kind::VirtualHost) => "&type=virtual_host",
             };
             let path = path(&node, &format!("/resources?body={body}{only}"));
-            let document = http.get(&path, Duration::ZERO).await?;
+            let document = ask_all(&http, &path, Duration::ZERO, Elsewhere::Maybe).await?;
             View { document, items: Some("streams"), table: resource_tables, empty: "" }.print(options.output)
         }
         Command::Diff { node, options } => diff(&http, &node, options.output).await,
@@ -100,7 +105,7 @@ fn path(node: &str, rest: &str) -> String {
 }
 
 async fn diff(http: &Http, node: &str, format: Format) -> Result<(), Failure> {
-    let mut document = http.get(&path(node, "/resources"), Duration::ZERO).await?;
+    let mut document = ask_all(http, &path(node, "/resources"), Duration::ZERO, Elsewhere::Maybe).await?;
     let mut differences = 0u64;
     for stream in document.get_mut("streams").and_then(Value::as_array_mut).into_iter().flatten() {
         if let Some(resources) = stream.get_mut("resources").and_then(Value::as_array_mut) {
@@ -111,7 +116,7 @@ async fn diff(http: &Http, node: &str, format: Format) -> Result<(), Failure> {
         }
     }
     if differences == 0 && matches!(format, Format::Table | Format::Wide) {
-        return print(&format!("{} holds what it is to hold\n", clean(node)));
+        return print(&with_unknown(&document, format!("{} holds what it is to hold\n", clean(node))));
     }
     View { document, items: Some("streams"), table: diff_tables, empty: "" }.print(format)?;
     match differences {
@@ -185,12 +190,21 @@ fn stream_tables(
             _ => format!("Stream from {}\n{table}", cell(stream, "/peer")),
         }
     });
-    tables.collect::<Vec<_>>().join("\n")
+    with_unknown(document, tables.collect::<Vec<_>>().join("\n"))
+}
+
+/// The text, and after it which servers' proxies it does not tell of.
+fn with_unknown(document: &Value, mut text: String) -> String {
+    for line in unknown(document) {
+        text.push_str(&line);
+        text.push('\n');
+    }
+    text
 }
 
 async fn proxies(http: &Http) -> Result<View, Failure> {
     Ok(View {
-        document: http.get("/v1/proxies", Duration::ZERO).await?,
+        document: ask_all(http, "/v1/proxies", Duration::ZERO, Elsewhere::No).await?,
         items: Some("proxies"),
         table: proxies_table,
         empty: "no proxies are connected; start one with `disco envoy run`",
@@ -235,7 +249,8 @@ fn proxies_table(document: &Value, width: Option<usize>) -> String {
             ]
         })
         .collect();
-    render(&columns, &rows, width)
+    let table = if rows.is_empty() { String::new() } else { render(&columns, &rows, width) };
+    with_unknown(document, table)
 }
 
 fn types(proxy: &Value) -> impl Iterator<Item = &Value> {
@@ -260,7 +275,10 @@ fn type_names(proxy: &Value, short: bool) -> String {
 }
 
 fn proxy_tables(document: &Value, width: Option<usize>) -> String {
-    each(document).map(|proxy| proxy_table(proxy, width)).collect::<Vec<_>>().join("\n")
+    with_unknown(
+        document,
+        each(document).map(|proxy| proxy_table(proxy, width)).collect::<Vec<_>>().join("\n"),
+    )
 }
 
 fn proxy_table(proxy: &Value, width: Option<usize>) -> String {

@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use super::{
     Failure, Global,
-    output::{Column, ShowOptions, View, age, cell, clean, count, number, render, some_of, status_line},
+    output::{Column, ShowOptions, View, age, cell, count, number, render, some_of, status_line},
+    servers::{Elsewhere, ask_all, pending, unknown},
 };
 use crate::{
     client::Http,
@@ -69,7 +70,7 @@ async fn status(http: &Http, arguments: &Status) -> Result<(), Failure> {
         let turn = left.min(if progress { TURN } else { ASK });
         let only = service.as_ref().map(|service| format!("&service={service}")).unwrap_or_default();
         let path = format!("/v1/revisions/{revision}?wait={}ms{only}", turn.as_millis());
-        let document = http.get(&path, turn).await?;
+        let document = ask_all(http, &path, turn, Elsewhere::No).await?;
         if is_complete(&document) || started.elapsed() >= limit {
             break document;
         }
@@ -86,20 +87,18 @@ async fn status(http: &Http, arguments: &Status) -> Result<(), Failure> {
         return Ok(());
     }
     let within = if *wait { format!(" within {}", format_duration(*timeout)) } else { String::new() };
-    Err(Failure::not_yet(format!(
-        "{} acknowledged revision {revision}{within}; not yet: {}",
-        share(&document),
-        some_of(&pending(&document))
-    )))
+    let mut message = format!("{} acknowledged revision {revision}{within}", share(&document));
+    if !pending(&document).is_empty() {
+        message.push_str(&format!("; not yet: {}", some_of(&pending(&document))));
+    }
+    for line in unknown(&document) {
+        message.push_str(&format!("\n  {line}"));
+    }
+    Err(Failure::not_yet(message))
 }
 
 fn is_complete(document: &Value) -> bool {
     document.get("complete").and_then(Value::as_bool).unwrap_or_default()
-}
-
-fn pending(document: &Value) -> Vec<String> {
-    let nodes = document.get("pending").and_then(Value::as_array).into_iter().flatten();
-    nodes.filter_map(Value::as_str).map(clean).collect()
 }
 
 /// E.g. `2 of 3 proxies`.
@@ -110,7 +109,9 @@ fn share(document: &Value) -> String {
 }
 
 fn line(document: &Value) -> String {
-    format!("{} acknowledged it; waiting for {}", share(document), some_of(&pending(document)))
+    let mut waiting = pending(document);
+    waiting.extend(unknown(document));
+    format!("{} acknowledged it; waiting for {}", share(document), some_of(&waiting))
 }
 
 fn status_table(document: &Value, width: Option<usize>) -> String {

@@ -83,6 +83,7 @@ fn banner(addresses: &Addresses, store: &Store) -> String {
     let state = match store {
         Store::Memory => "the state is in memory and gone when this ends; --data DIR keeps it".to_owned(),
         Store::File { dir, .. } => format!("the state is in {}", dir.display()),
+        Store::Etcd(etcd) => format!("the state is in etcd: {}", etcd.endpoints.join(", ")),
     };
     // On other ports than usual, the commands to try would miss this server.
     let usual = Listen::default();

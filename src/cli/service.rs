@@ -6,10 +6,18 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    instance::{INSTANCE_COLUMNS, instance_row},
-    output::{Column, ListOptions, ShowOptions, View, cell, clean, list, number, print, render, some_of},
+    instance::{INSTANCE_COLUMNS, POLL, instance_row},
+    output::{
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, list, number, print, render,
+        some_of,
+    },
+    servers::{Elsewhere, ask_all, pending},
 };
-use crate::{client::Http, model::ServiceId};
+use crate::{
+    client::Http,
+    model::{ServiceId, format_duration},
+    rt,
+};
 
 /// Verbs of `disco service`.
 #[derive(Debug, Subcommand)]
@@ -30,6 +38,19 @@ pub(super) enum Command {
         after_help = "Example:\n  disco service load greeter"
     )]
     Load(Show),
+    /// Show what the instances of a service say of themselves many times a second
+    #[command(
+        long_about = "Show what the instances of a service say of themselves many times a second, with `disco instance publish` or \
+                      over the API. It is never sent to proxies. Programs watch it over gRPC: \
+                      disco.v1.Registry/WatchLive.",
+        after_help = "Example:\n  disco service live chain --watch"
+    )]
+    Live {
+        /// Its name
+        service: ServiceId,
+        #[command(flatten)]
+        options: ListOptions,
+    },
     /// Forget a service that has no instances
     #[command(after_help = "Example:\n  disco service remove greeter")]
     Remove {
@@ -56,6 +77,9 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
             let document = http.get(&format!("/v1/services/{service}/load"), Duration::ZERO).await?;
             View { document, items: None, table: load_table, empty: "" }.print(options.output)
         }
+        Command::Live { service, options } => {
+            list(&options, async |refresh| live(&http, &service, refresh).await).await
+        }
         Command::Remove { service } => {
             let answer =
                 http.send(Method::DELETE, &format!("/v1/services/{service}"), None, Duration::ZERO).await?;
@@ -73,6 +97,32 @@ async fn services(http: &Http) -> Result<View, Failure> {
     })
 }
 
+async fn live(http: &Http, service: &ServiceId, refresh: Refresh) -> Result<View, Failure> {
+    let path = format!("/v1/services/{service}/live");
+    let document = match refresh {
+        Refresh::Now => http.get(&path, Duration::ZERO).await?,
+        Refresh::After(revision) => {
+            http.get(&format!("{path}?index={revision}&wait={}", format_duration(POLL)), POLL).await?
+        }
+    };
+    let empty = "no instance says anything; `disco instance publish SERVICE/ID KEY=VALUE` does";
+    Ok(View { document, items: Some("instances"), table: live_tables, empty })
+}
+
+fn live_tables(document: &Value, width: Option<usize>) -> String {
+    let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
+    let rows: Vec<_> = instances
+        .map(|instance| {
+            let said = instance.get("live").and_then(Value::as_object).into_iter().flatten();
+            let said: Vec<String> = said
+                .map(|(key, value)| clean(&format!("{key}={}", value.as_str().unwrap_or_default())))
+                .collect();
+            vec![cell(instance, "/id"), said.join(" "), age(instance, "/published_at", rt::now())]
+        })
+        .collect();
+    render(&["ID", "SAYS", "AGE"].map(Column::new), &rows, width)
+}
+
 fn services_table(document: &Value, width: Option<usize>) -> String {
     let services = document.get("services").and_then(Value::as_array).into_iter().flatten();
     let fields = ["/name", "/serving", "/draining", "/revision"];
@@ -84,7 +134,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
     let mut answer = http.get(&format!("/v1/services/{service}/instances"), Duration::ZERO).await?;
     let revision = number(&answer, "/revision");
     let path = format!("/v1/revisions/{revision}?service={service}&wait=0s");
-    let delivery = http.get(&path, Duration::ZERO).await?;
+    let delivery = ask_all(http, &path, Duration::ZERO, Elsewhere::No).await?;
 
     let instances = answer.get_mut("instances").map(Value::take).unwrap_or_default();
     let each = || instances.as_array().into_iter().flatten();
@@ -102,6 +152,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
+        "stale": answer.get("stale"),
     });
     Ok(View { document, items: None, table: service_table, empty: "" })
 }
@@ -125,7 +176,7 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
     }
-    let pending = super::instance::pending(document.get("proxies").unwrap_or(&Value::Null));
+    let pending = pending(document.get("proxies").unwrap_or(&Value::Null));
     text.push_str(&format!("Proxies    {} up to date", number(document, "/proxies/acknowledged")));
     if !pending.is_empty() {
         text.push_str(&format!("; not yet: {}", some_of(&pending)));

@@ -112,8 +112,8 @@ fn answer(value: Value) -> axum::routing::MethodRouter {
     axum::routing::any(move || async move { Json((*value).clone()) })
 }
 
-/// Runs a command line against a server; what it prints goes to the test's output.
-async fn against(address: SocketAddr, line: &str) -> Result<(), Failure> {
+/// Runs a command line against a server, or several; what it prints goes to the test's output.
+async fn against(address: impl ToString, line: &str) -> Result<(), Failure> {
     let mut cli = parse(&format!("disco {line}")).unwrap();
     cli.global.http = address.to_string();
     execute(cli).await.map(|_| ())
@@ -171,6 +171,47 @@ async fn a_drain_that_is_not_acknowledged_names_the_proxies() {
     against(address, "instance drain greeter/a --wait 0s").await.unwrap();
     let for_ever = against(address, "instance drain greeter/a --wait 9999999999999999s");
     assert!(tokio::time::timeout(std::time::Duration::from_millis(150), for_ever).await.is_err());
+}
+
+#[tokio::test]
+async fn all_servers_are_asked_about_proxies_and_one_that_is_away_leaves_it_open() {
+    let (one, _tasks) = server(mesh(true)).await;
+    let (two, _tasks) = server(mesh(true)).await;
+    let (behind, _tasks) = server(mesh(false)).await;
+    let none =
+        Router::new().route("/v1/proxies/late/resources", answer(json!({"streams": [{"resources": []}]})));
+    let (other, _tasks) = server(none).await;
+    let away = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+
+    against(format!("{one},{two}"), "rollout status 5").await.unwrap();
+    let cases = [
+        (format!("{one},{behind}"), "not yet: edge\\u{1b}-7".to_owned()),
+        (format!("{one},{away}"), format!("not known: the proxies of {away} (cannot reach")),
+        (format!("{away},{one}"), format!("not known: the proxies of {away} (cannot reach")),
+        // It says that it knows no such revision.
+        (
+            format!("{one},{other}"),
+            format!("not known: the proxies of {other} (the server answered with status 404"),
+        ),
+    ];
+    for (servers, want) in cases {
+        for line in [
+            "rollout status 5",
+            "rollout status 5 --wait --timeout 20ms",
+            "instance drain greeter/a --wait 20ms",
+        ] {
+            let failure = against(&servers, line).await.unwrap_err();
+            let drain = line.starts_with("instance") && failure.message.contains("revision 5");
+            assert_eq!(failure.code, failure::NOT_YET, "{line} {servers}: {failure}");
+            assert!(drain || failure.message.contains(&want), "{line} {servers}: {failure}");
+        }
+    }
+    // What one knows is enough, and the others are asked if the first is away.
+    against(format!("{away},{one},{other}"), "proxy diff late").await.unwrap();
+    against(format!("{away},{one}"), "proxy list").await.unwrap();
+    against(format!("{away},{one}"), "instance list").await.unwrap();
+    let failure = against(format!("{away},{away}"), "rollout status 5").await.unwrap_err();
+    assert_eq!(failure.code, failure::FAILED, "{failure}");
 }
 
 #[tokio::test]

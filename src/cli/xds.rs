@@ -49,11 +49,12 @@ pub(super) struct Watch {
     options: ShowOptions,
 }
 
-const SHORT: [(&[&str], &str); 6] = [
+const SHORT: [(&[&str], &str); 7] = [
     (&["cluster", "clusters", "cds"], "type.googleapis.com/envoy.config.cluster.v3.Cluster"),
     (&["endpoints", "endpoint", "eds"], "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"),
     (&["listener", "listeners", "lds"], "type.googleapis.com/envoy.config.listener.v3.Listener"),
     (&["route", "routes", "rds"], "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"),
+    (&["virtual_host", "virtual_hosts", "vhds"], "type.googleapis.com/envoy.config.route.v3.VirtualHost"),
     (&["secret", "secrets", "sds"], "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"),
     (&["runtime", "rtds"], "type.googleapis.com/envoy.service.runtime.v3.Runtime"),
 ];
@@ -62,7 +63,7 @@ fn type_url(text: &str) -> Result<String, String> {
     let short = SHORT.iter().find(|(names, _)| names.contains(&text)).map(|(_, url)| (*url).to_owned());
     let given = || (text.contains('/') && text.contains('.')).then(|| text.to_owned());
     short.or_else(given).ok_or_else(|| {
-        "want cluster, endpoints, listener, route, secret, runtime, or a type URL such as \
+        "want cluster, endpoints, listener, route, virtual_host, secret, runtime, or a type URL such as \
          type.googleapis.com/envoy.config.cluster.v3.Cluster"
             .to_owned()
     })

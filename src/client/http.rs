@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, Uri, header};
@@ -16,10 +16,12 @@ const CONNECT: Duration = Duration::from_secs(3);
 /// Largest answer that is read, in bytes.
 const BODY: usize = 256 << 20;
 
-/// A client of the HTTP/JSON API of one Disco server. Cheap to clone; clones share connections.
+/// A client of the HTTP/JSON API of Disco servers, of which the first that can be reached is asked. Cheap to clone; clones share
+/// connections.
 #[derive(Debug, Clone)]
 pub struct Http {
-    address: String,
+    /// Never empty.
+    addresses: Arc<[String]>,
     token: Option<header::HeaderValue>,
     client: Client<HttpConnector, Full<Bytes>>,
 }
@@ -105,25 +107,13 @@ fn refusal(status: u16, code: &str, message: &str, fields: &[FieldError]) -> Str
 }
 
 impl Http {
-    /// A client of the server at `address`: `HOST:PORT`, with or without `http://`. `token` is sent as a bearer token.
+    /// A client of the servers at `addresses`: `HOST:PORT`, with or without `http://`, several separated by commas. `token` is sent
+    /// as a bearer token.
     ///
     /// # Errors
-    /// [`HttpError::Settings`] when `address` or `token` cannot be used. Nothing is connected yet.
-    pub fn new(address: &str, token: Option<&str>) -> Result<Self, HttpError> {
-        let bare = address.strip_prefix("http://").unwrap_or(address).trim_end_matches('/');
-        let wrong = |why: &str| {
-            HttpError::Settings(format!(
-                "{} is not a server address{why}: want IP:PORT, e.g. 127.0.0.1:18080",
-                crate::model::excerpt(address)
-            ))
-        };
-        if bare.starts_with("https://") {
-            return Err(wrong(" (https is not available in this version)"));
-        }
-        let authority: http::uri::Authority = bare.parse().map_err(|_| wrong(""))?;
-        if authority.port_u16().is_none() || authority.as_str().contains('@') {
-            return Err(wrong(""));
-        }
+    /// [`HttpError::Settings`] when an address or the token cannot be used. Nothing is connected yet.
+    pub fn new(addresses: &str, token: Option<&str>) -> Result<Self, HttpError> {
+        let addresses = addresses.split(',').map(|part| authority(part.trim())).collect::<Result<_, _>>()?;
         let token = token
             .map(|token| {
                 let mut value = header::HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| {
@@ -137,12 +127,20 @@ impl Http {
         connector.set_connect_timeout(Some(CONNECT));
         connector.set_nodelay(true);
         let client = Client::builder(TokioExecutor::new()).build(connector);
-        Ok(Self { address: authority.to_string(), token, client })
+        Ok(Self { addresses, token, client })
     }
 
-    /// Where the server is, as `HOST:PORT`.
-    pub fn address(&self) -> &str {
-        &self.address
+    /// Where the servers are, as `HOST:PORT`, with commas between them.
+    pub fn address(&self) -> String {
+        self.addresses.join(",")
+    }
+
+    /// A client for each server by itself.
+    pub fn each(&self) -> Vec<Self> {
+        self.addresses
+            .iter()
+            .map(|address| Self { addresses: [address.clone()].into(), ..self.clone() })
+            .collect()
     }
 
     /// `GET path`. `wait` is how long the server may hold the answer (0 unless it is a long poll).
@@ -189,7 +187,7 @@ impl Http {
         let limit = wait.saturating_add(ANSWER);
         match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
             Ok(answer) => answer,
-            Err(_) => Err(HttpError::TimedOut { address: self.address.clone(), limit }),
+            Err(_) => Err(HttpError::TimedOut { address: self.address(), limit }),
         }
     }
 
@@ -199,7 +197,35 @@ impl Http {
         path: &str,
         body: Option<&Value>,
     ) -> Result<(StatusCode, Bytes), HttpError> {
-        let uri: Uri = format!("http://{}{path}", self.address)
+        let mut unreachable = HttpError::Settings("no server is named".to_owned());
+        for address in self.addresses.iter() {
+            let request = self.request(address, method.clone(), path, body)?;
+            let answer = match self.client.request(request).await {
+                Ok(answer) => answer,
+                // Nothing was sent, so the next one may be asked.
+                Err(error) if error.is_connect() => {
+                    unreachable =
+                        HttpError::Unreachable { address: self.address(), reason: plain_cause(&error) };
+                    continue;
+                }
+                Err(error) => return Err(self.not_disco(plain_cause(&error))),
+            };
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), BODY).collect().await;
+            let body = body.map_err(|error| self.not_disco(format!("the answer broke off: {error}")))?;
+            return Ok((status, body.to_bytes()));
+        }
+        Err(unreachable)
+    }
+
+    fn request(
+        &self,
+        address: &str,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Request<Full<Bytes>>, HttpError> {
+        let uri: Uri = format!("http://{address}{path}")
             .parse()
             .map_err(|error| HttpError::Settings(format!("{path} is not a path: {error}")))?;
         let mut request =
@@ -214,24 +240,31 @@ impl Http {
             }
             None => Bytes::new(),
         };
-        let request =
-            request.body(Full::new(body)).map_err(|error| HttpError::Settings(error.to_string()))?;
-        let answer = self.client.request(request).await.map_err(|error| {
-            if error.is_connect() {
-                HttpError::Unreachable { address: self.address.clone(), reason: plain_cause(&error) }
-            } else {
-                self.not_disco(plain_cause(&error))
-            }
-        })?;
-        let status = answer.status();
-        let body = Limited::new(answer.into_body(), BODY).collect().await;
-        let body = body.map_err(|error| self.not_disco(format!("the answer broke off: {error}")))?;
-        Ok((status, body.to_bytes()))
+        request.body(Full::new(body)).map_err(|error| HttpError::Settings(error.to_string()))
     }
 
     fn not_disco(&self, reason: String) -> HttpError {
-        HttpError::NotDisco { address: self.address.clone(), reason }
+        HttpError::NotDisco { address: self.address(), reason }
     }
+}
+
+/// `HOST:PORT` of an address as people write it.
+fn authority(address: &str) -> Result<String, HttpError> {
+    let bare = address.strip_prefix("http://").unwrap_or(address).trim_end_matches('/');
+    let wrong = |why: &str| {
+        HttpError::Settings(format!(
+            "{} is not a server address{why}: want IP:PORT, e.g. 127.0.0.1:18080",
+            crate::model::excerpt(address)
+        ))
+    };
+    if bare.starts_with("https://") {
+        return Err(wrong(" (https is not available in this version)"));
+    }
+    let authority: http::uri::Authority = bare.parse().map_err(|_| wrong(""))?;
+    if authority.port_u16().is_none() || authority.as_str().contains('@') {
+        return Err(wrong(""));
+    }
+    Ok(authority.to_string())
 }
 
 /// The innermost error, without the system's number for it.

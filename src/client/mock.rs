@@ -10,9 +10,10 @@ use super::Servers;
 use crate::{
     proto::v1::{
         DeregisterRequest, DeregisterResponse, DrainRequest, DrainResponse, ListInstancesRequest,
-        ListInstancesResponse, ListServicesRequest, ListServicesResponse, RegisterRequest, RegisterResponse,
-        RenewRequest, RenewResponse, SessionError, SessionRequest, SessionResponse, UpdateRequest,
-        UpdateResponse, WatchRequest, WatchResponse,
+        ListInstancesResponse, ListServicesRequest, ListServicesResponse, PublishRequest, PublishResponse,
+        RegisterRequest, RegisterResponse, RenewRequest, RenewResponse, SessionError, SessionRequest,
+        SessionResponse, UpdateRequest, UpdateResponse, WatchLiveRequest, WatchLiveResponse, WatchRequest,
+        WatchResponse,
         registry_server::{Registry, RegistryServer},
         session_request::Request as Asked,
         session_response::Response as Answer,
@@ -106,6 +107,7 @@ fn unused<T>() -> Result<T, Status> {
 impl Registry for Scripted {
     type SessionStream = ReceiverStream<Result<SessionResponse, Status>>;
     type WatchStream = ReceiverStream<Result<WatchResponse, Status>>;
+    type WatchLiveStream = ReceiverStream<Result<WatchLiveResponse, Status>>;
 
     async fn session(
         &self,
@@ -155,6 +157,17 @@ impl Registry for Scripted {
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        unused()
+    }
+
+    async fn publish(&self, _: Request<PublishRequest>) -> Result<Response<PublishResponse>, Status> {
+        unused()
+    }
+
+    async fn watch_live(
+        &self,
+        _: Request<WatchLiveRequest>,
+    ) -> Result<Response<Self::WatchLiveStream>, Status> {
         unused()
     }
 }

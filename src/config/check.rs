@@ -64,8 +64,8 @@ fn apply(config: &mut Config, overrides: &Overrides) {
     config.insecure |= insecure;
 }
 
-struct Reader<'a> {
-    problems: Problems,
+pub(super) struct Reader<'a> {
+    pub(super) problems: Problems,
     root: Option<&'a Node>,
 }
 
@@ -73,6 +73,11 @@ impl Reader<'_> {
     fn config(&mut self, root: &Node) -> Config {
         let mut config = Config::default();
         let mut fields = Fields::of(root, "", &mut self.problems);
+        config.node = fields.parse("node", &mut self.problems, str::parse);
+        self.set(&mut fields, "data_dir", &mut config.data_dir, |text| match text {
+            "" => Err("is empty: want a directory".to_owned()),
+            text => Ok(PathBuf::from(text)),
+        });
         self.roles(&mut fields, &mut config);
         if let Some(mut listen) = fields.fields("listen", &mut self.problems) {
             self.set(&mut listen, "grpc", &mut config.listen.grpc, address);
@@ -117,6 +122,9 @@ impl Reader<'_> {
             if let Some(streams) = streams.and_then(|streams| usize::try_from(streams).ok()) {
                 settings.streams = streams;
             }
+            let mut age = Duration::ZERO;
+            self.duration(&mut xds, "max_connection_age", &mut age, Duration::ZERO, 365 * DAY);
+            settings.max_connection_age = Some(age).filter(|age| !age.is_zero());
             for item in xds.list("resend_on_reconnect", &mut self.problems).unwrap_or_default() {
                 match resource_type(&item.value) {
                     Ok(kind) => settings.resend_on_reconnect.push(kind),
@@ -155,35 +163,6 @@ impl Reader<'_> {
         }
     }
 
-    fn store(&mut self, fields: &mut Fields<'_>, config: &mut Config) {
-        let Some(node) = fields.node("store") else { return };
-        const WANT: &str = "want `memory`, or `file: {dir: PATH}`";
-        match &node.value {
-            Value::Text(text) if text == "memory" => config.store = Store::Memory,
-            Value::Map(_) => {
-                let mut store = Fields::of(node, "store", &mut self.problems);
-                let file = store.fields("file", &mut self.problems);
-                let found = file.is_some();
-                if let Some(mut file) = file {
-                    let mut dir = PathBuf::from(DEFAULT_DIR);
-                    self.set(&mut file, "dir", &mut dir, |text| match text {
-                        "" => Err("is empty: want a directory".to_owned()),
-                        text => Ok(PathBuf::from(text)),
-                    });
-                    let accept_loss = file.boolean("accept_loss", &mut self.problems).unwrap_or(false);
-                    file.finish(&mut self.problems);
-                    config.store = Store::File { dir, accept_loss };
-                }
-                let before = self.problems.0.len();
-                store.finish(&mut self.problems);
-                if !found && self.problems.0.len() == before {
-                    self.problems.add_at("store", format!("names no store: {WANT}"), node.at);
-                }
-            }
-            _ => self.problems.add_at("store", format!("is not a store: {WANT}"), node.at),
-        }
-    }
-
     fn limits(&mut self, fields: &mut Fields<'_>, config: &mut Config) {
         let Some(mut limits) = fields.fields("limits", &mut self.problems) else { return };
         let own = &mut config.limits;
@@ -195,7 +174,7 @@ impl Reader<'_> {
         if let Some(weight) = limits.integer("weight_max", 1..=i128::from(u32::MAX), &mut self.problems) {
             registration.weight_max = u32::try_from(weight).unwrap_or(registration.weight_max);
         }
-        let counts: [(&'static str, &mut usize, i128); 7] = [
+        let counts: [(&'static str, &mut usize, i128); 10] = [
             ("metadata_entries", &mut registration.metadata_entries, 10_000),
             ("metadata_key", &mut registration.metadata_key, 4096),
             ("locality", &mut registration.locality, 4096),
@@ -203,6 +182,9 @@ impl Reader<'_> {
             ("services", &mut registration.services, 10_000_000),
             ("names_per_stream", &mut own.names_per_stream, 10_000_000),
             ("name_bytes", &mut own.name_bytes, 65_536),
+            ("grpc_connections", &mut own.grpc_connections, 10_000_000),
+            ("http_connections", &mut own.http_connections, 10_000_000),
+            ("http_requests", &mut own.http_requests, 10_000_000),
         ];
         for (name, target, most) in counts {
             let value = limits.integer(name, 1..=most, &mut self.problems);
@@ -232,9 +214,10 @@ impl Reader<'_> {
             let message = format!("{} is also listen.grpc: want another port", config.listen.http);
             self.add("listen.http", message);
         }
-        if !config.roles.is_empty() && !config.roles.contains(&Role::Registry) {
-            let message = "want `registry` too: the store of this version belongs to one process, so without it the \
-                           other roles would know nothing";
+        let shared = matches!(config.store, Store::Etcd(_));
+        if !shared && !config.roles.is_empty() && !config.roles.contains(&Role::Registry) {
+            let message = "want `registry` too: this store belongs to one process, so without it the other roles would \
+                           know nothing; a store in etcd is shared";
             self.add("roles", message);
         }
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&config.log.filter) {
@@ -264,7 +247,7 @@ impl Reader<'_> {
     }
 
     /// Notes a problem of a field that was read before, at its place or that of the innermost map that is there.
-    fn add(&mut self, field: &str, message: impl Into<String>) {
+    pub(super) fn add(&mut self, field: &str, message: impl Into<String>) {
         let mut at = self.root.and_then(|root| root.at);
         let mut node = self.root;
         for name in field.split('.') {
@@ -279,7 +262,7 @@ impl Reader<'_> {
         self.problems.add_at(field, message, at);
     }
 
-    fn set<T>(
+    pub(super) fn set<T>(
         &mut self,
         fields: &mut Fields<'_>,
         name: &'static str,
@@ -291,7 +274,7 @@ impl Reader<'_> {
         }
     }
 
-    fn duration(
+    pub(super) fn duration(
         &mut self,
         fields: &mut Fields<'_>,
         name: &'static str,

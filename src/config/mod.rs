@@ -6,6 +6,7 @@
 mod check;
 mod problem;
 mod show;
+mod store;
 #[cfg(test)]
 mod tests;
 mod yaml;
@@ -23,11 +24,18 @@ use std::{
 pub use crate::telemetry::LogFormat;
 pub use problem::ConfigError;
 
-use crate::{model, xds::ResourceType};
+use crate::{
+    model::{self, MemberId},
+    store::EtcdConfig,
+    xds::ResourceType,
+};
 
 /// What one process does. It runs nothing that it was not told to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
+    /// What this process is called among those that share its store, where the default does not do: `disco` when it has its
+    /// store to itself.
+    pub node: Option<MemberId>,
     /// The parts that run; never empty.
     pub roles: BTreeSet<Role>,
     /// Where it listens.
@@ -36,6 +44,8 @@ pub struct Config {
     pub insecure: bool,
     /// Where accepted writes are kept.
     pub store: Store,
+    /// Where it keeps what it could do without, such as the copy of what is registered that it serves while etcd is away.
+    pub data_dir: PathBuf,
     /// Bounds on what clients may ask for.
     pub limits: Limits,
     /// How it ends.
@@ -116,6 +126,8 @@ pub enum Store {
         /// Whether to start although the middle of a file is damaged, without what is behind the damage.
         accept_loss: bool,
     },
+    /// In an etcd cluster, shared with other processes.
+    Etcd(EtcdConfig),
 }
 
 /// Bounds on what clients may ask for.
@@ -131,6 +143,12 @@ pub struct Limits {
     pub names_per_stream: usize,
     /// Longest resource name in bytes.
     pub name_bytes: usize,
+    /// gRPC connections at the same time; further ones are turned away.
+    pub grpc_connections: usize,
+    /// HTTP connections at the same time; further ones are turned away.
+    pub http_connections: usize,
+    /// HTTP requests that are worked on, or wait, at the same time; further ones are turned away.
+    pub http_requests: usize,
 }
 
 impl Default for Limits {
@@ -141,6 +159,9 @@ impl Default for Limits {
             xds_request: 64 << 20,
             names_per_stream: 200_000,
             name_bytes: 2048,
+            grpc_connections: 100_000,
+            http_connections: 20_000,
+            http_requests: 10_000,
         }
     }
 }
@@ -203,6 +224,9 @@ pub struct Xds {
     pub load_report_interval: Duration,
     /// Streams at the same time; further ones are turned away.
     pub streams: usize,
+    /// About how old a connection may get before its streams are to move to another one, maybe of another server; `None` for
+    /// as old as it likes.
+    pub max_connection_age: Option<Duration>,
     /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
     pub resend_on_reconnect: Vec<ResourceType>,
 }
@@ -216,6 +240,7 @@ impl Default for Xds {
             first_request_timeout: Duration::from_secs(30),
             load_report_interval: Duration::from_secs(10),
             streams: 50_000,
+            max_connection_age: None,
             resend_on_reconnect: Vec::new(),
         }
     }
@@ -242,10 +267,12 @@ impl Default for Config {
     /// All roles, everything else as it is when a file does not say.
     fn default() -> Self {
         Self {
+            node: None,
             roles: Role::ALL.into(),
             listen: Listen::default(),
             insecure: false,
             store: Store::File { dir: check::DEFAULT_DIR.into(), accept_loss: false },
+            data_dir: check::DEFAULT_DIR.into(),
             limits: Limits::default(),
             shutdown: Shutdown::default(),
             log: Log::default(),

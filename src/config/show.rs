@@ -1,10 +1,13 @@
 //! A checked configuration as YAML again.
 
+use std::path::Path;
+
 use super::{Config, LogFormat, Store, check::format_bytes};
-use crate::model::format_duration;
+use crate::{model::format_duration, store::EtcdConfig};
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { roles, listen, insecure, store, limits, shutdown, log, registry, xds } = config;
+    let Config { node, roles, listen, insecure, store, data_dir, limits, shutdown, log, registry, xds } =
+        config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -14,6 +17,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 quoted(&dir.to_string_lossy())
             )
         }
+        Store::Etcd(etcd) => self::etcd(etcd),
     };
     let format = match log.format {
         LogFormat::Text => "text",
@@ -43,6 +47,9 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("xds_request", format_bytes(limits.xds_request)),
                 ("names_per_stream", limits.names_per_stream.to_string()),
                 ("name_bytes", limits.name_bytes.to_string()),
+                ("grpc_connections", limits.grpc_connections.to_string()),
+                ("http_connections", limits.http_connections.to_string()),
+                ("http_requests", limits.http_requests.to_string()),
             ],
         ),
         ("shutdown", vec![("drain", format_duration(shutdown.drain))]),
@@ -63,11 +70,15 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("first_request_timeout", format_duration(xds.first_request_timeout)),
                 ("load_report_interval", format_duration(xds.load_report_interval)),
                 ("streams", xds.streams.to_string()),
+                ("max_connection_age", format_duration(xds.max_connection_age.unwrap_or_default())),
                 ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
             ],
         ),
     ];
-    let mut text = format!("roles: [{}]\ninsecure: {insecure}\n{store}", roles.join(", "));
+    let node = node.as_ref().map(|node| format!("node: {}\n", quoted(node.as_str()))).unwrap_or_default();
+    let data_dir = quoted(&data_dir.to_string_lossy());
+    let mut text =
+        format!("{node}roles: [{}]\ninsecure: {insecure}\ndata_dir: {data_dir}\n{store}", roles.join(", "));
     for (name, fields) in blocks {
         text.push_str(&format!("{name}:\n"));
         for (field, value) in fields {
@@ -75,6 +86,30 @@ pub(super) fn yaml(config: &Config) -> String {
         }
     }
     text
+}
+
+fn etcd(etcd: &EtcdConfig) -> String {
+    let EtcdConfig { endpoints, prefix, user, tls, timeout, session_ttl } = etcd;
+    let path = |path: &Path| quoted(&path.to_string_lossy());
+    let endpoints: Vec<String> = endpoints.iter().map(|endpoint| quoted(endpoint)).collect();
+    let mut lines = vec![
+        format!("endpoints: [{}]", endpoints.join(", ")),
+        format!("prefix: {}", quoted(prefix)),
+        format!("timeout: {}", format_duration(*timeout)),
+        format!("session_ttl: {}", format_duration(*session_ttl)),
+    ];
+    if let Some(user) = user {
+        lines.push(format!("user: {}", quoted(&user.name)));
+        lines.push(format!("password_file: {}", path(&user.password_file)));
+    }
+    if let Some(tls) = tls {
+        lines.push(format!("tls:\n      ca: {}", path(&tls.ca)));
+        if let Some((cert, key)) = &tls.identity {
+            lines.push(format!("  cert: {}\n      key: {}", path(cert), path(key)));
+        }
+    }
+    let lines: String = lines.iter().map(|line| format!("    {line}\n")).collect();
+    format!("store:\n  etcd:\n{lines}")
 }
 
 /// A JSON text is a YAML text; one that no reader of YAML could take for something else goes without quotes.

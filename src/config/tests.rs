@@ -1,4 +1,5 @@
 use super::*;
+use crate::store::{EtcdTls, EtcdUser};
 
 fn parse(text: &str) -> Result<Config, ConfigError> {
     Config::parse("disco.yaml", text, &Overrides::default())
@@ -35,10 +36,11 @@ limits:
   body: 64KiB
   weight_max: 7
   name_bytes: 99
+  http_requests: 8
 shutdown: {drain: 3s}
 log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
-xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, resend_on_reconnect: [endpoints, route]}
+xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age: 30m, resend_on_reconnect: [endpoints, route]}
 ";
     let config = parse(text).unwrap();
     assert_eq!(config.roles, Role::ALL.into());
@@ -48,12 +50,43 @@ xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, resend_on_reconnect
     assert_eq!(config.limits.registration.ttl_min, Duration::from_millis(500));
     assert_eq!(config.limits.registration.ttl_default, Duration::from_secs(30));
     assert_eq!((config.limits.body, config.limits.name_bytes), (64 << 10, 99));
+    assert_eq!((config.limits.http_requests, config.limits.grpc_connections), (8, 100_000));
+    assert_eq!(config.xds.max_connection_age, Some(Duration::from_secs(30 * 60)));
     assert_eq!(config.log, Log { filter: "warn,disco::xds=debug".into(), format: LogFormat::Json });
     assert_eq!(config.registry.session_grace, Duration::ZERO);
     assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
     assert_eq!(config.xds.load_report_interval, Duration::from_secs(1));
     assert_eq!(config.xds.resend_on_reconnect, [ResourceType::Endpoints, ResourceType::Route]);
     assert_eq!(parse(&config.to_yaml()).unwrap(), config, "{}", config.to_yaml());
+}
+
+#[test]
+fn a_store_in_etcd_is_shared_so_each_process_has_the_roles_it_likes() {
+    let text = "
+roles: [xds]
+store:
+  etcd:
+    endpoints: ['https://10.0.0.1:2379', 'https://etcd-2:2379/']
+    prefix: /mesh/
+    user: disco
+    password_file: /etc/disco/etcd.password
+    tls: {ca: ca.pem, cert: disco.pem, key: disco.key}
+    timeout: 3s
+    session_ttl: 15s
+";
+    let config = parse(text).unwrap();
+    let etcd = EtcdConfig {
+        endpoints: vec!["https://10.0.0.1:2379".into(), "https://etcd-2:2379".into()],
+        prefix: "/mesh/".into(),
+        user: Some(EtcdUser { name: "disco".into(), password_file: "/etc/disco/etcd.password".into() }),
+        tls: Some(EtcdTls { ca: "ca.pem".into(), identity: Some(("disco.pem".into(), "disco.key".into())) }),
+        timeout: Duration::from_secs(3),
+        session_ttl: Duration::from_secs(15),
+    };
+    assert_eq!(config.store, Store::Etcd(etcd));
+    assert_eq!(parse(&config.to_yaml()).unwrap(), config, "{}", config.to_yaml());
+    let least = parse("roles: [xds]\nstore: {etcd: {endpoints: ['http://127.0.0.1:2379']}}").unwrap();
+    assert_eq!(parse(&least.to_yaml()).unwrap(), least, "{}", least.to_yaml());
 }
 
 #[test]
@@ -148,12 +181,53 @@ fn every_problem_names_its_place() {
         ("roles: [registry]\ninsecure: yes\n", "2:11 insecure: is text: want true or false"),
         (
             "roles: [registry]\nstore: disk\n",
-            "2:8 store: is not a store: want `memory`, or `file: {dir: PATH}`",
+            "2:8 store: is not a store: want `memory`, `file: {dir: PATH}` or `etcd: {endpoints: [URL]}`",
         ),
         ("roles: [registry]\nstore: {}\n", "2:1 store: names no store"),
         (
             "roles: [registry]\nstore: {flie: {}}\n",
             "2:9 store.flie: is not a known field; did you mean `file`?",
+        ),
+        ("roles: [xds]\nstore: {etcd: {}}\n", "2:9 store.etcd.endpoints: is missing: name the members"),
+        (
+            "roles: [xds]\nstore:\n  etcd: {endpoints: ['http://a:1', b:2]}\n",
+            "3:36 store.etcd.endpoints: \"b:2\" is not an endpoint: want http://HOST:PORT",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd: {endpoints: ['http://a:1/x']}\n",
+            "3:21 store.etcd.endpoints: \"http://a:1/x\" is not an endpoint",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd: {endpoints: ['https://a:1']}\n",
+            "3:9 store.etcd.endpoints: want `tls: {ca: FILE}` too",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['http://a:1']\n    tls: {ca: c}\n",
+            "5:5 store.etcd.tls: is for endpoints that begin with https://",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['https://a:1']\n    tls: {ca: c, cert: d}\n",
+            "5:5 store.etcd.tls: has only one of `cert` and `key`",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['https://a:1']\n    tls: {}\n",
+            "5:5 store.etcd.tls.ca: is missing",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['http://a:1']\n    user: u\n",
+            "5:11 store.etcd.user: wants `password_file` too",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['http://a:1']\n    prefix: disco\n",
+            "5:13 store.etcd.prefix: \"disco\" does not begin and end with a slash",
+        ),
+        (
+            "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['http://a:1']\n    session_ttl: 2500ms\n",
+            "5:18 store.etcd.session_ttl: has a fraction of a second",
+        ),
+        (
+            "roles: [xds]\nstore: {file: {}, etcd: {endpoints: ['http://a:1']}}\n",
+            "2:1 store: names two stores",
         ),
         ("roles: [registry]\nstore: {file: {dir: ''}}\n", "2:21 store.file.dir: is empty"),
         (

@@ -89,14 +89,7 @@ impl FromStr for InstanceId {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b':');
-        let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
-        let bytes = text.as_bytes();
-        if bytes.len() <= MAX_INSTANCE_ID
-            && edge(bytes.first())
-            && edge(bytes.last())
-            && bytes.iter().all(|b| plain(*b))
-        {
+        if is_id(text) {
             return Ok(Self(text.into()));
         }
         Err(format!(
@@ -105,6 +98,17 @@ impl FromStr for InstanceId {
             excerpt(text)
         ))
     }
+}
+
+/// Whether it may be an id: it stands in keys and paths.
+pub(super) fn is_id(text: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b':');
+    let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
+    let bytes = text.as_bytes();
+    bytes.len() <= MAX_INSTANCE_ID
+        && edge(bytes.first())
+        && edge(bytes.last())
+        && bytes.iter().all(|b| plain(*b))
 }
 
 impl fmt::Display for InstanceId {

@@ -6,7 +6,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::id::{Incarnation, InstanceKey, Revision};
+use super::{
+    id::{Incarnation, InstanceKey, Revision},
+    members::MemberId,
+};
 
 /// Where an instance or a proxy runs, from the widest to the narrowest. Empty parts are unknown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -58,6 +61,8 @@ pub struct Instance {
     pub state: State,
     /// What keeps it registered.
     pub lease: Lease,
+    /// The Disco process that counts its lease. While that is dead another one does.
+    pub owner: Option<MemberId>,
     /// The change that last touched it.
     pub revision: Revision,
     /// When this incarnation was registered.

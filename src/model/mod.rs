@@ -7,9 +7,13 @@
 mod id;
 mod input;
 mod instance;
+mod members;
 mod registration;
 
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
 pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
 pub use instance::{Instance, Lease, Locality, State};
-pub use registration::{Limits, RawRegistration, Registration, Update, format_duration, parse_duration};
+pub use members::{MemberId, Members};
+pub use registration::{
+    Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,
+};

@@ -236,7 +236,8 @@ fn check_weight(weight: i128, limits: &Limits) -> Result<NonZeroU32, String> {
         })
 }
 
-fn check_metadata(metadata: &BTreeMap<String, String>, limits: &Limits, problems: &mut Problems) {
+/// Adds what is wrong with metadata by the limits.
+pub fn check_metadata(metadata: &BTreeMap<String, String>, limits: &Limits, problems: &mut Problems) {
     if metadata.len() > limits.metadata_entries {
         problems.add(
             "metadata",

@@ -1,5 +1,5 @@
 use crate::{
-    model::{InstanceKey, Problem, Problems},
+    model::{InstanceKey, MemberId, Problem, Problems},
     store::StoreError,
 };
 
@@ -32,6 +32,19 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Another process counts the instance's lease, and it alone knows whether the instance may be replaced.
+    #[error("instance {key} is alive as far as this node knows; node {owner} can tell: try there")]
+    Elsewhere {
+        /// The instance.
+        key: InstanceKey,
+        /// The process.
+        owner: MemberId,
+    },
+    /// The other processes count this one as dead.
+    #[error(
+        "this node has lost touch with the store, so another one keeps the leases for now: try another or again"
+    )]
+    Isolated,
     /// The server is shutting down.
     #[error("this server is shutting down; try another or again")]
     ShuttingDown,

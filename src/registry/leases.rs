@@ -26,15 +26,6 @@ pub(super) enum Holder {
     Nobody,
 }
 
-/// What a renewal came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Renewal {
-    /// The lease lasts this long from now.
-    Extended(Duration),
-    /// It has no deadline to move.
-    NotNeeded,
-}
-
 #[derive(Debug)]
 pub(super) struct Leases {
     table: Mutex<Table>,
@@ -53,14 +44,27 @@ impl Leases {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the owner of an instance that was registered before a restart the time to come back.
-    pub(super) fn hold_after_restart(&self, instance: &Instance, now: Instant) {
+    /// Begins to count the lease of an instance that another process counted, or this one before a restart: its owner has
+    /// the time to come back. A lease that is counted already stays as it is.
+    pub(super) fn adopt(&self, instance: &Instance, now: Instant) {
         let (holder, within) = match instance.lease {
             Lease::Ttl(ttl) => (Holder::Ttl(ttl), ttl.max(self.grace)),
             Lease::Session => (Holder::Nobody, self.grace),
         };
-        self.table().hold(instance.key.clone(), instance.incarnation, holder, Some(now + within));
-        self.earlier.notify_one();
+        let mut table = self.table();
+        if table.held.get(&instance.key).is_some_and(|held| held.incarnation == instance.incarnation) {
+            return;
+        }
+        let first = table.hold(instance.key.clone(), instance.incarnation, holder, Some(now + within));
+        drop(table);
+        if first {
+            self.earlier.notify_one();
+        }
+    }
+
+    /// Stops to count a lease that another process counts from now on.
+    pub(super) fn cede(&self, key: &InstanceKey) {
+        self.table().forget(key);
     }
 
     /// A session begins.
@@ -108,14 +112,20 @@ impl Leases {
         }
     }
 
-    /// Moves a TTL lease's deadline. `None` when that incarnation has no lease: it is over, and its removal under way.
-    pub(super) fn renew(&self, key: &InstanceKey, incarnation: Incarnation, now: Instant) -> Option<Renewal> {
+    /// Moves a TTL lease's deadline, and returns how long it lasts from now. `None` when that incarnation has no such lease
+    /// here: it is over, and its removal under way, or another process counts it.
+    pub(super) fn renew(
+        &self,
+        key: &InstanceKey,
+        incarnation: Incarnation,
+        now: Instant,
+    ) -> Option<Duration> {
         let mut table = self.table();
         let held = table.held.get_mut(key).filter(|held| held.incarnation == incarnation)?;
-        let Holder::Ttl(ttl) = held.holder else { return Some(Renewal::NotNeeded) };
+        let Holder::Ttl(ttl) = held.holder else { return None };
         // The heap keeps the old deadline; it is looked up again when that comes.
         held.deadline = Some(now + ttl);
-        Some(Renewal::Extended(ttl))
+        Some(ttl)
     }
 
     /// Whether that incarnation has a lease that is not over.
@@ -244,8 +254,13 @@ impl Table {
     }
 
     fn release(&mut self, key: &InstanceKey, incarnation: Incarnation) {
-        if self.held.get(key).is_some_and(|held| held.incarnation == incarnation)
-            && let Some(held) = self.held.remove(key)
+        if self.held.get(key).is_some_and(|held| held.incarnation == incarnation) {
+            self.forget(key);
+        }
+    }
+
+    fn forget(&mut self, key: &InstanceKey) {
+        if let Some(held) = self.held.remove(key)
             && let Holder::Session(session) = held.holder
             && let Some(keys) = self.sessions.get_mut(&session)
         {
@@ -301,7 +316,7 @@ mod tests {
         leases.hold(key("a"), ONE, Holder::Ttl(TTL), start);
         leases.hold(key("b"), ONE, Holder::Ttl(TTL), start);
         tokio::time::advance(Duration::from_secs(9)).await;
-        assert_eq!(leases.renew(&key("a"), ONE, Instant::now()), Some(Renewal::Extended(TTL)));
+        assert_eq!(leases.renew(&key("a"), ONE, Instant::now()), Some(TTL));
         assert_eq!(leases.renew(&key("a"), Incarnation(2), Instant::now()), None);
         assert_eq!(due_after(&leases, start).await, (vec!["b".to_owned()], 10));
         assert_eq!(due_after(&leases, start).await, (vec!["a".to_owned()], 19));

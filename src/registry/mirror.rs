@@ -1,14 +1,18 @@
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 
-use super::{Error, record};
+use super::{Cache, Error, cache::Cached, membership, record};
 use crate::{
-    catalog::{Change, Reader, Writer},
-    model::Revision,
-    rt::Backoff,
-    store::{Event, Key, Listing, Store, StoreError, Watch},
+    catalog::{Change, Reader, Stale, Writer},
+    model::{InstanceKey, Revision},
+    rt::{self, Backoff, Gate, Tasks},
+    store::{Condition, Entry, Event, Fault, Key, Listing, Op, Store, StoreError, Watch},
 };
 
 /// Most commits that are published as one snapshot, so that a long queue does not hold back what is ready.
@@ -17,54 +21,145 @@ const BATCH: usize = 1024;
 /// Waits between tries to list a store that does not answer.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 
+/// What to do about a store that cannot be read at the start.
+#[derive(Debug, Clone)]
+pub enum Patience {
+    /// It is part of this process: say what is wrong, and end.
+    None,
+    /// It is elsewhere and will be back: serve the old copy meanwhile, where there is one, and wait.
+    Wait(Option<Cache>),
+}
+
 /// Keeps the catalog equal to the store. The catalog's one writer.
 #[derive(Debug)]
-pub(super) struct Mirror {
+pub struct Mirror {
     store: Arc<dyn Store>,
     writer: Writer,
     catalog: Reader,
-    feed: Box<dyn Watch>,
+    /// The store lost what it had accepted.
+    heal: bool,
 }
 
 impl Mirror {
-    /// Publishes what the store holds.
-    pub(super) async fn load(
-        store: Arc<dyn Store>,
-        mut writer: Writer,
-        catalog: Reader,
-    ) -> Result<Self, Error> {
-        let Listing { revision, entries } = store.list(record::ALL).await.map_err(Error::Store)?;
+    /// A mirror of what `store` holds, as the catalog of `writer` and `catalog`.
+    pub fn new(store: Arc<dyn Store>, writer: Writer, catalog: Reader) -> Self {
+        Self { store, writer, catalog, heal: false }
+    }
+
+    /// Reads the store into the catalog and starts the task that keeps it so. `synced` opens as soon as the catalog holds
+    /// everything, be it from the copy; that may be after this has returned.
+    ///
+    /// # Errors
+    /// Without patience, when the store cannot be read. When it holds a record that this version does not understand.
+    pub async fn start(mut self, patience: Patience, tasks: &Tasks, synced: Gate) -> Result<(), Error> {
+        let first = self.load().await;
+        let feed = match (first, &patience) {
+            (Ok(feed), _) => {
+                synced.open();
+                Some(feed)
+            }
+            (Err(Error::Store(error)), Patience::Wait(cache)) => {
+                tracing::error!(%error, "the store cannot be read yet");
+                if self.load_copy(cache.as_ref(), &error) {
+                    synced.open();
+                }
+                None
+            }
+            (Err(error), _) => return Err(error),
+        };
+        if let Patience::Wait(Some(cache)) = patience {
+            tasks.spawn_until_shutdown("catalog-copy", cache.follow(self.catalog.clone()));
+        }
+        tasks.spawn_until_shutdown("catalog-mirror", self.run(feed, synced));
+        Ok(())
+    }
+
+    /// Publishes what the store holds, for the first time.
+    async fn load(&mut self) -> Result<Box<dyn Watch>, Error> {
+        let Listing { revision, entries } = self.store.list(record::ALL).await.map_err(Error::Store)?;
         let mut all = Vec::with_capacity(entries.len());
         for entry in entries {
             all.extend(record::decode(&entry.key, Some(&entry.value), entry.revision)?);
         }
-        let feed = store.watch(record::ALL, revision).await.map_err(Error::Store)?;
-        writer.apply(revision, all);
-        Ok(Self { store, writer, catalog, feed })
+        let feed = self.store.watch(record::ALL, revision).await.map_err(Error::Store)?;
+        self.writer.apply(revision, all);
+        Ok(feed)
+    }
+
+    /// Publishes the copy, and returns whether there was one.
+    fn load_copy(&mut self, cache: Option<&Cache>, reason: &StoreError) -> bool {
+        let Some(cache) = cache else { return false };
+        match cache.load() {
+            Ok(None) => false,
+            Ok(Some(Cached { revision, taken_at, changes })) => {
+                tracing::warn!(%revision, "serving the copy of the catalog on disk until the store is back");
+                self.writer.apply(revision, changes);
+                self.lost(taken_at, reason);
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "the copy of the catalog on disk cannot be used");
+                false
+            }
+        }
+    }
+
+    fn lost(&mut self, since: SystemTime, reason: &StoreError) {
+        if self.catalog.stale().is_none() {
+            self.writer.set_stale(Some(Stale { since, reason: reason.to_string().into() }));
+        }
     }
 
     /// Follows the store until it is closed. While a store fails the catalog stays as it is: what is known stays (never 1).
-    pub(super) async fn run(mut self) {
+    async fn run(mut self, feed: Option<Box<dyn Watch>>, synced: Gate) {
         let mut backoff = Backoff::new(RETRY.0, RETRY.1);
+        let mut status = self.store.status();
+        let mut feed = feed;
         loop {
-            let mut events = match self.feed.next().await {
-                Ok(event) => vec![event],
-                Err(StoreError::Closed) => return,
-                Err(error) => {
-                    tracing::warn!(%error, "the catalog lost the store's feed and lists it again; until then what is known stays");
-                    while let Err(error) = self.resync().await {
-                        if error == StoreError::Closed {
-                            return;
-                        }
+            let Some(open) = &mut feed else {
+                match self.resync().await {
+                    Ok(listed) => {
+                        self.writer.set_stale(None);
+                        synced.open();
+                        backoff.reset();
+                        feed = Some(listed);
+                    }
+                    Err(StoreError::Closed) => return,
+                    Err(error) => {
+                        self.lost(rt::now(), &error);
                         tracing::error!(%error, "the store cannot be listed; trying again");
                         tokio::time::sleep(backoff.next_wait()).await;
                     }
-                    backoff.reset();
+                }
+                continue;
+            };
+            let event = tokio::select! {
+                event = open.next() => event,
+                () = membership::changed(&mut status) => {
+                    let fault = status.borrow_and_update().fault.clone();
+                    self.writer.set_stale(fault.map(|Fault { since, reason }| Stale { since, reason: reason.into() }));
+                    continue;
+                }
+            };
+            let mut events = match event {
+                Ok(event) => vec![event],
+                Err(StoreError::Closed) => return,
+                Err(StoreError::Reset(_)) => {
+                    tracing::error!(
+                        "the store went back to an older state; what is registered here and not there is written again"
+                    );
+                    self.heal = true;
+                    feed = None;
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the catalog lost the store's feed and lists it again; until then what is known stays");
+                    feed = None;
                     continue;
                 }
             };
             while events.len() < BATCH {
-                match self.feed.next().now_or_never() {
+                match open.next().now_or_never() {
                     Some(Ok(event)) => events.push(event),
                     // An error comes again at the next turn.
                     Some(Err(_)) | None => break,
@@ -74,8 +169,51 @@ impl Mirror {
         }
     }
 
+    /// Writes what is known and was lost by a store that went back. Every process does; the first wins. What the store has and
+    /// nobody knows stays there, until its lease is over.
+    async fn heal(&self) -> Result<(), StoreError> {
+        let Listing { entries, .. } = self.store.list(record::ALL).await?;
+        let known = self.catalog.latest();
+        let there: HashMap<&str, &Entry> = entries.iter().map(|entry| (entry.key.as_ref(), entry)).collect();
+        let mut lost = Vec::new();
+        for service in known.services() {
+            let key = record::service_key(&service.id);
+            if !there.contains_key(key.as_ref()) {
+                lost.push(Op::Put { key, value: Bytes::new(), when: Condition::Absent });
+            }
+            for instance in service.instances() {
+                let key = record::instance_key(&instance.key);
+                let when = match there.get(key.as_ref()) {
+                    None => Condition::Absent,
+                    Some(entry) => match decoded(&entry.key, Some(&entry.value), entry.revision) {
+                        Some(Change::PutInstance(old)) if old.incarnation < instance.incarnation => {
+                            Condition::Unchanged(entry.revision)
+                        }
+                        _ => continue,
+                    },
+                };
+                lost.push(Op::Put { key, value: record::encode(instance), when });
+            }
+        }
+        let all = lost.len();
+        for op in lost {
+            match self.store.commit(vec![op]).await {
+                Ok(_) | Err(StoreError::Conflict { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if all > 0 {
+            tracing::warn!(records = all, "what the store had lost is there again");
+        }
+        Ok(())
+    }
+
     /// Lists the store again and publishes what became different, as one change.
-    async fn resync(&mut self) -> Result<(), StoreError> {
+    async fn resync(&mut self) -> Result<Box<dyn Watch>, StoreError> {
+        if self.heal {
+            self.heal().await?;
+            self.heal = false;
+        }
         let Listing { revision, entries } = self.store.list(record::ALL).await?;
         let known = self.catalog.latest();
         let keys: HashSet<&str> = entries.iter().map(|entry| entry.key.as_ref()).collect();
@@ -87,12 +225,21 @@ impl Mirror {
                 different.push(Change::RemoveService(service.id.clone()));
             }
         }
+        for (service, id) in known.services().flat_map(|service| {
+            let live = self.catalog.live().latest(&service.id).instances;
+            live.into_iter().map(|(id, _)| (service.id.clone(), id))
+        }) {
+            let key = InstanceKey { service, id };
+            if !keys.contains(record::live_key(&key).as_ref()) {
+                different.push(Change::RemoveLive(key));
+            }
+        }
         for entry in entries.iter().filter(|entry| entry.revision > known.revision()) {
             different.extend(decoded(&entry.key, Some(&entry.value), entry.revision));
         }
-        self.feed = self.store.watch(record::ALL, revision).await?;
+        let feed = self.store.watch(record::ALL, revision).await?;
         self.writer.apply(revision, different);
-        Ok(())
+        Ok(feed)
     }
 }
 
@@ -114,7 +261,7 @@ mod tests {
     use super::*;
     use crate::{
         catalog::catalog,
-        rt::Tasks,
+        rt::Readiness,
         store::{Condition, MemoryStore, Op},
     };
 
@@ -128,7 +275,8 @@ mod tests {
         };
         store.commit(vec![put(0), put(1)]).await.unwrap();
         let (writer, reader) = catalog();
-        let mirror = Mirror::load(Arc::clone(&store), writer, reader.clone()).await.unwrap();
+        let mut mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
+        let feed = mirror.load().await.unwrap();
         assert_eq!(reader.latest().services().len(), 2);
 
         let gone = Op::Delete { key: put(1).key().clone(), when: Condition::Always };
@@ -137,7 +285,8 @@ mod tests {
             store.commit(vec![put(id)]).await.unwrap();
         }
         let tasks = Tasks::default();
-        tasks.spawn_until_shutdown("mirror", mirror.run());
+        let synced = Readiness::default().gate("registry");
+        tasks.spawn_until_shutdown("mirror", mirror.run(Some(feed), synced));
         let last = store.commit(vec![put(50)]).await.unwrap();
         assert!(tokio::time::timeout(Duration::from_secs(10), reader.reached(last)).await.unwrap());
         let snapshot = reader.latest();

@@ -2,11 +2,15 @@
 //! registered.
 //!
 //! A write is committed to the store first and answered once it is durable and visible in the catalog. The catalog is a
-//! mirror of the store, kept by one task here. Renewals touch neither: leases live in memory, and start anew, whole, when
-//! the process does, so that a restart never expires anybody.
+//! mirror of the store, kept by one task here, also in processes that take no writes. Renewals touch neither: leases live in
+//! the memory of one process, and start anew, whole, when it is another one, so that a restart never expires anybody.
 
+mod cache;
 mod error;
+mod keeper;
 mod leases;
+mod live;
+mod membership;
 mod mirror;
 mod record;
 mod sessions;
@@ -16,19 +20,23 @@ mod write;
 
 use std::{sync::Arc, time::Duration};
 
+pub use cache::Cache;
 pub use error::Error;
-pub use record::{instance_to_proto, lease_to_proto};
+pub use membership::{Member, Membership};
+pub use mirror::{Mirror, Patience};
+pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};
 pub use write::Accepted;
 
 use crate::{
     catalog,
-    model::{InstanceKey, Limits},
-    rt::{Gate, Tasks},
+    model::{Instance, Limits, Members},
+    rt::Tasks,
     store::Store,
     telemetry::{Metrics, Stage},
 };
 use leases::Leases;
+use tokio::sync::watch;
 
 /// Settings of the registry.
 #[derive(Debug, Clone)]
@@ -63,7 +71,9 @@ struct Inner {
     config: Config,
     store: Arc<dyn Store>,
     catalog: catalog::Reader,
+    members: watch::Receiver<Members>,
     leases: Leases,
+    said: live::Said,
     metrics: RegistryMetrics,
     tasks: Tasks,
 }
@@ -75,6 +85,7 @@ struct RegistryMetrics {
     refused: prometheus_client::metrics::counter::Counter,
     renewals: prometheus_client::metrics::counter::Counter,
     expired: prometheus_client::metrics::counter::Counter,
+    published: prometheus_client::metrics::counter::Counter,
 }
 
 impl RegistryMetrics {
@@ -84,47 +95,42 @@ impl RegistryMetrics {
             stored: metrics.propagation(Stage::Stored),
             refused: metrics.counter("registry_refused", "Requests that were refused"),
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
+            published: metrics.counter("registry_published", "Live metadata that instances published"),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
         }
     }
 }
 
 impl Registry {
-    /// Reads the store into the catalog and starts the tasks that keep the catalog, the leases and the services; `synced`
-    /// opens when the catalog holds everything.
-    ///
-    /// # Errors
-    /// When the store cannot be read, or holds a record that this version does not understand.
-    pub async fn start(
+    /// Starts the tasks that keep the leases and the services of a catalog that a [`Mirror`] keeps. `members` are the
+    /// processes with a registry over the same store.
+    pub fn start(
         config: Config,
         store: Arc<dyn Store>,
-        writer: catalog::Writer,
         catalog: catalog::Reader,
+        members: watch::Receiver<Members>,
         metrics: &Metrics,
         tasks: &Tasks,
-        synced: Gate,
-    ) -> Result<Self, Error> {
+    ) -> Self {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
+            said: live::Said::default(),
             config,
-            store: Arc::clone(&store),
+            store,
             catalog,
+            members,
             metrics: RegistryMetrics::new(metrics),
             tasks: tasks.clone(),
         });
-        let mirror = mirror::Mirror::load(store, writer, inner.catalog.clone()).await?;
-        for service in inner.catalog.latest().services() {
-            for instance in service.instances() {
-                inner.leases.hold_after_restart(instance, tokio::time::Instant::now());
-            }
-        }
-        synced.open();
+        let known = inner.catalog.latest();
+        inner.settle_all(&known);
 
-        tasks.spawn_until_shutdown("catalog-mirror", mirror.run());
         let registry = Self { inner };
+        tasks.spawn_until_shutdown("lease-keeper", registry.clone().keep_leases(known.revision()));
         tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
+        tasks.spawn_until_shutdown("live-metadata", registry.clone().store_live());
         tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
-        Ok(registry)
+        registry
     }
 
     /// What is registered.
@@ -132,9 +138,19 @@ impl Registry {
         &self.inner.catalog
     }
 
-    /// Whether nobody holds the instance's lease any more, so that it ends after the grace unless its owner comes back.
-    pub fn is_abandoned(&self, key: &InstanceKey) -> bool {
-        self.inner.leases.abandoned(key)
+    /// Whether nobody holds the instance's lease any more, so that it ends after the grace unless its owner comes back. Only
+    /// the process that counts the lease knows.
+    pub fn is_abandoned(&self, instance: &Instance) -> bool {
+        self.inner.keeps(instance) && self.inner.leases.abandoned(&instance.key)
+    }
+
+    /// Returns when the other processes count this one as dead: what it holds is theirs, and who is connected to it has to go
+    /// to one of them.
+    pub async fn left(&self) {
+        let mut members = self.inner.members.clone();
+        if members.wait_for(|members| !members.is_member()).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Bounds on what may be registered.

@@ -7,7 +7,7 @@ use prost::Message as _;
 
 use super::Error;
 use crate::{
-    catalog::Change,
+    catalog::{Change, Live},
     model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, State},
     proto::v1,
     store::Key,
@@ -15,6 +15,7 @@ use crate::{
 
 pub(super) const SERVICES: &str = "services/";
 pub(super) const INSTANCES: &str = "instances/";
+pub(super) const LIVE: &str = "live/";
 /// Everything of ours in the store.
 pub(super) const ALL: &str = "";
 
@@ -24,6 +25,30 @@ pub(super) fn service_key(id: &ServiceId) -> Key {
 
 pub(super) fn instance_key(key: &InstanceKey) -> Key {
     format!("{INSTANCES}{key}").into()
+}
+
+pub(super) fn live_key(key: &InstanceKey) -> Key {
+    format!("{LIVE}{key}").into()
+}
+
+pub(super) fn encode_live(live: &Live) -> Bytes {
+    live_to_proto(None, live).encode_to_vec().into()
+}
+
+/// The wire form of what an instance says of itself.
+pub fn live_to_proto(key: Option<&InstanceKey>, live: &Live) -> v1::Live {
+    let Live { incarnation, entries, published_at, revision } = live;
+    v1::Live {
+        instance: key.map(|key| v1::InstanceRef {
+            service: key.service.to_string(),
+            id: key.id.to_string(),
+            incarnation: incarnation.0,
+        }),
+        incarnation: incarnation.0,
+        entries: entries.clone(),
+        published_at: Some((*published_at).into()),
+        revision: revision.0,
+    }
 }
 
 /// The stored form. The revision is not in it: the store keeps that.
@@ -40,10 +65,26 @@ pub(super) fn decode(key: &Key, value: Option<&Bytes>, revision: Revision) -> Re
         let id: ServiceId = name.parse().map_err(wrong)?;
         return Ok(Some(if value.is_some() { Change::PutService(id) } else { Change::RemoveService(id) }));
     }
-    let Some(path) = key.strip_prefix(INSTANCES) else { return Ok(None) };
+    let (path, is_live) = match (key.strip_prefix(INSTANCES), key.strip_prefix(LIVE)) {
+        (Some(path), _) => (path, false),
+        (None, Some(path)) => (path, true),
+        (None, None) => return Ok(None),
+    };
     let (service, id) = path.split_once('/').ok_or_else(|| wrong("the key names no instance".to_owned()))?;
     let instance_key =
         InstanceKey { service: service.parse().map_err(wrong)?, id: id.parse().map_err(wrong)? };
+    if is_live {
+        let Some(value) = value else { return Ok(Some(Change::RemoveLive(instance_key))) };
+        let message = v1::Live::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
+        let published_at = message.published_at.and_then(|at| SystemTime::try_from(at).ok());
+        let live = Live {
+            incarnation: Incarnation(message.incarnation),
+            entries: message.entries,
+            published_at: published_at.unwrap_or(SystemTime::UNIX_EPOCH),
+            revision,
+        };
+        return Ok(Some(Change::PutLive(instance_key, live)));
+    }
     let Some(value) = value else { return Ok(Some(Change::RemoveInstance(instance_key))) };
     let message = v1::Instance::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
     let instance = instance_from_proto(instance_key, message, revision).map_err(wrong)?;
@@ -72,6 +113,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         metadata,
         state,
         lease,
+        owner,
         revision,
         registered_at,
     } = instance;
@@ -96,10 +138,11 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         lease: Some(lease_to_proto(*lease)),
         revision: revision.0,
         registered_at: Some((*registered_at).into()),
+        owner: owner.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 
-fn instance_from_proto(
+pub(super) fn instance_from_proto(
     key: InstanceKey,
     message: v1::Instance,
     revision: Revision,
@@ -114,6 +157,10 @@ fn instance_from_proto(
         }
         Some(v1::lease::Kind::Session(_)) => Lease::Session,
         None => return Err("it has no lease".to_owned()),
+    };
+    let owner = match message.owner.as_str() {
+        "" => None,
+        owner => Some(owner.parse().map_err(|e| format!("owner: {e}"))?),
     };
     let locality = message.locality.unwrap_or_default();
     Ok(Instance {
@@ -133,6 +180,7 @@ fn instance_from_proto(
         metadata: message.metadata,
         state,
         lease,
+        owner,
         revision,
         registered_at: message.registered_at.map_or(Ok(SystemTime::UNIX_EPOCH), |at| {
             SystemTime::try_from(at).map_err(|e| format!("registered_at: {e}"))
@@ -160,6 +208,7 @@ mod tests {
             metadata: [("k".to_owned(), "v".to_owned())].into(),
             state: State::Draining,
             lease,
+            owner: Some("n1".parse().unwrap()),
             revision: Revision(9),
             registered_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
         }

@@ -2,13 +2,11 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{
-    Error, Inner, Registry,
-    leases::{Holder, Renewal},
-    record,
-};
+use super::{Error, Inner, Registry, leases::Holder, record};
 use crate::{
-    model::{Incarnation, Instance, InstanceKey, Lease, Registration, Revision, ServiceId, State, Update},
+    model::{
+        Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId, State, Update,
+    },
     rt,
     store::{Condition, Op, StoreError},
 };
@@ -53,17 +51,24 @@ impl Registry {
         self.count(self.detached(async move { inner.register(registration, holder).await }).await)
     }
 
-    /// Extends a TTL lease. Returns the TTL and the present revision; a renewal makes none.
+    /// Extends a TTL lease. Returns the TTL and the present revision; a renewal makes none, unless another process has counted
+    /// the lease so far.
     ///
     /// # Errors
     /// [`Error::NotFound`] when the owner must register again; [`Error::Conflict`] when it is not a TTL lease of that
     /// incarnation.
-    pub fn renew(
+    pub async fn renew(
         &self,
-        key: &InstanceKey,
+        key: InstanceKey,
         incarnation: Option<Incarnation>,
     ) -> Result<(Duration, Revision), Error> {
-        let result = self.inner.renew(key, incarnation);
+        let result = match self.inner.renew(&key, incarnation) {
+            Some(result) => result,
+            None => {
+                let inner = Arc::clone(&self.inner);
+                self.detached(async move { inner.take_over(&key, incarnation).await }).await
+            }
+        };
         if result.is_ok() {
             self.inner.metrics.renewals.inc();
         }
@@ -191,7 +196,8 @@ impl Registry {
                 }
                 let is_there = || {
                     let snapshot = inner.catalog.latest();
-                    snapshot.instance(&key).is_some_and(|present| present.incarnation == incarnation)
+                    let present = snapshot.instance(&key);
+                    present.is_some_and(|present| present.incarnation == incarnation && inner.keeps(present))
                 };
                 inner.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
                 Ok(0)
@@ -208,6 +214,10 @@ impl Registry {
         let mut turns = tokio::time::interval((retention / 10).max(Duration::from_secs(1)));
         loop {
             let now = turns.tick().await;
+            if !self.inner.members.borrow().is_mine("empty-services") {
+                empty_since.clear();
+                continue;
+            }
             let snapshot = self.inner.catalog.latest();
             let empty = |id: &ServiceId| snapshot.service(id).is_some_and(|s| s.instances().len() == 0);
             empty_since.retain(|id, _| empty(id));
@@ -230,10 +240,12 @@ impl Registry {
 impl Inner {
     async fn register(&self, registration: Registration, holder: Holder) -> Result<Accepted, Error> {
         let key = registration.key.clone();
+        let own = self.member()?;
         let accepted = self
             .write(&key, |present| {
                 self.admit(&registration, present)?;
                 let mut next = merge(&registration, present, holder);
+                next.owner = Some(own.clone());
                 let Some(present) = present.filter(|present| present.incarnation == next.incarnation) else {
                     return Ok(Decision::Put(next));
                 };
@@ -250,6 +262,12 @@ impl Inner {
             .await?;
         self.leases.hold(key, accepted.instance.incarnation, holder, Instant::now());
         Ok(accepted)
+    }
+
+    /// This process, as long as the others count on it.
+    fn member(&self) -> Result<MemberId, Error> {
+        let members = self.members.borrow();
+        if members.is_member() { Ok(members.own.clone()) } else { Err(Error::Isolated) }
     }
 
     /// Whether the registration may replace what is there.
@@ -280,16 +298,15 @@ impl Inner {
             }
         };
         let moved = (registration.address, registration.port) != (present.address, present.port);
+        let abandoned = self.keeps(present) && self.leases.abandoned(&present.key);
         match registration.incarnation {
-            None if present.lease == Lease::Session && !self.leases.abandoned(&present.key) => {
-                Err(Error::conflict(
-                    "incarnation",
-                    format!(
-                        "instance {} is held by a session (incarnation {}): change it with an update, or use another id",
-                        present.key, present.incarnation
-                    ),
-                ))
-            }
+            None if present.lease == Lease::Session && !abandoned => Err(Error::conflict(
+                "incarnation",
+                format!(
+                    "instance {} is held by a session (incarnation {}): change it with an update, or use another id",
+                    present.key, present.incarnation
+                ),
+            )),
             Some(given) if given < present.incarnation => Err(Error::conflict(
                 "incarnation",
                 format!(
@@ -299,7 +316,10 @@ impl Inner {
             )),
             // A later run at the same address is a restart: two processes cannot hold one port. Anywhere else it is a
             // second process that was given the same id.
-            Some(given) if given > present.incarnation && moved && !self.leases.abandoned(&present.key) => {
+            Some(given) if given > present.incarnation && moved && !abandoned => {
+                if let Some(owner) = present.owner.as_ref().filter(|_| !self.keeps(present)) {
+                    return Err(Error::Elsewhere { key: present.key.clone(), owner: owner.clone() });
+                }
                 Err(Error::conflict(
                     "incarnation",
                     format!(
@@ -312,24 +332,53 @@ impl Inner {
         }
     }
 
+    /// `None` when another process counts the lease.
     fn renew(
         &self,
         key: &InstanceKey,
         incarnation: Option<Incarnation>,
+    ) -> Option<Result<(Duration, Revision), Error>> {
+        let renew = || {
+            self.member()?;
+            let snapshot = self.catalog.latest();
+            let present = snapshot.instance(key).ok_or_else(|| Error::NotFound(key.clone()))?;
+            expect_incarnation(present, incarnation)?;
+            let counted_here = self.keeps(present);
+            match self.leases.renew(key, present.incarnation, Instant::now()) {
+                Some(ttl) => Ok(Some((ttl, snapshot.revision()))),
+                // Over, and its removal under way.
+                None if counted_here && !self.leases.held(key, present.incarnation) => {
+                    Err(Error::NotFound(key.clone()))
+                }
+                None if counted_here || present.lease == Lease::Session => {
+                    let message = format!(
+                        "instance {key} is held by a session, which needs no renewals; only a TTL lease is renewed"
+                    );
+                    Err(Error::conflict("instance", message))
+                }
+                None => Ok(None),
+            }
+        };
+        renew().transpose()
+    }
+
+    /// Becomes the owner of an instance whose owner came here.
+    async fn take_over(
+        &self,
+        key: &InstanceKey,
+        incarnation: Option<Incarnation>,
     ) -> Result<(Duration, Revision), Error> {
-        let snapshot = self.catalog.latest();
-        let present = snapshot.instance(key).ok_or_else(|| Error::NotFound(key.clone()))?;
-        expect_incarnation(present, incarnation)?;
-        match self.leases.renew(key, present.incarnation, Instant::now()) {
-            Some(Renewal::Extended(ttl)) => Ok((ttl, snapshot.revision())),
-            None => Err(Error::NotFound(key.clone())),
-            Some(Renewal::NotNeeded) => Err(Error::conflict(
-                "instance",
-                format!(
-                    "instance {key} is held by a session, which needs no renewals; only a TTL lease is renewed"
-                ),
-            )),
-        }
+        let own = self.member()?;
+        let accepted = self
+            .write(key, |present| {
+                let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
+                expect_incarnation(present, incarnation)?;
+                Ok(Decision::Put(Instance { owner: Some(own.clone()), ..(**present).clone() }))
+            })
+            .await?;
+        let Lease::Ttl(ttl) = accepted.instance.lease else { return Err(Error::NotFound(key.clone())) };
+        self.leases.hold(key.clone(), accepted.instance.incarnation, Holder::Ttl(ttl), Instant::now());
+        Ok((ttl, accepted.revision))
     }
 
     async fn remove(&self, key: &InstanceKey, incarnation: Option<Incarnation>) -> Result<Revision, Error> {
@@ -339,7 +388,8 @@ impl Inner {
             expect_incarnation(present, incarnation)?;
             let op =
                 Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-            match self.commit(vec![op], snapshot.revision()).await {
+            let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
+            match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     self.released(key, present.incarnation);
                     return Ok(revision);
@@ -360,9 +410,11 @@ impl Inner {
     ) -> Result<Option<Revision>, Error> {
         let snapshot = self.catalog.latest();
         let present = snapshot.instance(key).filter(|present| present.incarnation == incarnation);
-        let Some(present) = present.filter(|_| !self.leases.held(key, incarnation)) else { return Ok(None) };
+        let over = |present: &&Arc<Instance>| self.keeps(present) && !self.leases.held(key, incarnation);
+        let Some(present) = present.filter(over) else { return Ok(None) };
         let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-        match self.commit(vec![op], snapshot.revision()).await {
+        let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
+        match self.commit(ops, snapshot.revision()).await {
             Ok(revision) => {
                 self.released(key, incarnation);
                 Ok(Some(revision))
@@ -470,7 +522,7 @@ fn contended(key: &InstanceKey) -> Error {
     Error::conflict("id", format!("instance {key} is being written by many at once: try again"))
 }
 
-fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<(), Error> {
+pub(super) fn expect_incarnation(present: &Instance, given: Option<Incarnation>) -> Result<(), Error> {
     match given {
         Some(given) if given != present.incarnation => Err(Error::conflict(
             "incarnation",
@@ -508,6 +560,7 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
             Holder::Ttl(_) => Lease::Ttl(ttl),
             Holder::Session(_) | Holder::Nobody => Lease::Session,
         },
+        owner: None,
         revision: Revision::default(),
         registered_at: same_run.map_or(now, |present| present.registered_at),
     }

@@ -239,6 +239,16 @@ pub(super) fn routes<'a>(services: impl Iterator<Item = &'a str>, view: &View) -
     Resource::new(ResourceType::Route, OUTBOUND, &message, [])
 }
 
+/// The part of the route table that is about one service, as the table has it, named `<table>/<host>`.
+pub(super) fn host_of(service: &Arc<str>) -> Resource {
+    let message = virtual_host(service, retry_policy());
+    Resource::new(ResourceType::VirtualHost, host_name(service), &message, [])
+}
+
+pub(super) fn host_name(service: &str) -> Arc<str> {
+    format!("{OUTBOUND}/{service}").into()
+}
+
 /// One for all services: little more than a list of names. Without that list every name would be asked for, and Envoy asks only
 /// once: it has calls to a name that it knows to be missing wait for the whole time-out.
 fn on_demand_host(services: Vec<String>, retry_policy: RetryPolicy, view: &View) -> Option<VirtualHost> {

@@ -116,7 +116,11 @@ fn services<'a>(snapshot: &'a Snapshot, view: &'a View) -> Box<dyn Iterator<Item
 fn service_resources(service: &Service, view: &View) -> Vec<Change> {
     let name = service.id.shared();
     let resources = match view.kind {
-        ClientKind::Envoy => vec![envoy::cluster(&name), endpoints::for_envoy(service, view)],
+        ClientKind::Envoy => {
+            let mut resources = vec![envoy::cluster(&name), endpoints::for_envoy(service, view)];
+            resources.extend(view.virtual_hosts.then(|| envoy::host_of(&name)));
+            resources
+        }
         ClientKind::Grpc => vec![
             grpc::cluster(&name),
             endpoints::for_grpc(service, view),
@@ -128,10 +132,12 @@ fn service_resources(service: &Service, view: &View) -> Vec<Change> {
 }
 
 fn removals(name: &Arc<str>, view: &View) -> impl Iterator<Item = Change> + use<> {
+    use ResourceType::{Cluster, Endpoints, Listener, Route, VirtualHost};
     let kinds: &[ResourceType] = match view.kind {
-        ClientKind::Envoy => &[ResourceType::Cluster, ResourceType::Endpoints],
-        ClientKind::Grpc => &ResourceType::ALL,
+        ClientKind::Envoy => &[Cluster, Endpoints],
+        ClientKind::Grpc => &[Cluster, Endpoints, Listener, Route],
     };
+    let host = view.virtual_hosts.then(|| Change::Remove(VirtualHost, envoy::host_name(name)));
     let name = Arc::clone(name);
-    kinds.iter().map(move |kind| Change::Remove(*kind, Arc::clone(&name)))
+    kinds.iter().map(move |kind| Change::Remove(*kind, Arc::clone(&name))).chain(host)
 }

@@ -8,7 +8,7 @@ use envoy_types::pb::envoy::{
         },
         endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
         listener::v3::{Listener, filter},
-        route::v3::{RouteConfiguration, route::Action, route_action::ClusterSpecifier},
+        route::v3::{RouteConfiguration, VirtualHost, route::Action, route_action::ClusterSpecifier},
     },
     extensions::filters::network::http_connection_manager::v3::{
         HttpConnectionManager, http_connection_manager::RouteSpecifier,
@@ -42,6 +42,7 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         lease: Lease::Session,
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
+        owner: None,
     }
 }
 
@@ -256,12 +257,34 @@ fn only_upstreams_are_sent() {
         assert_eq!(names(&envoy, ResourceType::Cluster), want);
         assert_eq!(names(&envoy, ResourceType::Endpoints), want);
         assert_eq!(names(&only(upstreams, on_demand()), ResourceType::Cluster), want);
-        for kind in ResourceType::ALL {
+        for kind in ResourceType::ALL.into_iter().filter(|kind| *kind != ResourceType::VirtualHost) {
             assert_eq!(names(&only(upstreams, View::grpc()), kind), want, "{kind:?}");
         }
         let routes: RouteConfiguration = decode(&render(&snapshot, &envoy), ResourceType::Route, OUTBOUND);
         let hosts: Vec<_> = routes.virtual_hosts.iter().map(|host| host.name.as_str()).collect();
         assert_eq!(hosts, [want, &["*"]].concat());
+    }
+}
+
+fn by_host() -> View {
+    View { virtual_hosts: true, ..View::envoy(1) }
+}
+
+#[test]
+fn l3_virtual_hosts_are_those_of_the_route_table() {
+    let put = |service: &str| catalog::Change::PutService(service.parse().unwrap());
+    let snapshot = Snapshot::default().apply(Revision(1), ["a", "b.c"].map(put));
+    let set = render(&snapshot, &by_host());
+    let table: RouteConfiguration = decode(&set, ResourceType::Route, OUTBOUND);
+    assert_eq!(set.len(ResourceType::VirtualHost), 2);
+    for host in table.virtual_hosts.iter().filter(|host| host.name != "*") {
+        let name = format!("{OUTBOUND}/{}", host.name);
+        assert_eq!(&decode::<VirtualHost>(&set, ResourceType::VirtualHost, &name), host);
+    }
+    // Of what the proxy is told of only; and it costs nobody else anything.
+    assert_eq!(render(&snapshot, &only(&["b.c"], by_host())).len(ResourceType::VirtualHost), 1);
+    for view in [View::envoy(1), on_demand(), View::grpc()] {
+        assert_eq!(render(&snapshot, &view).len(ResourceType::VirtualHost), 0);
     }
 }
 
@@ -535,7 +558,7 @@ fn change(op: &Op) -> Option<catalog::Change> {
 }
 
 fn view() -> impl Strategy<Value = View> {
-    let kind = prop_oneof![Just(View::envoy(10_000)), Just(on_demand()), Just(View::grpc())];
+    let kind = prop_oneof![Just(View::envoy(10_000)), Just(on_demand()), Just(by_host()), Just(View::grpc())];
     let place = prop::sample::select(vec![
         "", "z0", "z1", "r0/", "r0/z0", "r0/z1", "r1/z1", "r1/z9", "r9/z1", "r9/z9",
     ]);

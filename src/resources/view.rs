@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::{
     model::{Locality, ServiceId, excerpt},
-    xds::Node,
+    xds::{Node, ResourceType},
 };
 
 /// Where a sidecar listens for its service's calls, unless its node metadata says otherwise.
@@ -22,6 +22,8 @@ pub struct View {
     pub outbound_port: u16,
     /// Whether it asks for each cluster by name when a call needs it. Never for clients that always do.
     pub on_demand: bool,
+    /// Whether it is told of each virtual host by itself, beside the route table (rule L3).
+    pub virtual_hosts: bool,
     /// Where it runs, as far as it knows; the sub-zone decides nothing and is left out.
     pub locality: Locality,
     /// The services that it is told of, registered or not; `None` for all.
@@ -51,6 +53,7 @@ const CLIENT: &str = "disco.client";
 const OUTBOUND_PORT: &str = "disco.outbound_port";
 const ON_DEMAND: &str = "disco.on_demand";
 const UPSTREAMS: &str = "disco.upstreams";
+const VIRTUAL_HOSTS: &str = "disco.virtual_hosts";
 
 impl View {
     /// A sidecar that listens on this loopback port, runs anywhere and is told of everything.
@@ -59,6 +62,7 @@ impl View {
             kind: ClientKind::Envoy,
             outbound_port,
             on_demand: false,
+            virtual_hosts: false,
             locality: Locality::default(),
             upstreams: None,
         }
@@ -70,7 +74,8 @@ impl View {
     }
 
     /// The view of a node, by its user agent, its locality, and the metadata keys `disco.client`, `disco.outbound_port`,
-    /// `disco.on_demand` and `disco.upstreams`, each absent or usable.
+    /// `disco.on_demand`, `disco.virtual_hosts` and `disco.upstreams`, each absent or usable; a stream of the service for virtual
+    /// hosts has them anyway.
     pub fn of(node: &Node) -> Result<Self, NodeError> {
         let value = |key: &str| node.metadata.get(key);
         let kind = match value(CLIENT) {
@@ -103,15 +108,9 @@ impl View {
                 }
             },
         };
-        let on_demand = match value(ON_DEMAND).map(text).as_deref() {
-            None | Some("false") => false,
-            Some("true") => true,
-            Some(other) => {
-                let problem = format!("{} is neither true nor false", excerpt(other));
-                return Err(NodeError { key: ON_DEMAND, problem });
-            }
-        };
-        Ok(Self { kind, outbound_port, on_demand, ..view })
+        let on_demand = flag(node, ON_DEMAND)?;
+        let virtual_hosts = flag(node, VIRTUAL_HOSTS)? || node.only == Some(ResourceType::VirtualHost.url());
+        Ok(Self { kind, outbound_port, on_demand, virtual_hosts, ..view })
     }
 
     /// Whether it is told of this service.
@@ -145,6 +144,16 @@ const LONGEST_PART: usize = 4096;
 fn locality(node: &Node) -> Locality {
     let part = |text: &str| if text.len() > LONGEST_PART { "".into() } else { text.into() };
     Locality { region: part(&node.locality.region), zone: part(&node.locality.zone), ..Locality::default() }
+}
+
+fn flag(node: &Node, key: &'static str) -> Result<bool, NodeError> {
+    match node.metadata.get(key).map(text).as_deref() {
+        None | Some("false") => Ok(false),
+        Some("true") => Ok(true),
+        Some(other) => {
+            Err(NodeError { key, problem: format!("{} is neither true nor false", excerpt(other)) })
+        }
+    }
 }
 
 /// From a list of names, or from text with commas between them.
@@ -262,6 +271,16 @@ mod tests {
     }
 
     #[test]
+    fn l3_who_asks_for_virtual_hosts_has_them() {
+        let want = View { virtual_hosts: true, ..View::envoy(10_000) };
+        assert_eq!(View::of(&node("envoy", &[("disco.virtual_hosts", json!(true))])), Ok(want.clone()));
+        for (kind, hosts) in ResourceType::ALL.map(|kind| (kind, kind == ResourceType::VirtualHost)) {
+            let of_one_type = Node { only: Some(kind.url()), ..Node::default() };
+            assert_eq!(View::of(&of_one_type).unwrap().virtual_hosts, hosts, "{kind:?}");
+        }
+    }
+
+    #[test]
     fn where_a_proxy_runs_is_part_of_its_view() {
         let at = |region: &str, zone: &str, sub_zone: &str| {
             let locality =
@@ -282,6 +301,7 @@ mod tests {
             ("disco.outbound_port", json!(0.0), "\"0\" is no port"),
             ("disco.outbound_port", json!("http"), "\"http\" is no port"),
             ("disco.outbound_port", Value::Null, "\"null\" is no port"),
+            ("disco.virtual_hosts", json!(1), "\"1\" is neither true nor false"),
             ("disco.on_demand", json!("yes"), "\"yes\" is neither true nor false"),
             ("disco.upstreams", json!(""), "an empty text is not a service name"),
             ("disco.upstreams", json!("a,,b"), "an empty text is not a service name"),

@@ -8,7 +8,7 @@ mod task;
 pub use backoff::Backoff;
 pub use hangup::{Fate, Hangup, Watched};
 pub use ready::{Gate, Readiness};
-pub use task::{Shutdown, Tasks};
+pub use task::{Leave, Shutdown, Tasks};
 
 use std::{error::Error, time::SystemTime};
 

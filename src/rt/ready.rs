@@ -24,10 +24,17 @@ impl Readiness {
         Gate { name, readiness: Mutex::new(Some(self.clone())) }
     }
 
-    /// Makes the process not ready, for good when nobody opens `name`.
+    /// Makes the process not ready, until somebody opens `name`.
     pub fn close(&self, name: &'static str) {
         self.waiting.send_modify(|waiting| {
             waiting.insert(name);
+        });
+    }
+
+    /// The condition is met, for now.
+    pub fn open(&self, name: &'static str) {
+        self.waiting.send_modify(|waiting| {
+            waiting.remove(name);
         });
     }
 
@@ -36,11 +43,21 @@ impl Readiness {
         self.waiting.borrow().iter().copied().collect()
     }
 
+    /// Whether this one condition is still waited for.
+    pub fn waits_for(&self, name: &str) -> bool {
+        self.waiting.borrow().contains(name)
+    }
+
     /// Returns once nothing is waited for.
     pub async fn ready(&self) {
+        self.becomes(true).await;
+    }
+
+    /// Returns once it is ready, or is not.
+    pub async fn becomes(&self, ready: bool) {
         let mut waiting = self.waiting.subscribe();
         // The sender lives as long as `self`, so this ends by readiness only.
-        let _ = waiting.wait_for(BTreeSet::is_empty).await;
+        let _ = waiting.wait_for(|waiting| waiting.is_empty() == ready).await;
     }
 }
 
@@ -56,9 +73,7 @@ impl Gate {
     pub fn open(&self) {
         let taken = self.readiness.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(readiness) = taken {
-            readiness.waiting.send_modify(|waiting| {
-                waiting.remove(self.name);
-            });
+            readiness.open(self.name);
         }
     }
 }

@@ -32,6 +32,11 @@ impl Shutdown {
     }
 }
 
+/// Goes with every request that came over a connection: starts when the streams of that connection are to move to another one,
+/// and when the process is to end.
+#[derive(Debug, Clone)]
+pub struct Leave(pub Shutdown);
+
 /// Owns tasks, each with a name that its log lines carry. Nothing in Disco runs without such an owner.
 #[derive(Debug, Clone, Default)]
 pub struct Tasks {
@@ -56,6 +61,15 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         self.tracker.spawn(task.instrument(tracing::info_span!("task", name)));
+    }
+
+    /// Runs `task`, which listens to [`Tasks::shutdown`] itself, without a name: for tasks that wake so often that entering and
+    /// leaving the name's span would show.
+    pub fn spawn_often_polled<F>(&self, task: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.tracker.spawn(task);
     }
 
     /// Runs `task` until it ends or shutdown starts; then it is dropped at its next await.

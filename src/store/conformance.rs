@@ -23,6 +23,16 @@ pub(crate) trait Place {
     fn history(&self) -> usize {
         64
     }
+
+    /// Makes the store forget the changes before `revision`, where it has not done that by itself.
+    fn forget(&self, _revision: Revision) -> BoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    /// Whether a reader that was there in time may be told what is forgotten since.
+    fn remembers_for_readers(&self) -> bool {
+        false
+    }
 }
 
 /// Runs the suite.
@@ -37,12 +47,12 @@ pub(crate) async fn conforms<P: Place>(make: impl Fn() -> P) {
     watch_is_cancel_safe(&*make().open().await).await;
     concurrent_committers(make().open().await).await;
     exactly_one_wins(make().open().await).await;
-    let place = make();
-    compaction(&*place.open().await, place.history()).await;
+    compaction(&make()).await;
     closing(&*make().open().await).await;
     let place = make();
     if place.durable() {
         reopening(&place).await;
+        bound_keys(&make()).await;
     }
 }
 
@@ -56,6 +66,10 @@ pub(crate) fn put_when(key: &str, value: &str, when: Condition) -> Op {
 
 pub(crate) fn delete(key: &str) -> Op {
     delete_when(key, Condition::Always)
+}
+
+pub(crate) fn bind(key: &str, value: &str) -> Op {
+    Op::Bind { key: key.into(), value: Bytes::copy_from_slice(value.as_bytes()), when: Condition::Always }
 }
 
 fn delete_when(key: &str, when: Condition) -> Op {
@@ -245,16 +259,25 @@ async fn exactly_one_wins(store: Arc<dyn Store>) {
     }
 }
 
-async fn compaction(store: &dyn Store, history: usize) {
+async fn compaction(place: &impl Place) {
+    let store = &*place.open().await;
     let start = store.commit(vec![put("k", "0")]).await.unwrap();
     let mut slow = store.watch("", start).await.unwrap();
-    let mut last = start;
-    for n in 0..=history {
-        last = store.commit(vec![put("k", &n.to_string())]).await.unwrap();
+    let mut revisions = vec![start];
+    for n in 0..=place.history() {
+        revisions.push(store.commit(vec![put("k", &n.to_string())]).await.unwrap());
     }
-    for outcome in [store.watch("", start).await.map(drop), slow.next().await.map(drop)] {
-        assert!(matches!(outcome, Err(StoreError::Compacted(to)) if to > start && to < last), "{outcome:?}");
-    }
+    let last = revisions.pop().unwrap();
+    place.forget(*revisions.last().unwrap()).await;
+    let late = match store.watch("", start).await {
+        Ok(mut watch) => next(&mut watch).await.map(drop),
+        Err(error) => Err(error),
+    };
+    let told = next(&mut slow).await;
+    let compacted = |outcome: &Result<(), StoreError>| matches!(outcome, Err(StoreError::Compacted(to)) if *to > start && *to < last);
+    assert!(compacted(&late), "{late:?}");
+    let in_time = place.remembers_for_readers() && told == event(revisions[1], &[("k", Some("0"))]);
+    assert!(in_time || compacted(&told.clone().map(drop)), "{told:?}");
     // Listing again is the way out.
     let revision = store.list("").await.unwrap().revision;
     let mut watch = store.watch("", revision).await.unwrap();
@@ -292,7 +315,30 @@ async fn reopening(place: &impl Place) {
     assert_eq!(found.collect::<BTreeSet<_>>(), accepted);
     assert_eq!(store.get("a").await.unwrap().unwrap().value, "2");
     assert_eq!(store.get("b").await, Ok(None));
-    assert_eq!(store.list("").await.unwrap().revision, last);
+    assert!(store.list("").await.unwrap().revision >= last);
     assert!(store.commit(vec![put("c", "1")]).await.unwrap() > last);
+    store.close().await.unwrap();
+}
+
+async fn bound_keys(place: &impl Place) {
+    let store = place.open().await;
+    let status = store.status();
+    store.commit(vec![put("a", "stays"), put("b", "before")]).await.unwrap();
+    let session = status.borrow().session.unwrap();
+    let bound = store.commit(vec![bind("b", "bound"), bind("c", "bound"), bind("d", "bound")]).await.unwrap();
+    let unbound = store.commit(vec![put("d", "unbound")]).await.unwrap();
+    assert!(session.holds());
+    assert_eq!(status.borrow().session.map(|session| session.id), Some(session.id));
+    let shown = listed(&*store, "").await.into_iter().skip(1).collect::<Vec<_>>();
+    let shown_wanted = [("b", "bound", bound), ("c", "bound", bound), ("d", "unbound", unbound)];
+    assert_eq!(
+        shown,
+        shown_wanted.map(|(key, value, revision)| (key.to_owned(), value.to_owned(), revision))
+    );
+    store.close().await.unwrap();
+
+    let store = place.open().await;
+    assert_eq!(keys(&*store, "").await, ["a", "d"]);
+    assert!(store.commit(vec![put_when("b", "again", Condition::Absent)]).await.unwrap() > unbound);
     store.close().await.unwrap();
 }

@@ -2,22 +2,28 @@
 //!
 //! Written by `registry`; read by it at start-up and through [`Store::watch`]. A commit that was answered survives
 //! `kill -9` right after. Backends differ in where they keep things, not in what they do: one conformance suite holds
-//! them all. [`MemoryStore`] keeps nothing; [`FileStore`] keeps a log in a directory of this machine.
+//! them all. [`MemoryStore`] keeps nothing; [`FileStore`] keeps a log in a directory of this machine; [`EtcdStore`] keeps
+//! everything in an etcd cluster that several processes share.
 
 #[cfg(test)]
 mod conformance;
+mod etcd;
 mod feed;
 mod file;
 mod memory;
 mod state;
+mod status;
 
+pub use etcd::{EtcdConfig, EtcdError, EtcdStore, EtcdTls, EtcdUser};
 pub use file::{Config, Cut, Damage, FileError, FileStore, Loss, OpenError, Recovery, Stats};
 pub use memory::Memory as MemoryStore;
+pub use status::{Fault, Session, Status};
 
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use tokio::sync::watch;
 
 use crate::model::Revision;
 
@@ -47,6 +53,16 @@ pub enum Op {
         /// If.
         when: Condition,
     },
+    /// Writes a value that is bound to this process: it goes when the store is closed, and when the process is gone or was
+    /// silent for longer than its session lasts (see [`Status::session`]). A later [`Op::Put`] unbinds the key.
+    Bind {
+        /// Where.
+        key: Key,
+        /// What.
+        value: Bytes,
+        /// If.
+        when: Condition,
+    },
     /// Removes a key. Removing one that is absent is accepted under [`Condition::Always`].
     Delete {
         /// Which.
@@ -60,7 +76,14 @@ impl Op {
     /// The key that it touches.
     pub fn key(&self) -> &Key {
         match self {
-            Self::Put { key, .. } | Self::Delete { key, .. } => key,
+            Self::Put { key, .. } | Self::Bind { key, .. } | Self::Delete { key, .. } => key,
+        }
+    }
+
+    /// What must hold of the key.
+    pub fn when(&self) -> Condition {
+        match self {
+            Self::Put { when, .. } | Self::Bind { when, .. } | Self::Delete { when, .. } => *when,
         }
     }
 }
@@ -98,7 +121,8 @@ pub struct Event {
 /// A feed of commits under a prefix.
 pub trait Watch: Send + fmt::Debug {
     /// The next commit that touched the prefix, in order and without gaps. [`StoreError::Compacted`] when the reader fell
-    /// too far behind and must list again; [`StoreError::Closed`] when the store is gone. Cancel-safe.
+    /// too far behind and [`StoreError::Reset`] when the store went back: list again, and watch from there.
+    /// [`StoreError::Closed`] when the store is gone. Cancel-safe.
     fn next(&mut self) -> BoxFuture<'_, Result<Event, StoreError>>;
 }
 
@@ -121,12 +145,19 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// Every commit after `after` that touches the prefix.
     ///
     /// # Errors
-    /// [`StoreError::Compacted`] when the store no longer remembers that far back: list again.
+    /// [`StoreError::Compacted`] when the store no longer remembers that far back: list again. A store that is far away may
+    /// say so at the first [`Watch::next`] only.
     fn watch<'a>(
         &'a self,
         prefix: &'a str,
         after: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn Watch>, StoreError>>;
+
+    /// How the store is, and the session of what is bound to this process. The receiver of a store that is always there
+    /// never changes: its sender is gone.
+    fn status(&self) -> watch::Receiver<Status> {
+        watch::channel(Status::local()).1
+    }
 
     /// Refuses new commits, writes out what was accepted and releases files. Later calls answer [`StoreError::Closed`].
     fn close(&self) -> BoxFuture<'_, Result<(), StoreError>>;
@@ -146,6 +177,12 @@ pub enum StoreError {
     /// The feed does not go back that far.
     #[error("the store remembers changes after revision {0} only; list again")]
     Compacted(Revision),
+    /// The store was restored from an older state or replaced: what was accepted since then is lost. Revisions go on after
+    /// this one, so none is given twice.
+    #[error(
+        "the store was restored from an older state or replaced; its revisions go on after {0}; list again"
+    )]
+    Reset(Revision),
     /// The medium failed; the commit may or may not be durable. Later ones fail too until the medium works again.
     #[error("{0}")]
     Failed(String),

@@ -14,6 +14,8 @@ const RECORD_OVERHEAD: u64 = 16;
 pub(super) struct Record {
     pub(super) value: Bytes,
     pub(super) revision: Revision,
+    /// Whether it goes with the process.
+    pub(super) bound: bool,
 }
 
 /// All keys at one revision. Cloning shares the tree, so a snapshot is written from a clone while commits go on.
@@ -72,8 +74,8 @@ impl State {
     /// Checks the conditions of a commit against this state with `ahead` applied.
     pub(super) fn check(&self, ops: &[Op], ahead: &Ahead) -> Result<(), StoreError> {
         for op in ops {
-            let (Op::Put { key, when, .. } | Op::Delete { key, when }) = op;
-            if *when == Condition::Always {
+            let (key, when) = (op.key(), op.when());
+            if when == Condition::Always {
                 continue;
             }
             let actual = match ahead.0.get(key) {
@@ -81,7 +83,7 @@ impl State {
                 None => self.records.get(key).map(|record| record.revision),
             };
             let wanted = match when {
-                Condition::Unchanged(revision) => Some(*revision),
+                Condition::Unchanged(revision) => Some(revision),
                 Condition::Absent | Condition::Always => None,
             };
             if actual != wanted {
@@ -95,9 +97,10 @@ impl State {
     pub(super) fn apply(&mut self, revision: Revision, ops: Vec<Op>) -> Event {
         let mut changes = Vec::with_capacity(ops.len());
         for op in ops {
+            let bound = matches!(op, Op::Bind { .. });
             match op {
-                Op::Put { key, value, .. } => {
-                    self.insert(Arc::clone(&key), Record { value: value.clone(), revision });
+                Op::Put { key, value, .. } | Op::Bind { key, value, .. } => {
+                    self.insert(Arc::clone(&key), Record { value: value.clone(), revision, bound });
                     changes.push((key, Some(value)));
                 }
                 Op::Delete { key, .. } => {
@@ -134,7 +137,7 @@ impl Ahead {
     pub(super) fn note(&mut self, revision: Revision, ops: &[Op]) {
         for op in ops {
             let after = match op {
-                Op::Put { .. } => Some(revision),
+                Op::Put { .. } | Op::Bind { .. } => Some(revision),
                 Op::Delete { .. } => None,
             };
             self.0.insert(Arc::clone(op.key()), after);

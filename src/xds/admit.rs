@@ -31,6 +31,8 @@ pub struct Node {
     pub client_features: Vec<String>,
     /// The other end of the connection.
     pub peer: Option<SocketAddr>,
+    /// The URL of the one type that the stream can have; `None` for an aggregated one.
+    pub only: Option<&'static str>,
 }
 
 /// Region, zone and sub-zone.
@@ -83,6 +85,7 @@ impl Node {
             metadata: node.metadata.map(object).unwrap_or_default(),
             client_features: node.client_features,
             peer,
+            only: None,
         })
     }
 
@@ -131,18 +134,6 @@ impl StreamPolicy {
     /// For clients that are not known: what the protocol says, and nothing taken for granted.
     pub const OTHER: Self =
         Self { legacy_wildcard: true, repush_endpoints: true, warms_clusters: false, keeps_named: false };
-
-    /// By the name that the client gives itself.
-    pub fn of(node: &Node) -> Self {
-        let name = node.user_agent_name.to_ascii_lowercase();
-        if name.starts_with("envoy") {
-            Self::ENVOY
-        } else if name.starts_with("grpc") {
-            Self::GRPC
-        } else {
-            Self::OTHER
-        }
-    }
 }
 
 /// What a stream that was let in is served.
@@ -218,19 +209,5 @@ mod tests {
         assert_eq!(of(&"x".repeat(2000)), Err(ProtocolError::OddNode { field: "id", limit: MAX_ID }));
         assert!(matches!(of(&"x".repeat(2 << 20)), Err(ProtocolError::LargeNode { .. })));
         assert_eq!(of("sidecar~10.0.0.1~a.b"), Ok("sidecar~10.0.0.1~a.b".into()));
-    }
-
-    #[test]
-    fn w10_policies_by_user_agent() {
-        for (name, policy) in [
-            ("envoy", StreamPolicy::ENVOY),
-            ("gRPC Go", StreamPolicy::GRPC),
-            ("grpc-c++", StreamPolicy::GRPC),
-            ("gRPC Rust tonic-xds", StreamPolicy::GRPC),
-            ("", StreamPolicy::OTHER),
-        ] {
-            let node = Node { user_agent_name: name.into(), ..Node::default() };
-            assert_eq!(StreamPolicy::of(&node), policy, "{name}");
-        }
     }
 }

@@ -56,6 +56,11 @@ pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
 
     fn ask(request: &Self::Request) -> Ask<'_>;
 
+    /// Whether there is a type in this form of the protocol.
+    fn serves(_: ResourceType) -> bool {
+        true
+    }
+
     /// Whether removals of a type are told at all.
     fn tells_removals(kind: ResourceType) -> bool;
 
@@ -79,8 +84,8 @@ pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
     ) -> Result<Option<Built>, ProtocolError>;
 
     /// A request for a type that Disco does not have (rule K3).
-    fn on_unknown(&mut self, request: Self::Request) {
-        let _ = request;
+    fn on_unknown(&mut self, url: &str, request: Self::Request) {
+        let _ = (url, request);
     }
 
     /// The answer to it: the type URL, the parts and how many removals there are.
@@ -117,10 +122,10 @@ pub(super) struct Built {
 pub(super) struct Engine<V> {
     config: Arc<Config>,
     policy: StreamPolicy,
-    /// The one type of a stream that is not aggregated (rule G3).
-    only: Option<ResourceType>,
+    /// The type URL of a stream that is not aggregated (rule G3).
+    only: Option<&'static str>,
     node_id: String,
-    tracks: [Track; 4],
+    tracks: Tracks,
     nonce: u64,
     /// The newest revision that was looked at.
     current: Revision,
@@ -138,12 +143,11 @@ impl<V: Variant> Engine<V> {
     pub(super) fn new(
         node_id: String,
         policy: StreamPolicy,
-        only: Option<ResourceType>,
+        only: Option<&'static str>,
         config: Arc<Config>,
     ) -> Self {
-        let track = |kind| Track::new(kind, config.resend_on_reconnect.contains(&kind));
         Self {
-            tracks: ResourceType::ALL.map(track),
+            tracks: Tracks::default(),
             config,
             policy,
             only,
@@ -172,24 +176,22 @@ impl<V: Variant> Engine<V> {
         if len > limit {
             return Err(ProtocolError::LongType { len, limit });
         }
-        let known = match (self.only, ask.type_url) {
-            (Some(only), "") => Some(only),
-            (Some(only), url) if url != only.url() => {
-                return Err(ProtocolError::OtherType { want: only.url(), got: url.to_owned() });
+        let url = match (self.only, ask.type_url) {
+            (Some(only), url) if !url.is_empty() && url != only => {
+                return Err(ProtocolError::OtherType { want: only, got: url.to_owned() });
             }
+            (Some(only), _) => only,
             (None, "") => return Err(ProtocolError::NoType),
-            (_, url) => ResourceType::from_url(url),
+            (None, url) => url,
         };
-        let Some(kind) = known else {
-            self.variant.on_unknown(asked.message);
+        let Some(kind) = ResourceType::from_url(url).filter(|kind| V::serves(*kind)) else {
+            let url = url.to_owned();
+            self.variant.on_unknown(&url, asked.message);
             return Ok(Heard::Request);
         };
 
-        let elsewhere: usize = ResourceType::ALL
-            .into_iter()
-            .filter(|other| *other != kind)
-            .map(|other| self.track(other).subscription.names().len())
-            .sum();
+        let others = self.tracks.iter().flatten().filter(|track| track.kind != kind);
+        let elsewhere: usize = others.map(|track| track.subscription.names().len()).sum();
         let config = self.config.as_ref();
         let terms = Terms {
             kind,
@@ -198,7 +200,7 @@ impl<V: Variant> Engine<V> {
             elsewhere,
             set: set.map(AsRef::as_ref),
         };
-        let track = track_mut(&mut self.tracks, kind);
+        let track = track_mut(&mut self.tracks, kind, &self.config);
         let first = !mem::replace(&mut track.seen, true);
         // Rule S1: a nonce of an earlier stream means nothing.
         let heard = if first { Heard::Request } else { answer(track, &ask, config, now) };
@@ -213,14 +215,14 @@ impl<V: Variant> Engine<V> {
 
     /// Nothing up to `revision` concerns the stream that it has not looked at, so that it need not look.
     pub(super) fn skip(&mut self, revision: Revision) {
-        for track in &mut self.tracks {
+        for track in self.tracks.iter_mut().flatten() {
             track.skip(self.current, revision);
         }
     }
 
     /// What the stream asked for, by type.
     pub(super) fn subscriptions(&self) -> impl Iterator<Item = (ResourceType, &Subscription)> {
-        let seen = self.tracks.iter().filter(|track| track.seen);
+        let seen = self.tracks.iter().flatten().filter(|track| track.seen);
         seen.map(|track| (track.kind, &track.subscription))
     }
 
@@ -233,9 +235,8 @@ impl<V: Variant> Engine<V> {
         self.looked = Some(now);
         self.expire(now);
         self.current = self.current.max(set.revision());
-        for kind in ResourceType::ALL {
-            let policy = self.policy;
-            if V::weigh(self.track_mut(kind), set, policy) && kind == ResourceType::Cluster {
+        for track in self.tracks.iter_mut().flatten() {
+            if V::weigh(track, set, self.policy) && track.kind == ResourceType::Cluster {
                 self.reconnected_until = Some(now + self.config.reconnect_grace);
             }
         }
@@ -262,9 +263,9 @@ impl<V: Variant> Engine<V> {
 
     /// When to call [`Engine::next_response`] again even if nothing happens.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let held = self.tracks.iter().any(|track| !track.held.is_empty());
+        let held = self.tracks.iter().flatten().any(|track| !track.held.is_empty());
         let grace = self.reconnected_until.filter(|_| held);
-        let answers = self.tracks.iter().flat_map(|track| {
+        let answers = self.tracks.iter().flatten().flat_map(|track| {
             let outstanding = track.outstanding.as_ref().filter(|outstanding| !outstanding.expired);
             let warming = outstanding.filter(|o| self.policy.warms_clusters && o.adds);
             let warming = warming.map(|o| o.sent + self.config.warming_timeout);
@@ -274,14 +275,25 @@ impl<V: Variant> Engine<V> {
         answers.flatten().chain(grace).filter(|at| self.looked.is_none_or(|last| *at > last)).min()
     }
 
+    /// Whether the client has answered everything that it was sent, or had its time to.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.tracks.iter().flatten().all(|track| !track.awaits_answer())
+    }
+
+    /// How long an answer is waited for.
+    pub(super) fn patience(&self) -> Duration {
+        self.config.ack_timeout
+    }
+
     /// Types that the stream asked for.
     pub(super) fn status(&self) -> Vec<TypeStatus> {
-        self.tracks.iter().filter(|track| track.seen).map(|track| track.status(self.current)).collect()
+        let seen = self.tracks.iter().flatten().filter(|track| track.seen);
+        seen.map(|track| track.status(self.current)).collect()
     }
 
     /// Brings what [`Engine::status`] gave up to date.
     pub(super) fn update_status(&self, types: &mut Vec<TypeStatus>) {
-        let seen = || self.tracks.iter().filter(|track| track.seen);
+        let seen = || self.tracks.iter().flatten().filter(|track| track.seen);
         // No type is ever given up, so equally many are the same ones.
         if types.len() != seen().count() {
             *types = self.status();
@@ -292,7 +304,7 @@ impl<V: Variant> Engine<V> {
 
     /// Responses that were not answered in time.
     pub(super) fn unanswered(&self) -> u64 {
-        self.tracks.iter().map(|track| track.report.unanswered).sum()
+        self.tracks.iter().flatten().map(|track| track.report.unanswered).sum()
     }
 
     /// Whether there is something to send of this type; if so, notes since when.
@@ -303,7 +315,7 @@ impl<V: Variant> Engine<V> {
         now: Instant,
     ) -> Result<bool, ProtocolError> {
         let since = self.published.unwrap_or(now);
-        let track = self.track_mut(kind);
+        let Some(track) = self.known_mut(kind) else { return Ok(false) };
         let pending = track.pending(set, V::tells_removals(kind))?;
         if pending {
             track.waiting_since.get_or_insert(since);
@@ -321,16 +333,16 @@ impl<V: Variant> Engine<V> {
         set: &Arc<ResourceSet>,
         now: Instant,
     ) -> Result<bool, ProtocolError> {
-        if self.track(kind).awaits_answer() {
+        if self.track(kind).is_some_and(Track::awaits_answer) {
             return Ok(false);
         }
         // Endpoints never wait for clusters: the client's answer to clusters waits for endpoints (rule O7).
-        if !matches!(kind, ResourceType::Listener | ResourceType::Route) {
+        if matches!(kind, ResourceType::Cluster | ResourceType::Endpoints) {
             return Ok(true);
         }
         let warming_timeout = self.config.warming_timeout;
         let warms = self.policy.warms_clusters;
-        let clusters = self.track_mut(ResourceType::Cluster);
+        let Some(clusters) = self.known_mut(ResourceType::Cluster) else { return Ok(true) };
         // Rule O2: a listener or route may name a cluster that is still to be sent,
         if clusters.pending(set, V::tells_removals(ResourceType::Cluster))? {
             return Ok(false);
@@ -349,7 +361,7 @@ impl<V: Variant> Engine<V> {
         now: Instant,
     ) -> Result<Option<Response>, ProtocolError> {
         let nonce = self.nonce + 1;
-        let track = track_mut(&mut self.tracks, kind);
+        let track = track_mut(&mut self.tracks, kind, &self.config);
         let since = track.waiting_since.take().unwrap_or(now);
         let Some(mut built) = V::build(track, set, nonce, &self.config)? else {
             track.rest(set.revision());
@@ -380,9 +392,11 @@ impl<V: Variant> Engine<V> {
     /// Rules O4, O6: whoever gets a cluster waits for its endpoints, even if it has them. A stream that has not asked for
     /// endpoints yet may be about to say that it holds them.
     fn repush_endpoints(&mut self, set: &ResourceSet) {
-        let [clusters, endpoints, ..] = &mut self.tracks;
-        let sent = clusters.outstanding.iter().flat_map(|outstanding| outstanding.names.iter());
-        for name in sent {
+        let clusters = self.track(ResourceType::Cluster);
+        let Some(sent) = clusters.and_then(|clusters| clusters.outstanding.as_ref()) else { return };
+        let names = Arc::clone(&sent.names);
+        let endpoints = track_mut(&mut self.tracks, ResourceType::Endpoints, &self.config);
+        for name in names.iter() {
             let Some(entry) = set.get(ResourceType::Cluster, name) else { continue };
             for need in entry.resource.needs.iter() {
                 if !endpoints.seen || endpoints.subscription.covers(need) {
@@ -394,30 +408,32 @@ impl<V: Variant> Engine<V> {
 
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
-        if self.tracks.iter().all(|track| track.held.is_empty()) {
+        if self.tracks.iter().flatten().all(|track| track.held.is_empty()) {
             return Ok(false);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);
-        for kind in [ResourceType::Listener, ResourceType::Route] {
-            let track = self.track_mut(kind);
-            if !track.seen {
-                if grace {
+        for kind in [ResourceType::Listener, ResourceType::Route, ResourceType::VirtualHost] {
+            let Some(track) = self.known_mut(kind).filter(|track| track.seen) else {
+                // Few ask for virtual hosts at all.
+                if grace && kind != ResourceType::VirtualHost {
                     return Ok(false);
                 }
-            } else if !track.subscription.is_empty()
+                continue;
+            };
+            if !track.subscription.is_empty()
                 && (track.pending(set, V::tells_removals(kind))? || !track.is_settled())
             {
                 return Ok(false);
             }
         }
-        for track in &mut self.tracks {
+        for track in self.tracks.iter_mut().flatten() {
             track.due.extend(mem::take(&mut track.held).into_keys());
         }
         Ok(true)
     }
 
     fn expire(&mut self, now: Instant) {
-        for track in &mut self.tracks {
+        for track in self.tracks.iter_mut().flatten() {
             if let Some(outstanding) = &mut track.outstanding
                 && !outstanding.expired
                 && now >= outstanding.sent + self.config.ack_timeout
@@ -454,29 +470,41 @@ impl<V: Variant> Engine<V> {
         }
     }
 
-    pub(super) fn track(&self, kind: ResourceType) -> &Track {
-        let [cluster, endpoints, listener, route] = &self.tracks;
+    /// Where the stream stands with a type, if it has anything to do with it.
+    pub(super) fn track(&self, kind: ResourceType) -> Option<&Track> {
+        let [cluster, endpoints, listener, route, virtual_host] = &self.tracks;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
+            ResourceType::VirtualHost => virtual_host,
         }
+        .as_deref()
     }
 
-    fn track_mut(&mut self, kind: ResourceType) -> &mut Track {
-        track_mut(&mut self.tracks, kind)
+    fn known_mut(&mut self, kind: ResourceType) -> Option<&mut Track> {
+        slot(&mut self.tracks, kind).as_deref_mut()
     }
 }
 
-fn track_mut(tracks: &mut [Track; 4], kind: ResourceType) -> &mut Track {
-    let [cluster, endpoints, listener, route] = tracks;
+/// In push order; a type that a stream never asked for costs it nothing.
+type Tracks = [Option<Box<Track>>; 5];
+
+fn slot(tracks: &mut Tracks, kind: ResourceType) -> &mut Option<Box<Track>> {
+    let [cluster, endpoints, listener, route, virtual_host] = tracks;
     match kind {
         ResourceType::Cluster => cluster,
         ResourceType::Endpoints => endpoints,
         ResourceType::Listener => listener,
         ResourceType::Route => route,
+        ResourceType::VirtualHost => virtual_host,
     }
+}
+
+fn track_mut<'a>(tracks: &'a mut Tracks, kind: ResourceType, config: &Config) -> &'a mut Track {
+    slot(tracks, kind)
+        .get_or_insert_with(|| Box::new(Track::new(kind, config.resend_on_reconnect.contains(&kind))))
 }
 
 /// So much of a client's reason is kept, in bytes.

@@ -155,7 +155,7 @@ fn about(set: &ResourceSet, revision: Revision, services: &BTreeSet<Arc<str>>, l
             let behind = set.revision() < revision;
             let own = services.iter().filter(|name| behind || newer(kind, name));
             let mut names: BTreeSet<Arc<str>> = own.cloned().collect();
-            if listed && matches!(kind, ResourceType::Listener | ResourceType::Route) {
+            if listed && !matches!(kind, ResourceType::Cluster | ResourceType::Endpoints) {
                 let no_service = |name: &&Arc<str>| set.get(ResourceType::Cluster, name).is_none();
                 match set.changed_since(kind, before) {
                     Some(changed) => names.extend(changed.filter(no_service).cloned()),

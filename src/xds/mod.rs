@@ -55,6 +55,6 @@ pub use load::{Load, LoadReports, Loads, Reportable, Traffic};
 pub use observe::{Observer, Unobserved};
 pub use resource::{Change, Entry, Gone, Resource, ResourceSet, ResourceType, Version};
 pub use response::Response;
-pub use server::AdsServer;
+pub use server::{AdsServer, unreadable};
 pub use status::{Progress, Proxies, ProxyStatus, Rejection, TypeStatus};
 pub use subscription::Subscription;

@@ -21,19 +21,23 @@ pub enum ResourceType {
     Listener,
     /// RDS.
     Route,
+    /// VHDS: the parts of a route table, each by itself; incremental only (rule L3).
+    VirtualHost,
 }
 
 impl ResourceType {
     /// All, in push order.
-    pub const ALL: [Self; 4] = [Self::Cluster, Self::Endpoints, Self::Listener, Self::Route];
+    pub const ALL: [Self; 5] =
+        [Self::Cluster, Self::Endpoints, Self::Listener, Self::Route, Self::VirtualHost];
 
     /// The type URL on the wire.
-    pub fn url(self) -> &'static str {
+    pub const fn url(self) -> &'static str {
         match self {
             Self::Cluster => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
             Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             Self::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Self::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+            Self::VirtualHost => "type.googleapis.com/envoy.config.route.v3.VirtualHost",
         }
     }
 
@@ -44,6 +48,7 @@ impl ResourceType {
             Self::Endpoints => "endpoints",
             Self::Listener => "listener",
             Self::Route => "route",
+            Self::VirtualHost => "virtual_host",
         }
     }
 
@@ -210,7 +215,7 @@ pub struct Gone {
 pub struct ResourceSet {
     revision: Revision,
     published: Option<Instant>,
-    types: [TypeSet; 4],
+    types: [TypeSet; 5],
 }
 
 #[derive(Debug, Clone, Default)]
@@ -386,22 +391,24 @@ impl ResourceSet {
     }
 
     fn of(&self, kind: ResourceType) -> &TypeSet {
-        let [cluster, endpoints, listener, route] = &self.types;
+        let [cluster, endpoints, listener, route, virtual_host] = &self.types;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
+            ResourceType::VirtualHost => virtual_host,
         }
     }
 
     fn of_mut(&mut self, kind: ResourceType) -> &mut TypeSet {
-        let [cluster, endpoints, listener, route] = &mut self.types;
+        let [cluster, endpoints, listener, route, virtual_host] = &mut self.types;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
+            ResourceType::VirtualHost => virtual_host,
         }
     }
 }

@@ -70,6 +70,17 @@ impl Head<'_> {
     }
 }
 
+/// A `resources` field of a DeltaDiscoveryResponse without content, by name and alias: there is nothing behind the alias.
+pub(super) fn bodyless_field(name: &str) -> Bytes {
+    const RESOURCES: u32 = 2;
+    let mut resource = BytesMut::with_capacity(field_len(3, name.len()) + field_len(4, name.len()));
+    put_field(&mut resource, 3, name.as_bytes());
+    put_field(&mut resource, 4, name.as_bytes());
+    let mut buffer = BytesMut::with_capacity(field_len(RESOURCES, resource.len()));
+    put_field(&mut buffer, RESOURCES, &resource);
+    buffer.freeze()
+}
+
 /// `removed_resources` of a DeltaDiscoveryResponse.
 pub(super) fn removed_field<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Bytes {
     const REMOVED: u32 = 6;

@@ -44,6 +44,11 @@ impl<V: Variant> Served<V> {
         self.due && self.known
     }
 
+    /// Whether there was nothing to send, and nothing has happened since.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.due
+    }
+
     /// Waits for news; false when there will be none any more. Then call [`Served::wake`]. Cancel-safe.
     pub(super) async fn news(&self) -> bool {
         self.follower.news().await
@@ -69,10 +74,10 @@ impl<V: Variant> Served<V> {
         Ok(response)
     }
 
-    /// When to wake it next, if that is to be set anew: for something earlier only, for after each ACK it would be for
+    /// When to wake it next, at `last` at the latest, if that is to be set anew: for something earlier only, for after each ACK it would be for
     /// nothing.
-    pub(super) fn timer(&mut self) -> Option<Instant> {
-        let deadline = self.engine.deadline()?;
+    pub(super) fn timer(&mut self, last: Option<Instant>) -> Option<Instant> {
+        let deadline = self.engine.deadline().into_iter().chain(last).min()?;
         let earlier = self.armed.is_none_or(|armed| deadline < armed);
         earlier.then(|| *self.armed.insert(deadline))
     }

@@ -43,9 +43,11 @@ pub(super) struct Terms<'a> {
 }
 
 impl Terms<'_> {
-    /// Rule W1: only listeners and clusters have the wildcard that is not spelled out.
+    /// Rule W1: only listeners and clusters have the wildcard that is not spelled out; and virtual hosts, whose first request is
+    /// empty in Envoy, which spells the wildcard out when it comes back.
     fn empty_is_wildcard(&self) -> bool {
-        self.legacy_wildcard && matches!(self.kind, ResourceType::Cluster | ResourceType::Listener)
+        use ResourceType::{Cluster, Listener, VirtualHost};
+        self.legacy_wildcard && matches!(self.kind, Cluster | Listener | VirtualHost)
     }
 
     fn check(&self, name: &str) -> Result<(), ProtocolError> {

@@ -35,6 +35,8 @@ pub(super) struct Track {
     /// Names that must be sent, changed or not: newly asked for, left over from a split response, waiting in the client
     /// for their cluster (rules D4, D18, O4).
     pub due: BTreeSet<Arc<str>>,
+    /// Virtual hosts that the client has and that do not exist any more.
+    pub vanished: BTreeSet<Arc<str>>,
     /// Removed resources that the client keeps until nothing refers to them (rule O3).
     pub held: BTreeMap<Arc<str>, Revision>,
     /// Names of rejected responses, one group each: a group goes again with the next change of any of it (rules S4, D15).
@@ -114,6 +116,7 @@ impl Track {
             everything: false,
             owes: false,
             due: BTreeSet::new(),
+            vanished: BTreeSet::new(),
             held: BTreeMap::new(),
             rejected: Vec::new(),
             recheck: false,
@@ -344,6 +347,8 @@ impl Track {
             self.due.remove(name);
             self.reopen(name);
             self.held.insert(Arc::clone(name), removed);
+        } else if self.kind == ResourceType::VirtualHost {
+            self.vanished.insert(Arc::clone(name));
         }
         !holds
     }
@@ -380,6 +385,14 @@ impl Track {
             return Some(&entry.resource);
         }
         self.held.contains_key(name).then(|| set.gone(self.kind, name)).flatten().map(|gone| &gone.last)
+    }
+
+    /// Whether a name that does not exist is that of a virtual host that the client asked for and does not have. Envoy has calls
+    /// wait for it until it is told so in a form of its own (rules D16, L3). Asked once for each answer.
+    pub(super) fn is_unknown_host(&mut self, name: &Arc<str>) -> bool {
+        self.kind == ResourceType::VirtualHost
+            && !self.vanished.remove(name)
+            && self.subscription.names().contains(name)
     }
 
     /// Whether nothing unacknowledged is on its way, for at most the time that is allowed.

@@ -139,6 +139,40 @@ fn garbage_on_both_ports() {
 }
 
 #[test]
+fn grpc_messages_that_cannot_be_read() {
+    served(|disco| {
+        for path in [
+            "/disco.v1.Registry/Register",
+            "/disco.v1.Registry/Session",
+            "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources",
+            "/envoy.service.cluster.v3.ClusterDiscoveryService/DeltaClusters",
+            "/envoy.service.load_stats.v3.LoadReportingService/StreamLoadStats",
+            "/envoy.service.status.v3.ClientStatusDiscoveryService/StreamClientStatus",
+        ] {
+            let said = tokio::runtime::Runtime::new()?.block_on(send_a_number(disco.grpc, path)).unwrap_err();
+            ensure!(said.code() == tonic::Code::InvalidArgument, "{path}: {said:?}");
+            ensure!(said.message().contains("failed to decode"), "{path}: {said:?}");
+            still_served(disco)?;
+        }
+        let metrics = disco.request("GET", "/metrics", b"")?.body;
+        ensure!(metrics.contains("disco_grpc_errors_total{code=\"InvalidArgument\"} 1"), "{metrics}");
+        Ok(())
+    });
+}
+
+/// Sends a number as field 1, which is a text or a message in all requests there are.
+async fn send_a_number(grpc: SocketAddr, path: &'static str) -> Result<(), tonic::Status> {
+    let channel =
+        tonic::transport::Endpoint::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
+    let mut client = tonic::client::Grpc::new(channel);
+    client.ready().await.unwrap();
+    let requests = tonic::Request::new(tokio_stream::iter([7_u64]));
+    let codec = tonic_prost::ProstCodec::<u64, ()>::default();
+    let answers = client.streaming(requests, http::uri::PathAndQuery::from_static(path), codec).await?;
+    answers.into_inner().message().await.map(drop)
+}
+
+#[test]
 fn paths_and_methods_that_do_not_exist() {
     served(|disco| {
         for (method, path, status) in [

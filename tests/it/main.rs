@@ -11,9 +11,11 @@
     reason = "tests; helpers do not count as such for the lints"
 )]
 
+mod ageing;
 mod bad_input;
 mod harness;
 mod ledger;
+mod live;
 mod load_reports;
 mod on_demand;
 mod per_type;
@@ -22,3 +24,4 @@ mod real_clients;
 mod tidy;
 mod validate;
 mod views;
+mod virtual_hosts;

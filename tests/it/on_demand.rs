@@ -41,10 +41,7 @@ fn a_cluster_comes_with_its_first_call() {
         eventually("a call of later", PATIENCE, || envoy.call("later").ok()?.ok())?;
         let of_clusters = types(&disco)?;
         ensure!(of_clusters["wildcard"] == false && of_clusters["names"] == 2, "{of_clusters:#}");
-        for path in ["/v1/services/later/instances/alias", "/v1/services/later"] {
-            let answer = disco.request("DELETE", path, b"")?;
-            ensure!(answer.status == 200, "{answer:?}");
-        }
+        disco.remove_alias("later")?;
         eventually("end of later", PATIENCE, || {
             envoy.clusters().ok()?.iter().eq(["disco_servers", "greeter"]).then_some(())
         })?;

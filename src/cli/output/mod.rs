@@ -14,6 +14,7 @@ pub(super) use text::{age, cell, clean, clean_lines, count, number, some_of};
 pub(super) use watch::{Refresh, list};
 
 use super::failure::{FAILED, Failure};
+use crate::rt;
 
 /// Columns of a table when the terminal does not say.
 const WIDTH: usize = 80;
@@ -94,8 +95,16 @@ impl View {
 
     /// Prints it.
     pub(super) fn print(&self, format: Format) -> Result<(), Failure> {
+        if let Some(stale) = self.document.get("stale").filter(|stale| stale.is_object()) {
+            note(&format!(
+                "this is what was known {} ago; the server has not heard of changes since: {}",
+                age(stale, "/since", rt::now()),
+                cell(stale, "/reason")
+            ));
+        }
         let nothing = self.content().as_array().is_some_and(Vec::is_empty);
-        if nothing && matches!(format, Format::Table | Format::Wide) {
+        let whole = self.document.get("unknown").is_none();
+        if nothing && whole && matches!(format, Format::Table | Format::Wide) {
             note(self.empty);
             return Ok(());
         }

@@ -28,7 +28,9 @@ pub(super) fn write_snapshot(dir: &Path, state: &State) -> Result<(), FileError>
         file.write_all(&header.encode())?;
         let mut frame = Frame::new(header.marker);
         frame.begin_records();
-        for (key, record) in state.iter() {
+        let mut records = 0;
+        for (key, record) in state.iter().filter(|(_, record)| !record.bound) {
+            records += 1;
             frame.push_record(key, record);
             if frame.len() >= CHUNK {
                 file.write_all(frame.finish_records())?;
@@ -39,7 +41,7 @@ pub(super) fn write_snapshot(dir: &Path, state: &State) -> Result<(), FileError>
         if frame.count() > 0 {
             file.write_all(frame.finish_records())?;
         }
-        file.write_all(frame.end(state.len() as u64))
+        file.write_all(frame.end(records))
     })?;
     Ok(())
 }

@@ -8,6 +8,8 @@
 //! key and value: length 4 | bytes
 //! ```
 //!
+//! A value that is bound to the process is never written: the log has a removal of its key in its place.
+//!
 //! One frame is one group commit: what a crash tears is then always the last frame, and a whole frame behind a broken
 //! one proves that the broken one was once whole. The marker is random per file and seeds the checksums, so that no value
 //! that a client sends can look like a frame when frames are looked for behind a damage.
@@ -108,7 +110,7 @@ impl Header {
 pub(super) fn encoded_len(ops: &[Op]) -> usize {
     let len = |op: &Op| match op {
         Op::Put { key, value, .. } => 1 + 4 + key.len() + 4 + value.len(),
-        Op::Delete { key, .. } => 1 + 4 + key.len(),
+        Op::Bind { key, .. } | Op::Delete { key, .. } => 1 + 4 + key.len(),
     };
     4 + ops.iter().map(len).sum::<usize>()
 }
@@ -162,7 +164,7 @@ impl Frame {
                     self.push(key.as_bytes());
                     self.push(value);
                 }
-                Op::Delete { key, .. } => {
+                Op::Bind { key, .. } | Op::Delete { key, .. } => {
                     self.bytes.push(DELETE);
                     self.push(key.as_bytes());
                 }
@@ -333,7 +335,7 @@ impl<'a> Fields<'a> {
 
     fn record(&mut self) -> Option<(Key, Record)> {
         let revision = Revision(self.u64()?);
-        Some((self.key()?, Record { value: self.value()?, revision }))
+        Some((self.key()?, Record { value: self.value()?, revision, bound: false }))
     }
 }
 
@@ -369,7 +371,7 @@ mod tests {
             Some(Payload::Commits { first: Revision(41), commits: written.to_vec() })
         );
 
-        let record = Record { value: Bytes::from_static(b"x"), revision: Revision(3) };
+        let record = Record { value: Bytes::from_static(b"x"), revision: Revision(3), bound: false };
         let mut frame = Frame::new(7);
         frame.begin_records();
         frame.push_record(&"k".into(), &record);

@@ -412,7 +412,7 @@ impl<V: Client> World<V> {
         self.server.apply(changes);
         self.quiesce();
         let set = self.server.set.clone().unwrap();
-        for kind in ResourceType::ALL {
+        for kind in testing::IN_BOTH {
             let want: BTreeMap<String, String> = set
                 .iter(kind)
                 .map(|(name, entry)| {

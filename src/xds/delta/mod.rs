@@ -16,7 +16,7 @@ use super::{
     Config, Entry, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy,
     asked::Asked,
     engine::{Ask, Built, Variant},
-    response::removed_field,
+    response::{bodyless_field, removed_field},
     subscription::Terms,
     track::{Claim, Held, Track},
 };
@@ -130,6 +130,9 @@ impl Variant for Delta {
                     track.due.remove(&name);
                     track.held.insert(name, set.revision());
                 } else {
+                    if track.kind == ResourceType::VirtualHost && versions.get(&name).is_some() {
+                        track.vanished.insert(Arc::clone(&name));
+                    }
                     track.due.insert(name);
                 }
             }
@@ -154,8 +157,10 @@ impl Variant for Delta {
         let mut size = 0;
         let mut fit = 0;
         for name in &names {
-            let resource = track.find(set, name);
-            let field = resource.map(|resource| resource.delta_field());
+            let field = match track.find(set, name).map(|resource| resource.delta_field()) {
+                None => track.is_unknown_host(name).then(|| bodyless_field(name)),
+                found => found,
+            };
             size += field.as_ref().map_or(name.len() + 4, Bytes::len);
             if size > config.response_bytes && fit > 0 {
                 break;
@@ -177,15 +182,15 @@ impl Variant for Delta {
         Ok((fit > 0 || track.owes).then_some(built))
     }
 
-    fn on_unknown(&mut self, request: Self::Request) {
-        let (names, url) = (request.resource_names_subscribe, request.type_url);
-        let known = self.asked.contains(&url);
+    fn on_unknown(&mut self, url: &str, request: Self::Request) {
+        let names = request.resource_names_subscribe;
+        let known = self.asked.contains(url);
         if !known && self.asked.len() >= UNKNOWN_TYPES {
             return;
         }
-        let first = self.asked.insert(url.clone());
+        let first = self.asked.insert(url.to_owned());
         if first || !names.is_empty() {
-            let due = self.unknown.entry(url).or_default();
+            let due = self.unknown.entry(url.to_owned()).or_default();
             let room = UNKNOWN_NAMES.saturating_sub(due.len());
             let names = names.into_iter().filter(|name| (1..=UNKNOWN_NAME_BYTES).contains(&name.len()));
             due.extend(names.take(room));

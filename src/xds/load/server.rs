@@ -19,10 +19,10 @@ use super::{
     report::{Report, Reportable},
 };
 use crate::{
-    rt::Tasks,
+    rt::{Leave, Shutdown, Tasks},
     xds::{
         Config, Node, ProtocolError,
-        server::{leaving, status},
+        server::{leaving, status, unreadable},
     },
 };
 
@@ -58,12 +58,14 @@ impl LoadReports {
         &self,
         mut requests: Streaming<LoadStatsRequest>,
         out: &mpsc::Sender<Result<LoadStatsResponse, Status>>,
-        peer: Option<SocketAddr>,
+        (peer, leave): (Option<SocketAddr>, Shutdown),
     ) -> Result<(), Status> {
         let shutdown = self.tasks.shutdown();
         let patience = self.config.first_request_timeout;
         let first = tokio::select! {
-            first = tokio::time::timeout(patience, requests.message()) => first,
+            first = tokio::time::timeout(patience, requests.message()) => {
+                first.map(|first| first.map_err(unreadable))
+            }
             () = shutdown.wait() => return Err(leaving()),
         };
         let Ok(first) = first else {
@@ -89,12 +91,16 @@ impl LoadReports {
         loop {
             tokio::select! {
                 request = requests.message() => {
-                    let Some(request) = request? else { return Ok(()) };
+                    let Some(request) = request.map_err(unreadable)? else { return Ok(()) };
                     if let Some(now) = &request.node && !now.id.is_empty() && now.id != node.id {
                         let (was, now) = (node.id.clone(), now.id.clone());
                         return Err(status(ProtocolError::NodeChanged { was, now }));
                     }
                     self.take(&seat, &request);
+                    // Rule K7: right after a report, so that hardly a call goes unreported.
+                    if leave.started() {
+                        return Ok(());
+                    }
                 }
                 _ = tick.tick(), if !all => {
                     // While the client does not read, it gets nothing newer.
@@ -148,12 +154,14 @@ impl LoadReportingService for LoadReports {
             )));
         };
         let peer = request.remote_addr();
+        let shutdown = self.tasks.shutdown();
+        let leave = request.extensions().get().map_or_else(|| shutdown.clone(), |Leave(it)| it.clone());
         let requests = request.into_inner();
         let (out, responses) = mpsc::channel(1);
         let reports = self.clone();
         self.tasks.spawn("load reports", async move {
             let _place = place;
-            if let Err(status) = reports.serve(requests, &out, peer).await {
+            if let Err(status) = reports.serve(requests, &out, (peer, leave)).await {
                 tracing::debug!(code = ?status.code(), message = status.message(), "load reports ended");
                 let _ = out.send_timeout(Err(status), LAST_WORD).await;
             }
@@ -300,6 +308,25 @@ mod tests {
         bench.tasks.shutdown().start();
         assert_eq!(bench.answer().await, Err(tonic::Code::Unavailable));
         assert_eq!(bench.tasks.join(Duration::from_secs(1)).await, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn k7_a_stream_on_an_old_connection_ends_well_after_a_report() {
+        let (server, _) = server(1);
+        let leave = Shutdown::default();
+        let (requests, incoming) = mpsc::channel(1);
+        requests.send(node("n", &[ALL])).await.unwrap();
+        let mut client = LoadReportingServiceClient::new(server.clone().service());
+        let mut request = Request::new(ReceiverStream::new(incoming));
+        request.extensions_mut().insert(Leave(leave.clone()));
+        let mut answers = client.stream_load_stats(request).await.unwrap().into_inner();
+        answers.message().await.unwrap().unwrap();
+        leave.start();
+        assert!(futures_util::poll!(std::pin::pin!(answers.message())).is_pending(), "not before a report");
+        requests.send(calls(20)).await.unwrap();
+        assert_eq!(answers.message().await.unwrap(), None);
+        let traffic = server.loads.of("a", Instant::now()).localities.get(&Locality::default()).copied();
+        assert!(traffic.is_some_and(|traffic| traffic.calls >= 2.0), "{traffic:?}");
     }
 
     #[tokio::test(start_paused = true)]

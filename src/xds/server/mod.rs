@@ -31,7 +31,7 @@ use tonic::{Status, body::Body, service::RoutesBuilder};
 
 use super::{
     Admit, Admitted, Code, Config, Heard, Node, Observer, Protocol, ProtocolError, Proxies, Refusal,
-    ResourceType, Response, Unobserved,
+    Response, Unobserved,
     asked::Asked,
     delta::Delta,
     engine::{Engine, Variant},
@@ -40,7 +40,7 @@ use super::{
     status::Seat,
     wire::{Incoming, Requests, Responses},
 };
-use crate::rt::{Shutdown, Tasks};
+use crate::rt::{Leave, Shutdown, Tasks};
 
 /// The discovery services, aggregated and per type, in both forms (rules G1, G2). A clone serves the same.
 #[derive(Debug, Clone)]
@@ -81,6 +81,11 @@ impl AdsServer {
         Self { shared: Arc::new(Shared { admit, proxies, config, observer, shutdown, streams, arrivals }) }
     }
 
+    /// The names of all services.
+    pub fn services() -> impl Iterator<Item = &'static str> {
+        services::NAMES.iter().copied()
+    }
+
     /// Adds all services to those of a gRPC server.
     pub fn add_to(&self, routes: &mut RoutesBuilder) {
         services::add(self, routes);
@@ -89,7 +94,7 @@ impl AdsServer {
     fn serve<V: Serve, B: Incoming>(
         &self,
         request: http::Request<B>,
-        only: Option<ResourceType>,
+        only: Option<&'static str>,
     ) -> http::Response<Body> {
         let shared = Arc::clone(&self.shared);
         let Ok(permit) = Arc::clone(&shared.streams).try_acquire_owned() else {
@@ -101,6 +106,8 @@ impl AdsServer {
         };
         let request = tonic::Request::from_http(request);
         let peer = request.remote_addr();
+        let leave =
+            request.extensions().get().map_or_else(|| shared.shutdown.clone(), |Leave(it)| it.clone());
         let requests = Requests::<V::Request, B>::new(
             request.into_inner(),
             shared.config.request_bytes,
@@ -111,7 +118,7 @@ impl AdsServer {
             let place = place.clone();
             async move {
                 let _permit: OwnedSemaphorePermit = permit;
-                serve_stream::<V, B>(requests, place, peer, only, &shared).await
+                serve_stream::<V, B>(requests, place, (peer, leave), only, &shared).await
             }
         };
         let serving = Serving { session: Some(Box::pin(session)), place, end: None };
@@ -209,8 +216,8 @@ impl<F: Future<Output = Result<(), Status>>> Stream for Serving<F> {
 async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
     place: Place,
-    peer: Option<SocketAddr>,
-    only: Option<ResourceType>,
+    (peer, leave): (Option<SocketAddr>, Shutdown),
+    only: Option<&'static str>,
     shared: &Shared,
 ) -> Result<(), Status> {
     let shutdown = &shared.shutdown;
@@ -235,6 +242,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
     let node = Node::of(V::node(&mut first.message), peer, &shared.config).map_err(status)?;
+    let node = Node { only, ..node };
     let Admitted { feed, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));
@@ -245,7 +253,7 @@ async fn serve_stream<V: Serve, B: Incoming>(
     seat.serve(follower.standing());
     let served = Served::new(engine, follower);
     let mut session = Session { served, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run((first, arrival), requests, place, shutdown).await
+    session.run((first, arrival), requests, place, (shutdown, &leave)).await
 }
 
 /// A stream that was let in.
@@ -262,11 +270,13 @@ impl<V: Serve> Session<'_, V> {
         (first, arrival): (Asked<V::Request>, SemaphorePermit<'_>),
         mut requests: Requests<V::Request, B>,
         place: Place,
-        shutdown: &Shutdown,
+        (shutdown, leave): (&Shutdown, &Shutdown),
     ) -> Result<(), Status> {
         // What is waited for stays registered from one turn to the next: to come and go costs locks that all streams share.
-        let shutdown = shutdown.wait();
-        tokio::pin!(shutdown);
+        let leaving_time = leave.wait();
+        tokio::pin!(leaving_time);
+        // Once the connection is old: when the stream ends at the latest.
+        let mut last: Option<Instant> = None;
         let mut served = false;
         self.hear(first)?;
         // Until the first response is made, which takes no help of the client; or until there is something to make it of.
@@ -304,9 +314,23 @@ impl<V: Serve> Session<'_, V> {
                     None => return Ok(()),
                 },
                 () = &mut timer, if self.served.is_armed() => self.served.time_out(),
-                () = &mut shutdown => return if served { Ok(()) } else { Err(leaving()) },
+                () = &mut leaving_time => {
+                    if shutdown.started() {
+                        return if served { Ok(()) } else { Err(leaving()) };
+                    }
+                    last = Some(Instant::now() + self.served.engine.patience());
+                    leaving_time.set(shutdown.wait());
+                }
             }
-            if let Some(deadline) = self.served.timer() {
+            // Rule K7: the client comes back over another connection and says what it holds. That is worth the most when it has
+            // acknowledged everything, and nothing to a client that was not served yet (rule K1).
+            if let Some(last) = last
+                && (served || self.served.is_idle() || Instant::now() >= last)
+                && (self.served.engine.is_quiet() || Instant::now() >= last)
+            {
+                return Ok(());
+            }
+            if let Some(deadline) = self.served.timer(last) {
                 timer.as_mut().reset(deadline);
             }
         }
@@ -346,6 +370,16 @@ impl<V: Serve> Drop for Session<'_, V> {
 /// Rule K1: a stream that ends before it was served counts as a failure of the server, one that was served does not.
 pub(super) fn leaving() -> Status {
     Status::unavailable("the server is shutting down; connect to another one, or again")
+}
+
+/// What a client is told whose message cannot be read: tonic's codec calls it an error of the server. What else ends a stream of
+/// requests has another code, or what it came from.
+pub fn unreadable(status: Status) -> Status {
+    use std::error::Error as _;
+    if status.code() == tonic::Code::Internal && status.source().is_none() {
+        return Status::invalid_argument(format!("the message cannot be read: {}", status.message()));
+    }
+    status
 }
 
 pub(super) fn status(error: ProtocolError) -> Status {

@@ -1,5 +1,6 @@
-//! Which gRPC services and methods there are (rules G1, G2). What is not here is answered with UNIMPLEMENTED: SDS, SRDS,
-//! RTDS, ECDS, VHDS and LEDS are types that Disco does not generate, and the `Fetch…` methods belong to REST.
+//! Which gRPC services and methods there are (rules G1, G2). What is not here is answered with UNIMPLEMENTED: SRDS, RTDS, ECDS and
+//! LEDS are types that Disco does not generate, and the `Fetch…` methods belong to REST. Nor does it generate secrets yet; those
+//! that are asked for do not exist (rules K3, C1).
 
 use std::marker::PhantomData;
 
@@ -8,16 +9,13 @@ use tonic::{server::NamedService, service::RoutesBuilder};
 use super::{AdsServer, Incoming};
 use crate::xds::{Protocol, ResourceType};
 
-/// A method: its path, its protocol, and the one type that it serves, `None` for the aggregated ones.
-type Method = (&'static str, Protocol, Option<ResourceType>);
+/// A method: its path, its protocol, and the URL of the one type that it serves, `None` for the aggregated ones.
+type Method = (&'static str, Protocol, Option<&'static str>);
 
 macro_rules! services {
-    ($($marker:ident $name:literal $kind:expr, $sotw:literal $delta:literal;)+) => {
+    ($($marker:ident $name:literal $url:expr, $($protocol:ident $method:literal),+;)+) => {
         const METHODS: &[Method] = &[
-            $(
-                (concat!("/", $name, "/", $sotw), Protocol::Sotw, $kind),
-                (concat!("/", $name, "/", $delta), Protocol::Delta, $kind),
-            )+
+            $($((concat!("/", $name, "/", $method), Protocol::$protocol, $url),)+)+
         ];
 
         $(
@@ -29,6 +27,8 @@ macro_rules! services {
             }
         )+
 
+        pub(super) const NAMES: &[&str] = &[$($name),+];
+
         pub(super) fn add(server: &AdsServer, routes: &mut RoutesBuilder) {
             $(routes.add_service(Service::<$marker> { server: server.clone(), name: PhantomData });)+
         }
@@ -37,19 +37,25 @@ macro_rules! services {
 
 services! {
     Aggregated "envoy.service.discovery.v3.AggregatedDiscoveryService" None,
-        "StreamAggregatedResources" "DeltaAggregatedResources";
-    Clusters "envoy.service.cluster.v3.ClusterDiscoveryService" Some(ResourceType::Cluster),
-        "StreamClusters" "DeltaClusters";
-    Endpoints "envoy.service.endpoint.v3.EndpointDiscoveryService" Some(ResourceType::Endpoints),
-        "StreamEndpoints" "DeltaEndpoints";
-    Listeners "envoy.service.listener.v3.ListenerDiscoveryService" Some(ResourceType::Listener),
-        "StreamListeners" "DeltaListeners";
-    Routes "envoy.service.route.v3.RouteDiscoveryService" Some(ResourceType::Route),
-        "StreamRoutes" "DeltaRoutes";
+        Sotw "StreamAggregatedResources", Delta "DeltaAggregatedResources";
+    Clusters "envoy.service.cluster.v3.ClusterDiscoveryService" Some(ResourceType::Cluster.url()),
+        Sotw "StreamClusters", Delta "DeltaClusters";
+    Endpoints "envoy.service.endpoint.v3.EndpointDiscoveryService" Some(ResourceType::Endpoints.url()),
+        Sotw "StreamEndpoints", Delta "DeltaEndpoints";
+    Listeners "envoy.service.listener.v3.ListenerDiscoveryService" Some(ResourceType::Listener.url()),
+        Sotw "StreamListeners", Delta "DeltaListeners";
+    Routes "envoy.service.route.v3.RouteDiscoveryService" Some(ResourceType::Route.url()),
+        Sotw "StreamRoutes", Delta "DeltaRoutes";
+    VirtualHosts "envoy.service.route.v3.VirtualHostDiscoveryService" Some(ResourceType::VirtualHost.url()),
+        Delta "DeltaVirtualHosts";
+    Secrets "envoy.service.secret.v3.SecretDiscoveryService" Some(SECRET),
+        Sotw "StreamSecrets", Delta "DeltaSecrets";
 }
 
-/// The protocol of a method, and its type if it serves only one.
-pub(super) fn method(path: &str) -> Option<(Protocol, Option<ResourceType>)> {
+const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+
+/// The protocol of a method, and the URL of its type if it serves only one.
+pub(super) fn method(path: &str) -> Option<(Protocol, Option<&'static str>)> {
     METHODS.iter().find(|(known, ..)| *known == path).map(|&(_, protocol, only)| (protocol, only))
 }
 

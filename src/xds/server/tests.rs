@@ -30,7 +30,7 @@ impl Admit for AllOf {
         if node.id == "nobody" {
             return Err(Refusal { code: Code::PermissionDenied, message: "nobody may not".into() });
         }
-        Ok(Admitted { feed: self.0.lock().unwrap().clone(), policy: StreamPolicy::of(node) })
+        Ok(Admitted { feed: self.0.lock().unwrap().clone(), policy: StreamPolicy::ENVOY })
     }
 }
 
@@ -72,6 +72,8 @@ struct Server {
     proxies: Proxies,
     counts: Arc<Counts>,
     tasks: Tasks,
+    /// Starts when the connections are old.
+    leave: Shutdown,
     ads: AdsServer,
 }
 
@@ -97,12 +99,18 @@ async fn start_with(set: Option<ResourceSet>, config: Config) -> Server {
     let address = listener.local_addr().unwrap();
     let mut routes = RoutesBuilder::default();
     server.add_to(&mut routes);
+    let leave = tasks.shutdown().child();
+    let told = Leave(leave.clone());
     tasks.spawn_until_shutdown("test server", async move {
         let incoming = TcpListenerStream::new(listener);
-        let server = tonic::transport::Server::builder().add_routes(routes.routes());
+        let layer = tower::util::MapRequestLayer::new(move |mut request: http::Request<_>| {
+            request.extensions_mut().insert(told.clone());
+            request
+        });
+        let server = tonic::transport::Server::builder().layer(layer).add_routes(routes.routes());
         server.serve_with_incoming(incoming).await.unwrap();
     });
-    Server { address, sets, served, proxies, counts, tasks, ads: server }
+    Server { address, sets, served, proxies, counts, tasks, leave, ads: server }
 }
 
 impl Server {
@@ -314,6 +322,46 @@ async fn k1_streams_end_well_on_shutdown() {
     let _ = (served.next().await, waiting.next().await);
 }
 
+#[tokio::test]
+async fn k7_on_an_old_connection_streams_end_well_once_everything_is_acknowledged() {
+    let server = start(Some(ResourceSet::default())).await;
+    server.publish(1, [put(CDS, "a", "1"), put(EDS, "a", "1")]);
+    let mut idle = server.delta("idle").await;
+    idle.ask(delta(CDS, &[], &[])).await;
+    idle.take().await;
+    let mut busy = server.delta("busy").await;
+    busy.ask(delta(CDS, &[], &[])).await;
+    let clusters = busy.next().await.unwrap().unwrap();
+    server.until("one acknowledged", |server| server.counts.get("acknowledged") == 1).await;
+    server.leave.start();
+    assert_eq!(idle.next().await.unwrap(), None, "with status OK");
+
+    // The other one's clusters wait for their endpoints, which it still gets, and then it has acknowledged everything.
+    busy.ask(delta(EDS, &["a"], &[])).await;
+    assert_eq!(busy.take().await, ["a"]);
+    busy.ask(DeltaDiscoveryRequest { response_nonce: clusters.nonce, ..delta(CDS, &[], &[]) }).await;
+    assert_eq!(busy.next().await.unwrap(), None);
+    server.until("all gone", |server| server.proxies.is_empty()).await;
+
+    // One that comes on the old connection all the same is served first (rule K1).
+    let mut late = server.delta("late").await;
+    late.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(late.take().await, ["a"]);
+    assert_eq!(late.next().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn k7_a_client_that_never_answers_does_not_keep_an_old_connection() {
+    let config = Config { ack_timeout: Duration::from_millis(100), ..Config::default() };
+    let server = start_with(Some(ResourceSet::default()), config).await;
+    server.publish(1, [put(CDS, "a", "1")]);
+    let mut mute = server.delta("mute").await;
+    mute.ask(delta(CDS, &[], &[])).await;
+    assert_eq!(mute.next().await.unwrap().unwrap().resources.len(), 1);
+    server.leave.start();
+    assert_eq!(mute.next().await.unwrap(), None);
+}
+
 const CLUSTERS: [&str; 2] = [
     "/envoy.service.cluster.v3.ClusterDiscoveryService/StreamClusters",
     "/envoy.service.cluster.v3.ClusterDiscoveryService/DeltaClusters",
@@ -386,12 +434,62 @@ async fn g3_k2_another_type_on_a_service_of_one_type_is_an_error() {
 }
 
 #[tokio::test]
+async fn g2_l3_virtual_hosts_have_an_incremental_service() {
+    let server = start(Some(one_of_each())).await;
+    let path = "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    let request = DeltaDiscoveryRequest { node: Some(node("n")), ..DeltaDiscoveryRequest::default() };
+    requests.send(request).await.unwrap();
+    let response = within(responses.unwrap()).await.unwrap();
+    assert_eq!((response.type_url.as_str(), response.resources.len()), (ResourceType::VirtualHost.url(), 1));
+}
+
+#[tokio::test]
+async fn c1_k3_secrets_have_services_and_do_not_exist() {
+    let server = start(Some(one_of_each())).await;
+    let url = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
+    for type_url in ["", url] {
+        let path = "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets";
+        let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+        let request = DeltaDiscoveryRequest {
+            node: Some(node("n")),
+            type_url: type_url.into(),
+            resource_names_subscribe: vec!["cert".into()],
+            ..Default::default()
+        };
+        requests.send(request).await.unwrap();
+        let response = within(responses.unwrap()).await.unwrap();
+        assert_eq!((response.type_url.as_str(), response.removed_resources), (url, vec!["cert".to_owned()]));
+
+        // The other form has no words for it: the stream stays, and is silent.
+        let path = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
+        let (requests, responses) = server.stream::<_, DiscoveryResponse>(path).await;
+        let request = DiscoveryRequest {
+            node: Some(node("silent")),
+            type_url: type_url.into(),
+            resource_names: vec!["cert".into()],
+            ..Default::default()
+        };
+        requests.send(request).await.unwrap();
+        let mut responses = responses.unwrap();
+        server.until("there", |server| server.proxies.list().iter().any(|it| it.node.id == "silent")).await;
+        let quiet = tokio::time::timeout(Duration::from_millis(50), responses.message()).await;
+        assert!(quiet.is_err(), "{quiet:?}");
+    }
+    let clusters = DeltaDiscoveryRequest { node: Some(node("n")), ..delta(CDS, &[], &[]) };
+    let path = "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    requests.send(clusters).await.unwrap();
+    let error = within(responses.unwrap()).await.unwrap_err();
+    assert!(error.message().contains(url), "{error}");
+}
+
+#[tokio::test]
 async fn g2_k2_services_of_types_that_are_not_generated_are_unimplemented() {
     let server = start(Some(one_of_each())).await;
     for path in [
-        "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets",
-        "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets",
-        "/envoy.service.route.v3.VirtualHostDiscoveryService/DeltaVirtualHosts",
+        "/envoy.service.route.v3.VirtualHostDiscoveryService/StreamVirtualHosts",
+        "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/StreamScopedRoutes",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/DeltaScopedRoutes",
         "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints",

@@ -39,6 +39,11 @@ impl Variant for Sotw {
         }
     }
 
+    /// Rule G2: virtual hosts are incremental only.
+    fn serves(kind: ResourceType) -> bool {
+        kind != ResourceType::VirtualHost
+    }
+
     fn tells_removals(kind: ResourceType) -> bool {
         is_full(kind)
     }

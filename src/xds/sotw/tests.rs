@@ -5,7 +5,7 @@ use envoy_types::pb::envoy::service::discovery::v3::DiscoveryRequest;
 use super::*;
 use crate::xds::{
     Heard,
-    testing::{Bench, CDS, EDS, LDS, RDS, node, put, remove, strings},
+    testing::{Bench, CDS, EDS, IN_BOTH, LDS, RDS, node, put, remove, strings},
 };
 
 type Stream = Bench<Sotw>;
@@ -28,7 +28,7 @@ fn settled() -> Stream {
 
 /// The versions that a settled stream was told.
 fn versions(s: &Stream) -> [String; 4] {
-    ResourceType::ALL.map(|kind| s.accepted[&kind].clone())
+    IN_BOTH.map(|kind| s.accepted[&kind].clone())
 }
 
 /// A new stream to a server that has what `old` was served, whose client states versions for its names.
@@ -37,7 +37,7 @@ fn reconnect(old: &Stream, policy: StreamPolicy, versions: &[String; 4]) -> Stre
 }
 
 fn reconnect_to(mut s: Stream, old: &Stream, versions: &[String; 4]) -> Stream {
-    for (kind, version) in ResourceType::ALL.into_iter().zip(versions) {
+    for (kind, version) in IN_BOTH.into_iter().zip(versions) {
         s.request(DiscoveryRequest {
             type_url: kind.url().into(),
             version_info: version.clone(),
@@ -269,7 +269,7 @@ fn s9_a_reconnect_of_envoy_that_holds_everything_is_sent_nothing() {
     let old = settled();
     let mut s = reconnect(&old, StreamPolicy::ENVOY, &versions(&old));
     assert_eq!(s.settle(), NOTHING);
-    assert_eq!(ResourceType::ALL.map(|kind| s.acknowledged(kind)), [1; 4]);
+    assert_eq!(IN_BOTH.map(|kind| s.acknowledged(kind)), [1; 4]);
     s.apply([put(EDS, "b", "2")]);
     assert_eq!(s.settle(), ["Endpoints b=2"]);
 }

@@ -107,6 +107,17 @@ impl Disco {
         Ok(())
     }
 
+    /// Takes that back, and the service with it.
+    pub(crate) fn remove_alias(&self, service: &str) -> anyhow::Result<()> {
+        for path in [format!("/v1/services/{service}/instances/alias"), format!("/v1/services/{service}")] {
+            let answer = self.request("DELETE", &path, b"")?;
+            if answer.status != 200 {
+                bail!("cannot remove {path}: {} {}", answer.status, answer.body);
+            }
+        }
+        Ok(())
+    }
+
     /// Ids of the greeters that take calls, in order.
     pub(crate) fn serving(&self) -> anyhow::Result<Vec<String>> {
         let answer = self.request("GET", "/v1/services/greeter/instances", b"")?;

@@ -61,23 +61,70 @@ impl Envoy {
 
     /// Starts one that asks for clusters and listeners by services of their own, and for the rest by ADS.
     pub(crate) fn start_per_type(disco: &Disco, protocol: Protocol) -> anyhow::Result<Self> {
-        let (admin_port, port) = (free_port()?, free_port()?);
-        let (api, flag) = match protocol {
-            Protocol::Delta => ("DELTA_GRPC", None),
-            Protocol::Sotw => ("GRPC", Some("--sotw")),
+        let (api, flags): (_, &[_]) = match protocol {
+            Protocol::Delta => ("DELTA_GRPC", &[]),
+            Protocol::Sotw => ("GRPC", &["--sotw"]),
         };
+        Self::start_edited(disco, flags, |bootstrap, _| {
+            let ads = "_config: { ads: {}, resource_api_version: V3 }";
+            anyhow::ensure!(bootstrap.matches(ads).count() == 2, "{bootstrap}");
+            Ok(bootstrap.replace(ads, &format!("_config: {}", own_service(api))))
+        })
+    }
+
+    /// Starts one with a listener of its own, whose routes come one virtual host at a time: over ADS, or by their service. It asks
+    /// for hosts that it does not know when they are called.
+    pub(crate) fn start_virtual_hosts(disco: &Disco, ads: bool) -> anyhow::Result<Self> {
+        Self::start_edited(disco, &[], |bootstrap, port| {
+            let source =
+                if ads { "{ ads: {}, resource_api_version: V3 }".into() } else { own_service("DELTA_GRPC") };
+            let listeners = "  lds_config: { ads: {}, resource_api_version: V3 }\n";
+            let resources = "static_resources:\n";
+            let metadata = "  metadata:\n";
+            for part in [listeners, resources, metadata] {
+                anyhow::ensure!(bootstrap.matches(part).count() == 1, "{part} in {bootstrap}");
+            }
+            let listener = format!(
+                "{resources}  listeners:
+  - name: outbound
+    address: {{ socket_address: {{ address: 127.0.0.1, port_value: {port} }} }}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          \"@type\": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: outbound
+          route_config: {{ name: outbound, vhds: {{ config_source: {source} }} }}
+          http_filters:
+          - name: envoy.filters.http.on_demand
+            typed_config:
+              \"@type\": type.googleapis.com/envoy.extensions.filters.http.on_demand.v3.OnDemand
+          - name: envoy.filters.http.router
+            typed_config:
+              \"@type\": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+"
+            );
+            let bootstrap = bootstrap.replace(listeners, "").replace(resources, &listener);
+            // Without it they are not offered over ADS, where the others would have no use for them.
+            let asks = if ads { "  metadata:\n    disco.virtual_hosts: true\n" } else { metadata };
+            Ok(bootstrap.replace(metadata, asks))
+        })
+    }
+
+    /// Starts one whose bootstrap is that of `disco envoy bootstrap` with these flags, edited; told the port on which it is to
+    /// take calls.
+    fn start_edited(
+        disco: &Disco,
+        flags: &[&str],
+        edit: impl FnOnce(&str, u16) -> anyhow::Result<String>,
+    ) -> anyhow::Result<Self> {
+        let (admin_port, port) = (free_port()?, free_port()?);
         let mut command = disco.command()?;
-        command.args(["envoy", "bootstrap", "--node-id", "per-type"]).args(flag);
+        command.args(["envoy", "bootstrap", "--node-id", "edited"]).args(flags);
         command.args(["--admin-port", &admin_port.to_string(), "--outbound-port", &port.to_string()]);
         let bootstrap = String::from_utf8(command.output()?.stdout)?;
-        let ads = "_config: { ads: {}, resource_api_version: V3 }";
-        anyhow::ensure!(bootstrap.matches(ads).count() == 2, "{bootstrap}");
-        let own = format!(
-            "_config: {{ resource_api_version: V3, api_config_source: {{ api_type: {api}, transport_api_version: V3, \
-             grpc_services: [ {{ envoy_grpc: {{ cluster_name: disco_servers }} }} ] }} }}"
-        );
-        let file = disco.folder().join("per-type.yaml");
-        std::fs::write(&file, bootstrap.replace(ads, &own))?;
+        let file = disco.folder().join("edited.yaml");
+        std::fs::write(&file, edit(&bootstrap, port)?)?;
 
         let mut command = Command::new(tool("envoy")?);
         command.arg("-c").arg(file).args(["--log-level", "warn", "--use-dynamic-base-id"]);
@@ -112,4 +159,12 @@ impl Envoy {
     pub(crate) fn output(&self) -> String {
         self.process.output()
     }
+}
+
+/// The source that is the service of the type asked for.
+fn own_service(api: &str) -> String {
+    format!(
+        "{{ resource_api_version: V3, api_config_source: {{ api_type: {api}, transport_api_version: V3, \
+         grpc_services: [ {{ envoy_grpc: {{ cluster_name: disco_servers }} }} ] }} }}"
+    )
 }

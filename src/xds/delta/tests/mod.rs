@@ -1,6 +1,7 @@
 //! Scripts for delta streams, named after the rules that they hold.
 
 mod order;
+mod virtual_hosts;
 
 use std::time::Duration;
 

@@ -1,0 +1,105 @@
+//! Questions that one server cannot answer alone: each knows the proxies that are connected to it.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Failure,
+    output::{cell, clean},
+};
+use crate::client::{Http, HttpError};
+
+/// The field for servers that did not answer: what their proxies have is not known.
+const UNKNOWN: &str = "unknown";
+
+/// Whether what is asked for may be known to one server and not to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Elsewhere {
+    Maybe,
+    No,
+}
+
+/// Asks all servers and puts their answers together: lists one after the other without what is there twice, numbers added, and
+/// true only if all say so. Servers that did not answer are listed beside, and then nothing is complete. Who says that there is no
+/// such thing counts as no answer, unless it may well be known `elsewhere` only.
+///
+/// # Errors
+/// Nobody answered. A refusal tells most.
+pub(super) async fn ask_all(
+    http: &Http,
+    path: &str,
+    wait: Duration,
+    elsewhere: Elsewhere,
+) -> Result<Value, Failure> {
+    let servers = http.each();
+    let answers = join_all(servers.iter().map(|server| server.get(path, wait))).await;
+    let (mut whole, mut unknown, mut errors) = (None, Vec::new(), Vec::new());
+    for (server, answer) in servers.iter().zip(answers) {
+        match answer {
+            Ok(Value::Object(fields)) => match &mut whole {
+                None => whole = Some(fields),
+                Some(whole) => join(whole, fields),
+            },
+            Ok(other) => whole = whole.or_else(|| other.as_object().cloned()),
+            Err(error @ HttpError::Refused { status: 404, .. }) if elsewhere == Elsewhere::Maybe => {
+                errors.push(error);
+            }
+            Err(error) => {
+                unknown.push(json!({"server": server.address(), "error": error.to_string()}));
+                errors.push(error);
+            }
+        }
+    }
+    let Some(mut whole) = whole else {
+        let refusal = errors.iter().position(|error| matches!(error, HttpError::Refused { .. }));
+        let error = (refusal.unwrap_or_default() < errors.len())
+            .then(|| errors.swap_remove(refusal.unwrap_or_default()));
+        return Err(error.map_or_else(|| Failure::failed("no server answered"), Failure::from));
+    };
+    if !unknown.is_empty() {
+        if let Some(complete) = whole.get_mut("complete") {
+            *complete = false.into();
+        }
+        whole.insert(UNKNOWN.to_owned(), unknown.into());
+    }
+    Ok(Value::Object(whole))
+}
+
+fn join(whole: &mut Map<String, Value>, other: Map<String, Value>) {
+    for (name, value) in other {
+        match (whole.get_mut(&name), value) {
+            (None, value) => drop(whole.insert(name, value)),
+            (Some(Value::Array(all)), Value::Array(more)) => {
+                for item in more {
+                    if !all.contains(&item) {
+                        all.push(item);
+                    }
+                }
+            }
+            (Some(Value::Bool(all)), Value::Bool(this)) => *all &= this,
+            // A revision is the same for all.
+            (Some(all), Value::Number(this)) if name != "revision" => {
+                let sum = all.as_u64().unwrap_or_default().saturating_add(this.as_u64().unwrap_or_default());
+                *all = sum.into();
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The proxies that have not acknowledged, as safe text.
+pub(super) fn pending(delivery: &Value) -> Vec<String> {
+    let nodes = delivery.get("pending").and_then(Value::as_array).into_iter().flatten();
+    nodes.filter_map(Value::as_str).map(clean).collect()
+}
+
+/// A line for each server that did not answer.
+pub(super) fn unknown(document: &Value) -> Vec<String> {
+    let servers = document.get(UNKNOWN).and_then(Value::as_array).into_iter().flatten();
+    let line = |server: &Value| {
+        format!("not known: the proxies of {} ({})", cell(server, "/server"), clean(&cell(server, "/error")))
+    };
+    servers.map(line).collect()
+}

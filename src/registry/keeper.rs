@@ -1,0 +1,83 @@
+//! Which process counts the lease of which instance.
+//!
+//! Renewals and sessions come to one process, the instance's owner, and cost the store nothing. When the owner is dead, one of
+//! the others counts the lease in its place, whole from then on, until the instance's owner comes to some process: that one
+//! becomes the owner, with one write.
+
+use std::future;
+
+use super::{Inner, Registry};
+use crate::{
+    catalog::{Changes, Snapshot},
+    model::{Instance, InstanceKey, Members, Revision},
+};
+use tokio::time::Instant;
+
+/// Whether the process that sees these members counts the lease.
+pub(super) fn keeps(members: &Members, instance: &Instance) -> bool {
+    match &instance.owner {
+        Some(owner) if members.live.contains(owner) => *owner == members.own,
+        _ => members.is_mine(&instance.key.to_string()),
+    }
+}
+
+impl Inner {
+    pub(super) fn keeps(&self, instance: &Instance) -> bool {
+        keeps(&self.members.borrow(), instance)
+    }
+
+    /// Counts the leases that it keeps, and no others.
+    pub(super) fn settle_all(&self, snapshot: &Snapshot) {
+        let members = self.members.borrow().clone();
+        for instance in snapshot.services().flat_map(|service| service.instances()) {
+            if keeps(&members, instance) {
+                self.leases.adopt(instance, Instant::now());
+            } else {
+                self.leases.cede(&instance.key);
+            }
+        }
+    }
+
+    fn settle(&self, snapshot: &Snapshot, key: &InstanceKey) {
+        let Some(instance) = snapshot.instance(key) else { return };
+        let members = self.members.borrow().clone();
+        if !keeps(&members, instance) {
+            self.leases.cede(key);
+        } else if instance.owner.as_ref() != Some(&members.own) {
+            // What it owns itself it counts since the write. If that lease is over, a change must not bring it back.
+            self.leases.adopt(instance, Instant::now());
+        }
+    }
+}
+
+impl Registry {
+    /// Follows the members and the owners.
+    pub(super) async fn keep_leases(self, mut seen: Revision) {
+        let mut members = self.inner.members.clone();
+        let mut members_changed = async || {
+            if members.changed().await.is_err() {
+                future::pending::<()>().await;
+            }
+        };
+        loop {
+            let (snapshot, changes) = tokio::select! {
+                next = self.inner.catalog.newer_than(seen) => match next {
+                    Some(next) => next,
+                    None => return,
+                },
+                () = members_changed() => (self.inner.catalog.latest(), Changes::Resync),
+            };
+            seen = snapshot.revision();
+            match changes {
+                Changes::Resync => self.inner.settle_all(&snapshot),
+                Changes::Touched(touched) => {
+                    for (service, id) in touched {
+                        if let Some(id) = id {
+                            self.inner.settle(&snapshot, &InstanceKey { service, id });
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
