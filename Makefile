@@ -7,7 +7,7 @@ PYTHON ?= python3
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tools check bench requirements
+.PHONY: help demo test tools check bench fuzz requirements
 
 help: ## This list
 	@echo "Disco, a service-mesh control plane. What you can make:"
@@ -29,7 +29,7 @@ test: requirements tools ## All tests, with real Envoy and real gRPC clients
 	@$(CARGO) test --profile $(PROFILE)
 	@echo "All tests passed"
 
-tools: requirements ## Install Envoy and the gRPC clients into .tools/
+tools: requirements ## Install Envoy, etcd and the gRPC clients into .tools/
 	@$(PYTHON) tests/tools/install.py
 
 check: requirements ## Formatting, lints and documentation, as CI checks them
@@ -37,12 +37,17 @@ check: requirements ## Formatting, lints and documentation, as CI checks them
 	$(CARGO) clippy --profile $(PROFILE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile $(PROFILE) --no-deps --quiet
 
-bench: requirements ## All benchmarks
-	@if ls benches/*.rs >/dev/null 2>&1; then \
-	  $(CARGO) bench --profile fast; \
-	else \
-	  echo "There are no benchmarks yet"; \
-	fi
+bench: requirements ## All benchmarks in ten minutes, with a table and a plot
+	@$(CARGO) bench --profile fast --no-run
+	@$(CARGO) bench --profile fast --bench registrations
+	@$(CARGO) bench --profile fast --bench propagation
+	@PYTHON=$(PYTHON) $(CARGO) bench --profile fast --bench fanout -- --json=benches/fanout.json
+	@$(PYTHON) benches/plot.py benches/fanout.json benches/fanout.svg
+
+# What is found is kept in src/xds/fuzz/corpus, which `make test` tries too.
+SECONDS ?= 150
+fuzz: requirements ## Fuzz the xDS decoders and state machines; four targets, SECONDS=150 each
+	@DISCO_FUZZ_SECONDS=$(SECONDS) nice -n 19 $(CARGO) test --profile $(PROFILE) --lib xds::fuzz -- --nocapture --test-threads 1
 
 requirements:
 	@missing=; \

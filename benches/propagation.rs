@@ -39,6 +39,7 @@ const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
 const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
 
 fn main() {
+    common::guard::start(Duration::from_secs(120));
     println!("{CHANGES} endpoint changes of a service of {INSTANCES} instances; milliseconds");
     println!(
         "{:>8} {:>12} {:>8} {:>14} {:>8} {:>16} {:>8} {:>12} {:>11}",

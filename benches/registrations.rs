@@ -39,6 +39,7 @@ const RECORDS: usize = 200_000;
 const VALUE: usize = 180;
 
 fn main() {
+    common::guard::start(Duration::from_secs(240));
     let runtime = Runtime::new().unwrap();
     runtime.block_on(async {
         println!("{ROUNDS} rounds of {ROUND:?} each, in turns with the floor; medians\n");
@@ -47,9 +48,13 @@ fn main() {
             rate(committers).await;
         }
         println!();
-        println!("  clients  registrations/s over gRPC  floor/s  of the floor  commits a sync");
+        println!(
+            "  clients  history  registrations/s over gRPC  floor/s  of the floor  commits a sync  bytes each  KiB more"
+        );
         for clients in [1, 16, 256] {
-            registrations(clients).await;
+            for history in [0, 100_000] {
+                registrations(clients, history).await;
+            }
         }
         println!();
         println!("restart with {RECORDS} records, median    MiB  open ms  reading the bytes ms");
@@ -136,10 +141,19 @@ async fn round(store: &Arc<FileStore>, committers: usize) -> Duration {
     start.elapsed()
 }
 
-/// Clients of a real `disco dev` register, each its next when the last is answered; every one is an accepted change.
-async fn registrations(clients: usize) {
+/// Clients of a real server register, each its next when the last is answered; every one is an accepted change. The server
+/// keeps a history of so many entries.
+async fn registrations(clients: usize, history: usize) {
     let dir = directory();
-    let disco = common::Disco::start(Some(&dir.path().join("store")));
+    let file = dir.path().join("disco.yaml");
+    let store = dir.path().join("store");
+    let text = format!(
+        "roles: [registry, xds, admin]\nstore: {{file: {{dir: {}}}}}\nhistory: {{entries: {history}}}\n",
+        store.display()
+    );
+    fs::write(&file, text).unwrap();
+    let disco = common::Disco::serve(&file);
+    let memory = disco.memory();
     let before = disco.metrics().await;
     let start = Instant::now();
     let mut tasks = JoinSet::new();
@@ -178,9 +192,11 @@ async fn registrations(clients: usize) {
         .fold((0, Duration::ZERO), |(count, time), (more, took)| (count + more, time + took));
     let floor = appends as f64 / took.as_secs_f64() * commits / syncs;
     println!(
-        "{clients:>9}  {rate:>25.0}  {floor:>7.0}  {:>10.0} %  {:>14.1}",
+        "{clients:>9}  {history:>7}  {rate:>25.0}  {floor:>7.0}  {:>10.0} %  {:>14.1}  {:>10.0}  {:>8}",
         100.0 * rate / floor,
-        commits / syncs
+        commits / syncs,
+        bytes / commits,
+        disco.memory() - memory
     );
 }
 

@@ -11,9 +11,11 @@ use std::{
     time::Duration,
 };
 
+pub(crate) mod guard;
+
 /// A `disco dev` on free ports, ended on drop.
 pub(crate) struct Disco {
-    child: Child,
+    server: guard::Server,
     pub(crate) grpc: String,
     pub(crate) http: String,
 }
@@ -21,14 +23,24 @@ pub(crate) struct Disco {
 impl Disco {
     /// Keeps its state in `data`, or in memory.
     pub(crate) fn start(data: Option<&Path>) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_disco"))
-            .args(["dev", "--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
-            .args(data.into_iter().flat_map(|data| [OsStr::new("--data"), data.as_os_str()]))
+        let data = data.into_iter().flat_map(|data| [OsStr::new("--data"), data.as_os_str()]);
+        Self::run(Command::new(env!("CARGO_BIN_EXE_disco")).arg("dev").args(data))
+    }
+
+    /// With a configuration file.
+    pub(crate) fn serve(file: &Path) -> Self {
+        Self::run(Command::new(env!("CARGO_BIN_EXE_disco")).args(["serve", "--config"]).arg(file))
+    }
+
+    fn run(command: &mut Command) -> Self {
+        let child = command
+            .args(["--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .expect("disco starts");
-        let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+        let mut server = guard::Server::new(child);
+        let mut lines = BufReader::new(server.0.stdout.take().expect("stdout is piped")).lines();
         let line = lines
             .by_ref()
             .map_while(Result::ok)
@@ -41,12 +53,12 @@ impl Disco {
         let (grpc, http) = (address("grpc="), address("http="));
         // Read on, so that the process never blocks on what it prints.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(drop));
-        Self { child, grpc, http }
+        Self { server, grpc, http }
     }
 
     /// Resident memory in KiB.
     pub(crate) fn memory(&self) -> u64 {
-        memory(&self.child)
+        memory(&self.server.0)
     }
 
     /// What `/metrics` says, by name; those with labels are left out.
@@ -65,14 +77,7 @@ impl Disco {
 
     /// CPU seconds used so far.
     pub(crate) fn cpu(&self) -> f64 {
-        cpu(&self.child)
-    }
-}
-
-impl Drop for Disco {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        cpu(&self.server.0)
     }
 }
 

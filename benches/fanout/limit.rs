@@ -63,6 +63,7 @@ fn steer(control: &StdTcpListener, shared: &Shared) {
     let (mut stream, _) = control.accept().expect("the benchmark connects");
     stream.set_nodelay(true).expect("an option");
     let mut head = [0; 6];
+    // The benchmark is gone when this ends.
     while stream.read_exact(&mut head).is_ok() {
         let [op, after, len @ ..] = head;
         let mut body = vec![0; u32::from_be_bytes(len) as usize];
@@ -76,6 +77,7 @@ fn steer(control: &StdTcpListener, shared: &Shared) {
             shared.change.send_replace(body.into());
         }
     }
+    std::process::exit(0);
 }
 
 #[derive(Debug, Clone)]

@@ -6,9 +6,9 @@ use std::{
     collections::HashMap,
     io,
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Condvar, Mutex, MutexGuard},
-    task::ready,
+    task::{Poll, ready},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -24,13 +24,14 @@ use prost::{
 };
 use tokio::{
     io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf},
-    net::{TcpSocket, TcpStream},
+    net::TcpSocket,
     sync::oneshot,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
 pub(crate) const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
 pub(crate) const ENDPOINTS: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+pub(crate) const LB_ENDPOINT: &str = "type.googleapis.com/envoy.config.endpoint.v3.LbEndpoint";
 pub(crate) const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
 pub(crate) const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
 
@@ -38,6 +39,15 @@ pub(crate) const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteC
 pub(crate) enum Protocol {
     Delta,
     Sotw,
+}
+
+impl Protocol {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Delta => "delta streams",
+            Self::Sotw => "SotW streams",
+        }
+    }
 }
 
 /// The first request of a type.
@@ -77,6 +87,8 @@ pub(crate) struct Plan {
     names: Arc<HashMap<&'static str, Vec<u8>>>,
     /// Responses after which it counts as opened.
     answers: usize,
+    /// Only responses of this type count.
+    opened_by: Option<&'static str>,
 }
 
 impl Plan {
@@ -115,7 +127,20 @@ impl Plan {
                 ask.names.iter().for_each(|name| put_field(fields, 3, name.as_bytes()));
             }
         }
-        Self { protocol, behaviour: Behaviour::Healthy, opening, names: Arc::new(names), answers }
+        Self {
+            protocol,
+            behaviour: Behaviour::Healthy,
+            opening,
+            names: Arc::new(names),
+            answers,
+            opened_by: None,
+        }
+    }
+
+    /// Only responses of this type count for it to be open.
+    pub(crate) fn opened_by(mut self, url: &'static str) -> Self {
+        self.opened_by = Some(url);
+        self
     }
 
     pub(crate) fn behaves(mut self, behaviour: Behaviour) -> Self {
@@ -149,6 +174,24 @@ struct State {
     latest: Vec<Option<(u64, Instant)>>,
     /// Responses to the first client, as they came.
     captured: Vec<Vec<u8>>,
+    /// Clients whose SYN is on its way.
+    called: Count,
+    /// Clients that have had a response.
+    answered: Count,
+}
+
+/// How many did something, and when the last did.
+#[derive(Debug, Clone, Copy, Default)]
+struct Count {
+    clients: usize,
+    last: Option<Instant>,
+}
+
+impl Count {
+    fn add(&mut self, now: Instant) {
+        self.clients += 1;
+        self.last = Some(now);
+    }
 }
 
 /// What has come in so far.
@@ -161,8 +204,8 @@ pub(crate) struct Totals {
     pub(crate) ended: u64,
 }
 
-/// Responses that are kept of the first client.
-const CAPTURED: usize = 8;
+/// Responses that are kept of the first client: a large catalog comes in many.
+const CAPTURED: usize = 256;
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
@@ -195,6 +238,27 @@ impl Fleet {
     pub(crate) fn opened(&self) -> Duration {
         self.wait("the streams did not open", |state| state.opened >= self.clients);
         self.started.elapsed()
+    }
+
+    /// When the last client sent its SYN, and when the last had its first response; since the start.
+    pub(crate) fn called_and_answered(&self) -> (Duration, Duration) {
+        let state = self.shared.state();
+        let [called, answered] = [state.called, state.answered].map(|count| {
+            assert_eq!(count.clients, self.clients, "all have called and were answered");
+            count.last.map_or(Duration::ZERO, |last| last.duration_since(self.started))
+        });
+        (called, answered)
+    }
+
+    /// Waits until nothing has come for `quiet`.
+    pub(crate) fn settled(&self, quiet: Duration) {
+        let end = Instant::now() + PATIENCE;
+        let mut responses = 0;
+        while responses != self.totals().responses {
+            assert!(Instant::now() < end, "responses go on and on");
+            responses = self.totals().responses;
+            std::thread::sleep(quiet);
+        }
     }
 
     /// From now on arrivals are counted anew, for [`Fleet::arrived`].
@@ -249,7 +313,7 @@ impl Fleet {
 }
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 impl Drop for Fleet {
     fn drop(&mut self) {
@@ -262,7 +326,15 @@ impl Drop for Fleet {
 
 async fn client(n: usize, address: SocketAddr, plan: Plan, shared: Arc<Shared>) {
     loop {
-        let mut client = Client { n, plan: &plan, shared: &shared, answers: 0, input: Vec::new() };
+        let mut client = Client {
+            n,
+            plan: &plan,
+            shared: &shared,
+            answers: 0,
+            opened: false,
+            heard: false,
+            input: Vec::new(),
+        };
         let result = client.run(address).await;
         if plan.behaviour == Behaviour::Reconnects && result.is_ok() {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -278,6 +350,9 @@ struct Client<'a> {
     plan: &'a Plan,
     shared: &'a Shared,
     answers: usize,
+    opened: bool,
+    /// It has had a response.
+    heard: bool,
     /// What has come and is not whole yet: an HTTP/2 frame, then the message.
     input: Vec<u8>,
 }
@@ -289,19 +364,23 @@ thread_local! {
 impl Client<'_> {
     /// Until the connection ends, or the client leaves (Ok).
     async fn run(&mut self, address: SocketAddr) -> io::Result<()> {
-        let mut tcp = if matches!(self.plan.behaviour, Behaviour::StopsReading | Behaviour::ByteASecond) {
-            let socket = TcpSocket::new_v4()?;
+        let socket = TcpSocket::new_v4()?;
+        if matches!(self.plan.behaviour, Behaviour::StopsReading | Behaviour::ByteASecond) {
             socket.set_recv_buffer_size(4096)?;
-            socket.connect(address).await?
-        } else {
-            TcpStream::connect(address).await?
+        }
+        let mut connecting = pin!(socket.connect(address));
+        let called = futures_util::poll!(&mut connecting);
+        self.shared.state().called.add(Instant::now());
+        let mut tcp = match called {
+            Poll::Ready(tcp) => tcp?,
+            Poll::Pending => connecting.await?,
         };
         tcp.set_nodelay(true)?;
         tcp.write_all(&self.plan.opening).await?;
         let mut message = Vec::new();
         let mut out = Vec::new();
         loop {
-            let opened = self.answers >= self.plan.answers;
+            let opened = self.opened;
             let mut room = usize::MAX;
             match self.plan.behaviour {
                 Behaviour::Reconnects if opened => return Ok(()),
@@ -318,7 +397,7 @@ impl Client<'_> {
                     let mut buffer = ReadBuf::new(&mut scratch[..room]);
                     ready!(Pin::new(&mut tcp).poll_read(context, &mut buffer))?;
                     self.take(buffer.filled(), &mut message, &mut out);
-                    std::task::Poll::Ready(io::Result::Ok(buffer.filled().len()))
+                    Poll::Ready(io::Result::Ok(buffer.filled().len()))
                 })
             });
             if read.await? == 0 {
@@ -393,21 +472,25 @@ impl Client<'_> {
                 _ => {}
             }
         }
-        self.answers += 1;
+        self.answers += usize::from(self.plan.opened_by.is_none_or(|opened_by| url == opened_by.as_bytes()));
+        let opened = !self.opened && self.answers >= self.plan.answers;
+        self.opened |= opened;
         let mut state = self.shared.state();
         state.totals.responses += 1;
         state.totals.resource_bytes += resource_bytes;
-        if self.answers == self.plan.answers {
-            state.opened += 1;
+        if !self.heard {
+            self.heard = true;
+            state.answered.add(now);
         }
-        if url == ENDPOINTS.as_bytes() {
+        state.opened += usize::from(opened);
+        if url == ENDPOINTS.as_bytes() || url == LB_ENDPOINT.as_bytes() {
             state.latest[self.n] = Some((hash, now));
             state.arrivals.push(now);
         }
         if self.n == 0 && state.captured.len() < CAPTURED {
             state.captured.push(response.to_vec());
         }
-        if self.answers == self.plan.answers || state.arrivals.len() == state.target {
+        if opened || state.arrivals.len() == state.target {
             self.shared.changed.notify_all();
         }
         drop(state);

@@ -3,7 +3,8 @@
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    process::{Child, Command, Stdio},
+    path::Path,
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -21,11 +22,27 @@ use envoy_types::pb::envoy::{
 use tokio_stream::StreamExt as _;
 
 use crate::{
-    common,
+    common::{self, guard::Server as Guarded},
     limit::{CHANGE, OPENING},
-    load::ENDPOINTS,
-    service,
+    load::{ENDPOINTS, PATIENCE},
+    measure::service,
 };
+
+/// What a server that is no registry serves.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Content {
+    /// Responses, as they open a stream.
+    pub(crate) opening: Vec<Vec<u8>>,
+    /// Responses, each with a change to the one before. They are made in turns.
+    pub(crate) changes: Vec<Vec<u8>>,
+}
+
+/// Caches of go-control-plane.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Cache {
+    Linear,
+    Snapshot,
+}
 
 pub(crate) trait Server {
     /// Where streams connect.
@@ -97,6 +114,7 @@ impl Writer {
     fn connect(address: &str) -> Self {
         let stream = TcpStream::connect(address).expect("disco listens");
         stream.set_nodelay(true).expect("an option");
+        stream.set_read_timeout(Some(PATIENCE)).expect("an option");
         Self(BufReader::new(stream))
     }
 
@@ -126,66 +144,82 @@ impl Writer {
     }
 }
 
-/// The limit server.
-pub(crate) struct Limit {
-    process: Child,
+/// A server that is told over a connection what to send: the limit, or a peer.
+pub(crate) struct Steered {
+    process: Guarded,
     address: SocketAddr,
     control: TcpStream,
-    change: Vec<u8>,
+    changes: Vec<Vec<u8>>,
+    made: usize,
 }
 
-impl Limit {
-    /// Answers streams with `opening` when they have sent so many requests, and each change with `change`.
-    pub(crate) fn start(opening: &[Vec<u8>], requests: u8, change: &[u8]) -> Self {
+impl Steered {
+    /// The limit: answers streams with the opening when they have sent so many requests, and sends the first change again
+    /// and again.
+    pub(crate) fn limit(content: &Content, requests: u8) -> Self {
         let this = std::env::current_exe().expect("this program");
-        let mut process =
-            Command::new(this).arg("limit").stdout(Stdio::piped()).spawn().expect("the limit starts");
+        let mut command = Command::new(this);
+        command.arg("limit");
+        Self::start(&mut command, content, requests)
+    }
+
+    /// A peer, with what the opening has as its resources. The content is that of delta responses, which have names.
+    pub(crate) fn peer(program: &Path, cache: Cache, content: &Content) -> Self {
+        let mut command = Command::new(program);
+        command.args([
+            "-cache",
+            match cache {
+                Cache::Linear => "linear",
+                Cache::Snapshot => "snapshot",
+            },
+        ]);
+        Self::start(&mut command, content, 0)
+    }
+
+    fn start(command: &mut Command, content: &Content, requests: u8) -> Self {
+        let process = command.stdout(Stdio::piped()).spawn().expect("the server starts");
+        let mut process = Guarded::new(process);
         let mut line = String::new();
-        let stdout = process.stdout.take().expect("stdout is piped");
-        BufReader::new(stdout).read_line(&mut line).expect("the limit says where it listens");
+        let stdout = process.0.stdout.take().expect("stdout is piped");
+        BufReader::new(stdout).read_line(&mut line).expect("the server says where it listens");
         let (address, control) = line.trim().split_once(' ').expect("two addresses");
-        let control = TcpStream::connect(control).expect("the limit listens");
+        let control = TcpStream::connect(control).expect("the server listens");
         control.set_nodelay(true).expect("an option");
+        control.set_read_timeout(Some(PATIENCE)).expect("an option");
         let address = address.parse().expect("an address");
-        let mut limit = Self { process, address, control, change: change.to_vec() };
-        opening.iter().for_each(|response| limit.tell(OPENING, requests, response));
-        limit
+        let mut server = Self { process, address, control, changes: content.changes.clone(), made: 0 };
+        content.opening.iter().for_each(|response| server.tell(OPENING, requests, response));
+        server
     }
 
     fn tell(&mut self, operation: u8, requests: u8, body: &[u8]) {
         let len = u32::try_from(body.len()).expect("small").to_be_bytes();
         let message = [&[operation, requests], &len[..], body].concat();
-        self.control.write_all(&message).expect("the limit reads");
-        self.control.read_exact(&mut [0]).expect("the limit answers");
+        self.control.write_all(&message).expect("the server reads");
+        self.control.read_exact(&mut [0]).expect("the server answers");
     }
 }
 
-impl Server for Limit {
+impl Server for Steered {
     fn address(&self) -> SocketAddr {
         self.address
     }
 
     fn change(&mut self) -> Instant {
-        let change = std::mem::take(&mut self.change);
+        let changes = std::mem::take(&mut self.changes);
         let sent = Instant::now();
-        self.tell(CHANGE, 0, &change);
-        self.change = change;
+        self.tell(CHANGE, 0, &changes[self.made % changes.len()]);
+        self.made += 1;
+        self.changes = changes;
         sent
     }
 
     fn cpu(&self) -> f64 {
-        common::cpu(&self.process)
+        common::cpu(&self.process.0)
     }
 
     fn memory(&self) -> u64 {
-        common::memory(&self.process)
-    }
-}
-
-impl Drop for Limit {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        common::memory(&self.process.0)
     }
 }
 

@@ -5,11 +5,12 @@ use std::{collections::BTreeMap, time::Duration};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::health::{CheckDto, HealthDto, read_check};
 use crate::{
     catalog::{Reader, Service},
     model::{
         Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, State, Update, Value,
-        format_duration, parse_duration,
+        Verdict, format_duration, parse_duration,
     },
     registry::Member,
 };
@@ -25,12 +26,17 @@ pub(super) struct InstanceDto {
     weight: u32,
     metadata: BTreeMap<String, String>,
     state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<CheckDto>,
+    health: HealthDto,
     lease: LeaseDto,
     revision: u64,
     /// The Disco process that counts its lease.
     #[serde(skip_serializing_if = "Option::is_none")]
     owner: Option<String>,
     registered_at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stale: Option<StaleDto>,
 }
 
 #[derive(Debug, Serialize)]
@@ -67,10 +73,13 @@ impl From<&Instance> for InstanceDto {
             weight,
             metadata,
             state,
+            check,
+            health,
             lease,
             revision,
             owner,
             registered_at,
+            stale,
         } = instance;
         Self {
             service: key.service.to_string(),
@@ -89,15 +98,20 @@ impl From<&Instance> for InstanceDto {
                 State::Serving => "serving",
                 State::Draining => "draining",
             },
+            check: check.as_deref().map(CheckDto::from),
+            health: health.into(),
             lease: (*lease).into(),
             revision: revision.0,
             owner: owner.as_ref().map(ToString::to_string),
             registered_at: timestamp(*registered_at),
+            stale: stale
+                .as_ref()
+                .map(|stale| StaleDto { since: timestamp(stale.since), reason: stale.reason.clone() }),
         }
     }
 }
 
-/// That what is answered may be older than the truth.
+/// Since when nobody vouches for what is answered, the whole catalog or an instance of it.
 #[derive(Debug, Serialize)]
 pub(super) struct StaleDto {
     since: String,
@@ -128,20 +142,48 @@ pub(super) struct ServiceDto {
     name: String,
     serving: usize,
     draining: usize,
+    unhealthy: usize,
+    /// Those of them that are stale.
+    held: usize,
     revision: u64,
 }
 
 impl From<&Service> for ServiceDto {
     fn from(service: &Service) -> Self {
-        let (serving, draining) = count(service);
-        Self { name: service.id.to_string(), serving, draining, revision: service.revision.0 }
+        let Counts { serving, draining, unhealthy } = count(service);
+        Self {
+            name: service.id.to_string(),
+            serving,
+            draining,
+            unhealthy,
+            held: service.stale(),
+            revision: service.revision.0,
+        }
     }
 }
 
-/// Serving and draining instances of a service.
-pub(super) fn count(service: &Service) -> (usize, usize) {
-    let draining = service.instances().filter(|instance| instance.state == State::Draining).count();
-    (service.instances().len() - draining, draining)
+/// Instances of a service, each counted once.
+pub(super) struct Counts {
+    /// Take calls, or will by their first check.
+    pub(super) serving: usize,
+    pub(super) draining: usize,
+    /// Would serve, but their checks fail.
+    pub(super) unhealthy: usize,
+}
+
+pub(super) fn count(service: &Service) -> Counts {
+    let of = |draining: bool, unhealthy: bool| {
+        let is = |instance: &Instance| {
+            (instance.state == State::Draining) == draining
+                && (instance.health.verdict == Verdict::Unhealthy) == unhealthy
+        };
+        service.instances().filter(|instance| is(instance)).count()
+    };
+    Counts {
+        serving: of(false, false),
+        draining: of(true, false) + of(true, true),
+        unhealthy: of(false, true),
+    }
 }
 
 /// RFC 3339, UTC.
@@ -252,18 +294,7 @@ pub(super) fn read_registration(
         }
         None => Default::default(),
     };
-    // Checks by the server come with health checking; until then their absence is said, not passed over.
-    if let Some(health) = fields.text("health", &mut problems)
-        && health != "none"
-    {
-        problems.add(
-            "health",
-            format!(
-                "{} is not available in this version: want none; `disco run --health` checks beside the service",
-                crate::model::excerpt(health)
-            ),
-        );
-    }
+    let check = read_check(&mut fields, &mut problems);
     fields.finish(&mut problems);
     let raw = RawRegistration {
         service,
@@ -275,6 +306,7 @@ pub(super) fn read_registration(
         weight,
         metadata: metadata.unwrap_or_default(),
         ttl,
+        check,
     };
     match Registration::check_into(raw, limits, &mut problems) {
         Some(registration) if problems.is_empty() => Ok(registration),
@@ -314,7 +346,11 @@ fn read_metadata(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<BTr
     Some(entries.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
 }
 
-fn read_duration(name: &'static str, fields: &mut Fields<'_>, problems: &mut Problems) -> Option<Duration> {
+pub(super) fn read_duration(
+    name: &'static str,
+    fields: &mut Fields<'_>,
+    problems: &mut Problems,
+) -> Option<Duration> {
     fields.parse(name, problems, parse_duration)
 }
 
@@ -339,6 +375,17 @@ mod tests {
             (
                 r#"{"address":"127.0.0.1","port":1.5}"#,
                 "port: is a fraction: want a whole number from 1 to 65535",
+            ),
+            (
+                r#"{"address":"127.0.0.1","port":1,"health":"ping"}"#,
+                "health: \"ping\" is not a kind of check: want none, grpc, http, tcp, owner, or {\"kind\": one of these, \"interval\": \"5s\", …}",
+            ),
+            (
+                r#"{"address":"127.0.0.1","port":1,"health":{"kind":"http","path":"x","expect":["2xx"],"intervall":"1s","timeout":"9s"}}"#,
+                "health.expect: \"2xx\" is no range of statuses: want e.g. 200 or 200-299; \
+                 health.intervall: is not a known field; did you mean `interval`?; \
+                 health.path: \"x\" is not a path: want one such as /healthz, at most 1024 bytes; \
+                 health.timeout: 9s is out of range: want 10ms to 5s",
             ),
             (r#"{"address":5,"port":1}"#, "address: is a whole number: want text"),
             (
@@ -372,6 +419,25 @@ mod tests {
             ),
         ] {
             assert_eq!(read(body).unwrap_err(), want, "{body}");
+        }
+        for (body, want) in [
+            (
+                r#""tcp""#,
+                r#"{"kind":"tcp","interval":"5s","timeout":"1s","healthy_threshold":2,"unhealthy_threshold":3,"jitter":10}"#,
+            ),
+            (r#""owner""#, r#"{"kind":"owner"}"#),
+            (
+                r#"{"kind":"http","path":"/h","expect":[200,"300-399"],"degraded":[429],"port":9,"interval":"1s","jitter":0}"#,
+                r#"{"kind":"http","path":"/h","expect":["200","300-399"],"degraded":["429"],"port":9,"interval":"1s","timeout":"1s","healthy_threshold":2,"unhealthy_threshold":3,"jitter":0}"#,
+            ),
+        ] {
+            let check =
+                read(&format!(r#"{{"address":"127.0.0.1","port":1,"health":{body}}}"#)).unwrap().check;
+            let shown = |check| serde_json::to_string(&CheckDto::from(check)).unwrap();
+            assert_eq!(shown(check.as_ref().unwrap()), want);
+            let again =
+                read(&format!(r#"{{"address":"127.0.0.1","port":1,"health":{want}}}"#)).unwrap().check;
+            assert_eq!(again, check);
         }
         assert!(read("{").unwrap_err().starts_with("the body is not JSON"));
         // Depth is bounded by the parser.

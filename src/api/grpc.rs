@@ -11,11 +11,11 @@ use super::{dto, error::ApiError, live};
 use crate::{
     catalog::Changes,
     model::{
-        Incarnation, InstanceId, InstanceKey, Problems, RawRegistration, Registration, Revision, ServiceId,
-        Update,
+        HealthReport, Incarnation, InstanceId, InstanceKey, Problems, RawRegistration, Registration,
+        Revision, ServiceId, Update, Verdict,
     },
     proto::v1::{self, registry_server, session_request, session_response},
-    registry::{Accepted, Ended, Registry, Session, instance_to_proto},
+    registry::{Accepted, Ended, Registry, Session, instance_to_proto, raw_check, verdict_from_proto},
     rt::{Fate, Hangup, Tasks},
 };
 
@@ -38,12 +38,23 @@ impl RegistryService {
     }
 
     fn read_registration(&self, request: v1::RegisterRequest) -> Result<Registration, ApiError> {
-        let v1::RegisterRequest { service, id, incarnation, address, port, locality, weight, metadata, ttl } =
-            request;
+        let v1::RegisterRequest {
+            service,
+            id,
+            incarnation,
+            address,
+            port,
+            locality,
+            weight,
+            metadata,
+            ttl,
+            check,
+        } = request;
         let mut problems = Problems::default();
         let ttl = ttl.and_then(|ttl| {
             problems.take("ttl", Duration::try_from(ttl).map_err(|_| "is negative: want 1s to 1h".to_owned()))
         });
+        let check = raw_check(check, &mut problems);
         let locality = locality.unwrap_or_default();
         let raw = RawRegistration {
             service,
@@ -55,6 +66,7 @@ impl RegistryService {
             weight: (weight != 0).then_some(weight.into()),
             metadata,
             ttl,
+            check,
         };
         match Registration::check_into(raw, self.registry.limits(), &mut problems) {
             Some(registration) if problems.is_empty() => Ok(registration),
@@ -80,6 +92,16 @@ impl RegistryService {
         }
     }
 
+    /// The same for the one who asks, whom the history names.
+    fn called_by<T>(&self, request: &Request<T>) -> Self {
+        match request.remote_addr() {
+            Some(peer) => {
+                Self { registry: self.registry.called_by(peer.to_string()), tasks: self.tasks.clone() }
+            }
+            None => self.clone(),
+        }
+    }
+
     async fn serve_session(&self, session: &Session, request: v1::SessionRequest) -> v1::SessionResponse {
         use session_request::Request as In;
         use session_response::Response as Out;
@@ -96,9 +118,10 @@ impl RegistryService {
             Some(In::Update(request)) => self.do_update(request).await.map(Out::Update),
             Some(In::Drain(request)) => self.do_drain(request).await.map(Out::Drain),
             Some(In::Deregister(request)) => self.do_deregister(request).await.map(Out::Deregister),
+            Some(In::Health(request)) => self.do_health(request).await.map(Out::Health),
             None => {
                 let mut problems = Problems::default();
-                problems.add("request", "is missing: want register, update, drain or deregister");
+                problems.add("request", "is missing: want register, update, drain, deregister or health");
                 Err(problems.into())
             }
         };
@@ -128,6 +151,24 @@ impl RegistryService {
         let (key, incarnation) = require_ref(request.instance)?;
         let revision = self.registry.deregister(key, incarnation).await?;
         Ok(v1::DeregisterResponse { revision: revision.0 })
+    }
+
+    async fn do_health(&self, request: v1::HealthRequest) -> Result<v1::HealthResponse, ApiError> {
+        let verdict = verdict_from_proto(request.verdict());
+        let mut problems = Problems::default();
+        let reference = read_ref(request.instance, &mut problems);
+        if verdict == Verdict::Unknown {
+            problems.add("verdict", "is missing: want healthy, degraded or unhealthy");
+        }
+        if let Some((_, None)) = &reference {
+            problems.add("instance.incarnation", "is missing: want the run that the verdict is on");
+        }
+        let Some((key, Some(incarnation))) = reference.filter(|_| problems.is_empty()) else {
+            return Err(problems.into());
+        };
+        let report = HealthReport { key, incarnation, verdict, reason: request.reason };
+        let revision = self.registry.report_health(report).await?;
+        Ok(v1::HealthResponse { revision: revision.0 })
     }
 }
 
@@ -160,38 +201,50 @@ impl registry_server::Registry for RegistryService {
     type SessionStream = Answers<v1::SessionResponse>;
 
     async fn register(&self, request: Request<v1::RegisterRequest>) -> Answer<v1::RegisterResponse> {
+        let called = self.called_by(&request);
         let registration = self.read_registration(request.into_inner())?;
-        let accepted = self.registry.register(registration).await.map_err(ApiError::from)?;
+        let accepted = called.registry.register(registration).await.map_err(ApiError::from)?;
         Ok(Response::new(registered(accepted)))
     }
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Answer<v1::RenewResponse> {
+        let called = self.called_by(&request);
         let (key, incarnation) = require_ref(request.into_inner().instance)?;
-        let (ttl, revision) = self.registry.renew(key, incarnation).await.map_err(ApiError::from)?;
+        let (ttl, revision) = called.registry.renew(key, incarnation).await.map_err(ApiError::from)?;
         Ok(Response::new(v1::RenewResponse { revision: revision.0, ttl: ttl.try_into().ok() }))
     }
 
     async fn update(&self, request: Request<v1::UpdateRequest>) -> Answer<v1::UpdateResponse> {
-        Ok(Response::new(self.do_update(request.into_inner()).await?))
+        Ok(Response::new(self.called_by(&request).do_update(request.into_inner()).await?))
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
-        Ok(Response::new(self.do_drain(request.into_inner()).await?))
+        Ok(Response::new(self.called_by(&request).do_drain(request.into_inner()).await?))
     }
 
     async fn deregister(&self, request: Request<v1::DeregisterRequest>) -> Answer<v1::DeregisterResponse> {
-        Ok(Response::new(self.do_deregister(request.into_inner()).await?))
+        Ok(Response::new(self.called_by(&request).do_deregister(request.into_inner()).await?))
+    }
+
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
+        let called = self.called_by(&request);
+        let service = read_service(&request.into_inner().service)?;
+        let (revision, removed) = called.registry.release(service).await.map_err(ApiError::from)?;
+        let removed = u32::try_from(removed).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::ReleaseResponse { revision: revision.0, removed }))
     }
 
     async fn list_services(&self, _: Request<v1::ListServicesRequest>) -> Answer<v1::ListServicesResponse> {
         let snapshot = self.registry.catalog().latest();
         let services = snapshot.services().map(|service| {
-            let (serving, draining) = dto::count(service);
+            let dto::Counts { serving, draining, unhealthy } = dto::count(service);
             v1::Service {
                 name: service.id.to_string(),
                 serving: u32::try_from(serving).unwrap_or(u32::MAX),
                 draining: u32::try_from(draining).unwrap_or(u32::MAX),
+                unhealthy: u32::try_from(unhealthy).unwrap_or(u32::MAX),
                 revision: service.revision.0,
+                held: u32::try_from(service.stale()).unwrap_or(u32::MAX),
             }
         });
         Ok(Response::new(v1::ListServicesResponse {
@@ -270,10 +323,10 @@ impl registry_server::Registry for RegistryService {
 
     async fn session(&self, request: Request<Streaming<v1::SessionRequest>>) -> Answer<Self::SessionStream> {
         let mut hangup = request.extensions().get::<Hangup>().cloned();
+        let service = self.called_by(&request);
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(QUEUE);
-        let service = self.clone();
-        let session = self.registry.session();
+        let session = service.registry.session();
         self.tasks.spawn("registry-session", async move {
             let shutdown = service.tasks.shutdown().clone();
             let how = loop {
@@ -287,7 +340,7 @@ impl registry_server::Registry for RegistryService {
                     Some(Ok(request)) => {
                         let response = service.serve_session(&session, request).await;
                         if answers.send(Ok(response)).await.is_err() {
-                            break Ended::Closed;
+                            break how_it_ended(hangup.as_mut()).await;
                         }
                     }
                     // A message that cannot be read is no sign of its owner's end.
@@ -318,7 +371,8 @@ const DROP: Duration = Duration::from_millis(20);
 async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
     let Some(hangup) = hangup else { return Ended::Lost };
     match hangup.fate(DROP).await {
-        Fate::Open | Fate::HungUp => Ended::Closed,
+        Fate::Open => Ended::Closed,
+        Fate::HungUp => Ended::HungUp,
         Fate::GivenUp => Ended::Lost,
     }
 }

@@ -1,11 +1,11 @@
 //! HTTP/JSON over the registry's handlers, and what operators ask a process.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, RawQuery, Request, State},
-    http::{StatusCode, header},
+    extract::{DefaultBodyLimit, FromRequestParts, RawQuery, Request, State},
+    http::{StatusCode, header, request::Parts},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing,
@@ -13,18 +13,22 @@ use axum::{
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use serde_json::json;
 use tokio::sync::Semaphore;
+use tonic::transport::server::TcpConnectInfo;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    ledger, live, load, proxies,
-    request::{Body, Path, Query, Reply, instance_key, read_incarnation, read_wait, service_id},
+    history, ledger, live, load, proxies,
+    request::{
+        Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
+    },
 };
 use crate::{
+    health::Status,
     model::{Fields, Problems, Revision, excerpt, format_duration},
-    registry::{self, Accepted, Membership},
+    registry::{self, Accepted, Membership, Registry},
 };
 
 /// All routes.
@@ -34,7 +38,9 @@ pub(super) fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/services", routing::get(list_services))
         .route("/v1/services/{service}", routing::get(show_service).delete(remove_service))
+        .route("/v1/services/{service}/release", routing::post(release))
         .route("/v1/services/{service}/instances", routing::get(list_instances))
+        .route("/v1/services/{service}/history", routing::get(history::of_service))
         .route("/v1/services/{service}/live", routing::get(live::list))
         .route("/v1/services/{service}/load", routing::get(load::show))
         .route(instance, routing::get(show_instance).put(register).patch(update).delete(deregister))
@@ -45,6 +51,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
+        .route("/v1/checks", routing::get(checks))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
         .route("/v1/nodes", routing::get(list_nodes))
         .route("/debug/log", routing::get(get_log).put(set_log))
@@ -148,6 +155,19 @@ impl<'a> Taken<'a> {
     }
 }
 
+/// The registry for the one who asks, whom the history names.
+struct Called(Registry);
+
+impl FromRequestParts<Api> for Called {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        let peer = parts.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
+        let registry = api.registry()?;
+        Ok(Self(peer.map_or_else(|| registry.clone(), |peer| registry.called_by(peer.to_string()))))
+    }
+}
+
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         self.0.dec();
@@ -184,12 +204,9 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
-/// `?index` and `?wait` of a long poll.
-pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
-    Query::of(query).read(|fields, problems| {
-        let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
-        (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
-    })
+async fn release(Called(registry): Called, Path(service): Path<String>) -> Reply {
+    let (revision, removed) = registry.release(service_id(&service)?).await?;
+    Ok(Json(json!({"revision": revision.0, "removed": removed})).into_response())
 }
 
 async fn list_instances(
@@ -217,17 +234,6 @@ async fn list_instances(
     Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances, "stale": StaleDto::of(&api.catalog)})).into_response())
 }
 
-/// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
-pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
-    if wait.is_zero() {
-        return;
-    }
-    tokio::select! {
-        _ = tokio::time::timeout(wait, event) => {}
-        () = api.tasks.shutdown().wait() => {}
-    }
-}
-
 async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
     let key = instance_key(&service, &id)?;
     let snapshot = api.catalog.latest();
@@ -236,36 +242,36 @@ async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String
 }
 
 async fn register(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     Body(body): Body,
 ) -> Reply {
-    let registration = dto::read_registration(service, id, &body, api.registry()?.limits())?;
-    let Accepted { revision, instance } = api.registry()?.register(registration).await?;
+    let registration = dto::read_registration(service, id, &body, registry.limits())?;
+    let Accepted { revision, instance } = registry.register(registration).await?;
     let lease = LeaseDto::from(instance.lease);
     Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
         .into_response())
 }
 
 async fn update(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
     Body(body): Body,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let update = dto::read_update(&body, api.registry()?.limits())?;
-    let accepted = api.registry()?.update(instance_key(&service, &id)?, incarnation, update).await?;
+    let update = dto::read_update(&body, registry.limits())?;
+    let accepted = registry.update(instance_key(&service, &id)?, incarnation, update).await?;
     Ok(accepted_reply(&accepted))
 }
 
 async fn drain(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let accepted = api.registry()?.drain(instance_key(&service, &id)?, incarnation).await?;
+    let accepted = registry.drain(instance_key(&service, &id)?, incarnation).await?;
     Ok(accepted_reply(&accepted))
 }
 
@@ -273,23 +279,30 @@ fn accepted_reply(Accepted { revision, instance }: &Accepted) -> Response {
     Json(json!({"revision": revision.0, "instance": InstanceDto::from(&**instance)})).into_response()
 }
 
+async fn checks(State(api): State<Api>) -> Response {
+    let Status { instances, machines, silent, suspended } = api.checks.status();
+    let suspended = suspended.map(dto::timestamp);
+    Json(json!({"instances": instances, "machines": machines, "silent": silent, "suspended": suspended}))
+        .into_response()
+}
+
 async fn renew(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let (ttl, revision) = api.registry()?.renew(instance_key(&service, &id)?, incarnation).await?;
+    let (ttl, revision) = registry.renew(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0, "ttl": format_duration(ttl)})).into_response())
 }
 
 async fn deregister(
-    State(api): State<Api>,
+    Called(registry): Called,
     Path((service, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
-    let revision = api.registry()?.deregister(instance_key(&service, &id)?, incarnation).await?;
+    let revision = registry.deregister(instance_key(&service, &id)?, incarnation).await?;
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
@@ -351,7 +364,9 @@ async fn index() -> &'static str {
      GET    /v1/services                               all services\n\
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
+     POST   /v1/services/{service}/release             remove its stale instances, whatever they answer\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/services/{service}/history             what changed, when, by whom and why; ?since=TIME&id=ID\n\
      GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\
      GET    /v1/services/{service}/load                the calls to it, as clients report them to this server\n\
      GET    /v1/services/{service}/instances/{id}      one\n\
@@ -360,8 +375,9 @@ async fn index() -> &'static str {
      DELETE /v1/services/{service}/instances/{id}      deregister\n\
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
      PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
-     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it\n\
+     GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it; ?at=TIME: what it was then\n\
      GET    /v1/nodes                                  the Disco processes that share the store\n\
+     GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
@@ -374,7 +390,7 @@ async fn index() -> &'static str {
 mod tests {
     use tower::ServiceExt as _;
 
-    use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::{
@@ -383,15 +399,6 @@ mod tests {
         telemetry::{LogFilter, LogFormat, Metrics},
         xds::{Loads, Proxies},
     };
-
-    #[test]
-    fn a_long_poll_says_from_where_and_how_long() {
-        let (index, wait) = read_poll(Some("index=7&wait=1m")).unwrap();
-        assert_eq!((index, wait), (Revision(7), Duration::from_secs(60)));
-        for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
-            assert!(read_poll(Some(bad)).is_err(), "{bad}");
-        }
-    }
 
     async fn api(tasks: &Tasks, requests: usize) -> Api {
         let core = Tasks::default();
@@ -404,7 +411,7 @@ mod tests {
         let (members, config) =
             (crate::model::Members::alone("n1".parse().unwrap()), registry::Config::default());
         let members = tokio::sync::watch::Sender::new(members).subscribe();
-        let registry = registry::Registry::start(config, store, reader.clone(), members, &metrics, &core);
+        let registry = Registry::start(config, store, reader.clone(), members, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
         let config = super::super::Config { body_limit: 1024, requests, effective: String::new() };
         Api {
@@ -412,6 +419,7 @@ mod tests {
             catalog: reader,
             nodes: None,
             registry: Some(registry),
+            checks: Default::default(),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),
             readiness,

@@ -14,7 +14,7 @@ use axum::{
 use envoy_types::pb::{
     envoy::config::{
         core::v3::{HealthStatus, address::Address, socket_address::PortSpecifier},
-        endpoint::v3::{ClusterLoadAssignment, lb_endpoint::HostIdentifier},
+        endpoint::v3::{ClusterLoadAssignment, LbEndpoint, lb_endpoint::HostIdentifier},
     },
     google::protobuf::Any,
 };
@@ -25,13 +25,14 @@ use super::{
     Api,
     dto::{self, InstanceDto},
     error::{ApiError, Kind},
+    history,
     proxies::streams_of,
     request::{Path, Query, Reply, instance_key, read_wait},
 };
 use crate::{
-    model::{Instance, Problems, Revision, ServiceId, State as Health, excerpt},
+    model::{Instance, Problems, Revision, ServiceId, State as Health, Verdict, excerpt},
     proto, registry,
-    resources::ClientKind,
+    resources::{ClientKind, leds_member},
     xds::{Concern, Delivery, Held, Lack, Progress, ProxyStatus, Resource, ResourceType, Version, Why},
 };
 
@@ -201,8 +202,17 @@ pub(super) fn any(resource: &Resource) -> Option<Any> {
     Any::decode(resource.any()).ok()
 }
 
-pub(super) async fn explain(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
+pub(super) async fn explain(
+    State(api): State<Api>,
+    Path((service, id)): Path<(String, String)>,
+    RawQuery(query): RawQuery,
+) -> Reply {
     let key = instance_key(&service, &id)?;
+    let at =
+        Query::of(query.as_deref()).read(|fields, problems| fields.parse("at", problems, history::time))?;
+    if let Some(at) = at {
+        return history::at(&api, &key, at).await;
+    }
     let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     let proxies = api.proxies.list();
@@ -269,14 +279,34 @@ impl Sight {
             return no(format!("it has not asked for the endpoints of {service}"));
         };
         let Some(set) = &status.set else { return no("what it is to be sent is not known yet".to_owned()) };
-        let entry = set.get(ResourceType::Endpoints, service);
-        let Some(health) = entry.and_then(|entry| health_of(&entry.resource)) else {
-            return no(match instance.state {
-                Health::Serving => "what it is sent leaves this instance out".to_owned(),
-                Health::Draining => "it drains: clients of this kind are told no more of it".to_owned(),
+        let globs = set.get(ResourceType::Endpoints, service).map(|entry| Arc::clone(&entry.resource.needs));
+        let members = globs.iter().flat_map(|globs| globs.iter());
+        let member = members
+            .map(|glob| leds_member(glob, &instance.key.id))
+            .find(|name| set.get(ResourceType::LbEndpoint, name).is_some());
+        // One by one, or all together.
+        let (kind, name) = match &member {
+            Some(member) => (ResourceType::LbEndpoint, member.as_str()),
+            None => (ResourceType::Endpoints, service),
+        };
+        let Some(health) = set.get(kind, name).and_then(|entry| health_of(&entry.resource)) else {
+            return no(match (instance.state, instance.health.verdict) {
+                _ if !instance.is_published() => {
+                    "it has not passed its check yet: proxies are told of it once it does".to_owned()
+                }
+                (Health::Draining, _) => "it drains: clients of this kind are told no more of it".to_owned(),
+                (_, Verdict::Unhealthy) => {
+                    "its checks fail: clients of this kind are told no more of it".to_owned()
+                }
+                (_, Verdict::Degraded) => {
+                    "it is degraded: clients of this kind are told of it when no healthy one is left"
+                        .to_owned()
+                }
+                _ => "what it is sent leaves this instance out".to_owned(),
             });
         };
-        match status.holding(ResourceType::Endpoints, service).map(|held| held.delivery) {
+        let of = status.types.iter().find(|of| of.kind == kind).unwrap_or(of);
+        match status.holding(kind, name).map(|held| held.delivery) {
             Some(Delivery::Acknowledged) => {}
             Some(Delivery::Sent) => return no("it has not answered what was sent".to_owned()),
             Some(Delivery::Rejected) => return no(format!("it rejected what was sent: {}", of.last_error())),
@@ -286,7 +316,11 @@ impl Sight {
         }
         let why = match (health, instance.state) {
             (HealthStatus::Draining, _) | (_, Health::Draining) => "without new calls: it drains",
-            (HealthStatus::Unhealthy | HealthStatus::Timeout, _) => "without new calls: it is not healthy",
+            (HealthStatus::Unhealthy | HealthStatus::Timeout, _) => "without new calls: its checks fail",
+            (HealthStatus::Degraded, _) => "for when no healthy one is left: it is degraded",
+            _ if instance.health.verdict == Verdict::Unhealthy => {
+                "as a last resort: its checks fail, and so do those of all others"
+            }
             _ => "",
         };
         Self { sees: true, why: why.to_owned() }
@@ -295,8 +329,15 @@ impl Sight {
 
 /// The health of the instance in what proxies are sent; `None` if it is not there.
 fn health_of(resource: &Resource, instance: &Instance) -> Option<HealthStatus> {
-    let sent = ClusterLoadAssignment::decode(any(resource)?.value.as_slice()).ok()?;
-    let mut all = sent.endpoints.iter().flat_map(|locality| &locality.lb_endpoints);
+    let body = resource.body();
+    let all = match resource.kind {
+        ResourceType::LbEndpoint => vec![LbEndpoint::decode(body).ok()?],
+        _ => {
+            let sent = ClusterLoadAssignment::decode(body).ok()?;
+            sent.endpoints.into_iter().flat_map(|locality| locality.lb_endpoints).collect()
+        }
+    };
+    let mut all = all.iter();
     let found = all.find(|it| {
         let Some(HostIdentifier::Endpoint(endpoint)) = &it.host_identifier else { return false };
         match endpoint.address.as_ref().and_then(|address| address.address.as_ref()) {

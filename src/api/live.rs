@@ -17,8 +17,9 @@ use super::{
     Api, dto,
     error::ApiError,
     grpc::{Answers, QUEUE, read_service},
-    http::{read_poll, wait_at_most},
-    request::{Body, Path, Query, Reply, instance_key, read_incarnation, service_id},
+    request::{
+        Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
+    },
 };
 use crate::{
     catalog::{Live, LiveService, Reader},

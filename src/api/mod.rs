@@ -7,6 +7,8 @@ mod csds;
 mod dto;
 mod error;
 mod grpc;
+mod health;
+mod history;
 mod http;
 mod ledger;
 mod live;
@@ -24,6 +26,7 @@ use error::{ApiError, Kind};
 
 use crate::{
     catalog::Reader,
+    health::Monitor,
     proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
     registry::{Membership, Registry},
     rt::{Readiness, Tasks},
@@ -56,6 +59,8 @@ pub struct Api {
     pub nodes: Option<Membership>,
     /// Takes the writes, in a process that does.
     pub registry: Option<Registry>,
+    /// What the health checks of this node are doing.
+    pub checks: Monitor,
     /// Who is connected and has acknowledged what.
     pub proxies: Proxies,
     /// The calls that clients report.

@@ -1,6 +1,6 @@
 //! What the handlers read from an HTTP request: body, path and query, checked whole.
 
-use std::time::Duration;
+use std::{future::Future, time::Duration};
 
 use axum::{
     body::Bytes,
@@ -14,8 +14,8 @@ use super::{
     error::{ApiError, Kind},
 };
 use crate::model::{
-    Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, ServiceId, Value, format_duration,
-    parse_duration,
+    Fields, Incarnation, InstanceId, InstanceKey, Node, Problems, Revision, ServiceId, Value,
+    format_duration, parse_duration,
 };
 
 /// Longest that a long poll is held.
@@ -152,9 +152,37 @@ pub(super) fn instance_key(service: &str, id: &str) -> Result<InstanceKey, ApiEr
     }
 }
 
+/// `?index` and `?wait` of a long poll.
+pub(super) fn read_poll(query: Option<&str>) -> Result<(Revision, Duration), ApiError> {
+    Query::of(query).read(|fields, problems| {
+        let index = fields.integer("index", 0..=u64::MAX.into(), problems).unwrap_or_default();
+        (Revision(u64::try_from(index).unwrap_or_default()), read_wait(fields, problems))
+    })
+}
+
+/// Waits for `event`, but no longer than `wait`, nor than this server runs: what there is then is the answer.
+pub(super) async fn wait_at_most<T>(api: &Api, wait: Duration, event: impl Future<Output = T>) {
+    if wait.is_zero() {
+        return;
+    }
+    tokio::select! {
+        _ = tokio::time::timeout(wait, event) => {}
+        () = api.tasks.shutdown().wait() => {}
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_poll_says_from_where_and_how_long() {
+        let (index, wait) = read_poll(Some("index=7&wait=1m")).unwrap();
+        assert_eq!((index, wait), (Revision(7), Duration::from_secs(60)));
+        for bad in ["index=x", "wait=30", "wait=1h", "indx=7", "index=-1"] {
+            assert!(read_poll(Some(bad)).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn queries_are_read_like_fields() {

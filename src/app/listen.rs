@@ -1,14 +1,11 @@
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
 use axum::middleware;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
-    sync::watch,
-};
+use tokio::sync::watch;
 use tonic_health::ServingStatus;
 
-use super::Error;
+use super::{Error, incoming::Incoming};
 use crate::{
     api::SYNCED,
     model::Members,
@@ -19,44 +16,16 @@ use crate::{
 /// The condition of readiness that the other nodes know of this one.
 const MEMBER: &str = "membership";
 
-/// Connections that may wait to be accepted. After a restart every proxy connects in the same second; with the usual 128
-/// most of them would wait for SYN retransmissions. The system caps it at net.core.somaxconn.
-const BACKLOG: u32 = 16_384;
-
-/// After a failed accept, most likely for want of descriptors: time for some to become free.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Listens, if it is wanted, with a backlog fit for a reconnect storm.
+/// Listens, if it is wanted.
 pub(super) fn bind(
     field: &'static str,
     address: SocketAddr,
     wanted: bool,
-) -> Result<Option<TcpListener>, Error> {
+) -> Result<Option<Incoming>, Error> {
     if !wanted {
         return Ok(None);
     }
-    let open = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        socket.listen(BACKLOG)
-    };
-    open().map(Some).map_err(|source| Error::Listen { field, address, source })
-}
-
-/// The next connection. A failed accept (out of descriptors, a peer that left) is no end: the next one may do.
-pub(super) async fn accept(listener: &TcpListener) -> TcpStream {
-    loop {
-        match listener.accept().await {
-            // An answer is written whole; waiting for more of it would only delay it.
-            Ok((stream, _)) if stream.set_nodelay(true).is_ok() => return stream,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
+    Incoming::bind(address).map(Some).map_err(|source| Error::Listen { field, address, source })
 }
 
 /// Takes as many descriptors as the system allows this process: every proxy holds one, and the usual 1,024 are too few.

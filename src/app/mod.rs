@@ -4,17 +4,18 @@
 //! accepting and end streams (proxies and owners go to another server); wait for what is under way; stop the tasks; flush
 //! the store.
 
+mod incoming;
 mod listen;
 mod loads;
 mod observe;
 mod serve;
 mod settings;
+mod verdicts;
 mod views;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
-    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
@@ -24,6 +25,7 @@ use crate::{
     api::{Api, SYNCED},
     catalog,
     config::{Config, Role, Store as StoreConfig},
+    health::{Checker, Duty},
     model::Members,
     registry::{self, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
@@ -31,6 +33,7 @@ use crate::{
     telemetry::{LogFilter, Metrics},
     xds::{AdsServer, LoadReports, Loads, Proxies},
 };
+use incoming::Incoming;
 use views::Views;
 
 /// Where the process listens.
@@ -117,7 +120,7 @@ impl Running {
         let has = |role| config.roles.contains(&role);
         let grpc = listen::bind("listen.grpc", config.listen.grpc, has(Role::Registry) || has(Role::Xds))?;
         let http = listen::bind("listen.http", config.listen.http, has(Role::Admin))?;
-        let address = |listener: &Option<TcpListener>| listener.as_ref().and_then(|l| l.local_addr().ok());
+        let address = |incoming: &Option<Incoming>| incoming.as_ref().and_then(Incoming::address);
         let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 
         let store = open_store(&config.store, &metrics)?;
@@ -137,16 +140,25 @@ impl Running {
             }
             StoreConfig::Memory | StoreConfig::File { .. } => None,
         };
-        let members = match &nodes {
-            Some(nodes) => nodes.with_role(Role::Registry.name(), &core),
-            None => watch::channel(Members::alone(node)).1,
+        let members = |role: Role| match &nodes {
+            Some(nodes) => nodes.with_role(role.name(), &core),
+            None => watch::channel(Members::alone(node.clone())).1,
         };
         if nodes.is_some() && has(Role::Registry) {
-            listen::follow_membership(members.clone(), readiness.clone(), &core);
+            listen::follow_membership(members(Role::Registry), readiness.clone(), &core);
         }
-        let registry = has(Role::Registry).then(|| {
+        let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
+            let members = members(Role::Registry);
             Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
+        });
+        let checks = registry.clone().filter(|_| has(Role::Discovery)).map(|registry| {
+            let (settings, duty) = (settings::health(config), Duty::new(members(Role::Discovery)));
+            let verdicts = Arc::new(verdicts::Verdicts(registry));
+            let checker = Checker::new(settings, reader.clone(), duty, verdicts, &metrics, &core);
+            let checks = checker.monitor();
+            core.spawn_until_shutdown("health-checks", checker.run());
+            checks
         });
 
         let proxies = Proxies::default();
@@ -156,7 +168,9 @@ impl Running {
             LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
         });
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader.clone(), proxies.clone(), core.clone(), &metrics));
+            let views =
+                Views::new(reader.clone(), proxies.clone(), core.clone(), &metrics, config.xds.leds_from);
+            let views = Arc::new(views);
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
@@ -164,7 +178,8 @@ impl Running {
             config: Arc::new(settings::api(config)),
             catalog: reader,
             nodes,
-            registry,
+            registry: registry.filter(|_| has(Role::Registry)),
+            checks: checks.unwrap_or_default(),
             proxies,
             loads,
             readiness: readiness.clone(),
@@ -173,7 +188,7 @@ impl Running {
             tasks: edges.clone(),
         };
 
-        if let Some(listener) = grpc {
+        if let Some(incoming) = grpc {
             let (health, health_service) = tonic_health::server::health_reporter();
             listen::follow_readiness(health, readiness.clone(), &edges);
             let mut services = Services::default();
@@ -192,12 +207,12 @@ impl Running {
             services.add(api.proxies_service());
             let reflection = listen::reflection(&services.names);
             services.routes.add_service(reflection);
-            let door = serve::Door::grpc(listener, config.limits.grpc_connections, &metrics);
             let routes = listen::when_synced(services.routes.routes(), readiness.clone());
+            let door = serve::Door::grpc(incoming, config.limits.grpc_connections, &metrics);
             serve::grpc(door, routes, config.xds.max_connection_age, &metrics, &edges);
         }
-        if let Some(listener) = http {
-            let door = serve::Door::http(listener, config.limits.http_connections, &metrics);
+        if let Some(incoming) = http {
+            let door = serve::Door::http(incoming, config.limits.http_connections, &metrics);
             serve::http(door, api.http(), &edges);
         }
         listening.open();

@@ -9,7 +9,7 @@ use axum::{
 };
 use bytes::{BufMut as _, Bytes, BytesMut};
 use hyper::{
-    body::Incoming,
+    body,
     server::conn::{http1, http2},
 };
 use hyper_util::{
@@ -19,7 +19,7 @@ use hyper_util::{
 use prometheus_client::metrics::{counter::Counter, family::Family, gauge::Gauge};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore},
     time::Instant,
 };
@@ -27,9 +27,9 @@ use tonic::{
     service::Routes,
     transport::server::{Connected as _, TcpConnectInfo},
 };
-use tower::Service as _;
+use tower::{Service as _, util::MapRequest};
 
-use super::listen::accept;
+use super::incoming::Incoming;
 use crate::{
     rt::{Hangup, Leave, Shutdown, Tasks, Watched},
     telemetry::Metrics,
@@ -61,7 +61,7 @@ const WARN_EVERY: Duration = Duration::from_secs(10);
 /// A listener and the number of connections that it may have at the same time.
 #[derive(Debug)]
 pub(super) struct Door {
-    listener: TcpListener,
+    incoming: Incoming,
     limit: usize,
     /// The setting of the limit.
     setting: &'static str,
@@ -70,9 +70,9 @@ pub(super) struct Door {
 }
 
 impl Door {
-    pub(super) fn grpc(listener: TcpListener, limit: usize, metrics: &Metrics) -> Self {
+    pub(super) fn grpc(incoming: Incoming, limit: usize, metrics: &Metrics) -> Self {
         Self {
-            listener,
+            incoming,
             limit,
             setting: "limits.grpc_connections",
             open: metrics.gauge("grpc_connections", "Open gRPC connections"),
@@ -80,9 +80,9 @@ impl Door {
         }
     }
 
-    pub(super) fn http(listener: TcpListener, limit: usize, metrics: &Metrics) -> Self {
+    pub(super) fn http(incoming: Incoming, limit: usize, metrics: &Metrics) -> Self {
         Self {
-            listener,
+            incoming,
             limit,
             setting: "limits.http_connections",
             open: metrics.gauge("http_connections", "Open HTTP connections"),
@@ -91,7 +91,7 @@ impl Door {
     }
 
     /// Hands each connection to `serve` until shutdown. Those beyond the limit are told why and closed; the others go on.
-    async fn run(self, tasks: &Tasks, refusal: impl Fn(&str) -> Bytes, serve: impl Fn(TcpStream, Place)) {
+    async fn run(mut self, tasks: &Tasks, refusal: impl Fn(&str) -> Bytes, serve: impl Fn(TcpStream, Place)) {
         let places = Arc::new(Semaphore::new(self.limit.min(Semaphore::MAX_PERMITS)));
         let refusals = Arc::new(Semaphore::new(REFUSALS));
         let Self { limit, setting, .. } = self;
@@ -102,7 +102,7 @@ impl Door {
         let mut warned: Option<Instant> = None;
         loop {
             let stream = tokio::select! {
-                stream = accept(&self.listener) => stream,
+                stream = self.incoming.next() => stream,
                 () = tasks.shutdown().wait() => return,
             };
             if let Ok(permit) = Arc::clone(&places).try_acquire_owned() {
@@ -184,12 +184,12 @@ struct Connection {
     leave: Leave,
 }
 
-impl hyper::service::Service<http::Request<Incoming>> for Connection {
-    type Response = <Routes as tower::Service<http::Request<Incoming>>>::Response;
-    type Error = <Routes as tower::Service<http::Request<Incoming>>>::Error;
-    type Future = <Routes as tower::Service<http::Request<Incoming>>>::Future;
+impl hyper::service::Service<http::Request<body::Incoming>> for Connection {
+    type Response = <Routes as tower::Service<http::Request<body::Incoming>>>::Response;
+    type Error = <Routes as tower::Service<http::Request<body::Incoming>>>::Error;
+    type Future = <Routes as tower::Service<http::Request<body::Incoming>>>::Future;
 
-    fn call(&self, mut request: http::Request<Incoming>) -> Self::Future {
+    fn call(&self, mut request: http::Request<body::Incoming>) -> Self::Future {
         let extensions = request.extensions_mut();
         extensions.insert(self.peer.clone());
         extensions.insert(self.hangup.clone());
@@ -278,7 +278,13 @@ pub(super) fn http(door: Door, router: axum::Router, tasks: &Tasks) {
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
         let serve = |stream: TcpStream, place: Place| {
-            let service = TowerToHyperService::new(router.clone());
+            let peer = stream.connect_info();
+            let service =
+                MapRequest::new(router.clone(), move |mut request: http::Request<body::Incoming>| {
+                    request.extensions_mut().insert(peer.clone());
+                    request
+                });
+            let service = TowerToHyperService::new(service);
             let connection = http.serve_connection(TokioIo::new(stream), service);
             let shutdown = owner.shutdown().clone();
             owner.spawn("http-connection", async move {
@@ -308,7 +314,7 @@ mod tests {
 
     use super::{super::listen, *};
 
-    fn listener() -> TcpListener {
+    fn listener() -> Incoming {
         listen::bind("listen", ([127, 0, 0, 1], 0).into(), true).unwrap().unwrap()
     }
 
@@ -326,7 +332,7 @@ mod tests {
         ];
         for (kind, sent) in cases {
             let (listener, metrics, tasks) = (listener(), Metrics::default(), Tasks::default());
-            let address = listener.local_addr().unwrap();
+            let address = listener.address().unwrap();
             if kind == "http" {
                 http(Door::http(listener, 1, &metrics), axum::Router::new(), &tasks);
             } else {
@@ -354,7 +360,7 @@ mod tests {
     async fn connections_beyond_the_limit_are_told_why_and_the_others_go_on() {
         let (metrics, tasks) = (Metrics::default(), Tasks::default());
         let over_http = listener();
-        let address = over_http.local_addr().unwrap();
+        let address = over_http.address().unwrap();
         let router = axum::Router::new().route("/", axum::routing::get(|| async { "here" }));
         http(Door::http(over_http, 1, &metrics), router, &tasks);
         let ask = async |connection: &mut (dyn AsyncWrite + Unpin + Send)| {
@@ -377,7 +383,7 @@ mod tests {
         assert!(String::from_utf8_lossy(&buffer[..read]).starts_with("HTTP/1.1 200 "));
 
         let over_grpc = listener();
-        let address = over_grpc.local_addr().unwrap();
+        let address = over_grpc.address().unwrap();
         let (_reporter, health) = tonic_health::server::health_reporter();
         grpc(Door::grpc(over_grpc, 1, &metrics), Routes::new(health), None, &metrics, &tasks);
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();

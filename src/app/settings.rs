@@ -2,10 +2,13 @@
 
 use std::net::SocketAddr;
 
+use rustix::process::{Resource, getrlimit};
+
 use super::Addresses;
 use crate::{
     api,
     config::{Config, Store},
+    health,
     model::MemberId,
     registry::{self, Cache, Member},
     rt, xds,
@@ -48,7 +51,25 @@ pub(super) fn registry(config: &Config) -> registry::Config {
         limits: config.limits.registration.clone(),
         session_grace: config.registry.session_grace,
         empty_service_retention: config.registry.empty_service_retention,
+        guards: config.guards.clone(),
+        history: config.history.clone(),
     }
+}
+
+pub(super) fn health(config: &Config) -> health::Config {
+    health::Config {
+        concurrency: config.health.concurrency,
+        suspend_share: config.health.suspend_share,
+        connections: most_kept(),
+    }
+}
+
+/// Half of the descriptors are left to those who connect to this process.
+fn most_kept() -> usize {
+    let limit = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit / 2).ok());
+    limit.map_or(health::Config::default().connections, |limit| {
+        limit.min(health::Config::default().connections)
+    })
 }
 
 pub(super) fn xds(config: &Config) -> xds::Config {

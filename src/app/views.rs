@@ -1,7 +1,10 @@
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
 };
 
 use prometheus_client::metrics::histogram::Histogram;
@@ -11,7 +14,7 @@ use crate::{
     catalog::{Changes, Reader, Snapshot},
     model::{Locality, Revision},
     resources::{ClientKind, Places, View, update_beside},
-    rt::Tasks,
+    rt::{self, Tasks},
     telemetry::{Metrics, Stage},
     xds::{Admit, Admitted, Code, Feed, Node, Proxies, Publisher, Refusal, ResourceSet, StreamPolicy},
 };
@@ -42,6 +45,10 @@ pub(super) struct Views {
     families: Arc<Mutex<HashMap<View, Family>>>,
     /// From a durable change to its resources.
     published: Histogram,
+    /// See [`View::leds_from`].
+    leds_from: usize,
+    /// Counts histories of resource sets, from the time at which the process started: none is ever met again.
+    origins: Arc<AtomicU64>,
 }
 
 /// Views that differ only in where they are, by that. One task keeps up all of them, in step, so that those which see the same
@@ -53,9 +60,24 @@ struct Family {
 }
 
 impl Views {
-    pub(super) fn new(catalog: Reader, proxies: Proxies, tasks: Tasks, metrics: &Metrics) -> Self {
-        let published = metrics.propagation(Stage::Published);
-        Self { catalog, proxies, tasks, families: Arc::default(), published }
+    pub(super) fn new(
+        catalog: Reader,
+        proxies: Proxies,
+        tasks: Tasks,
+        metrics: &Metrics,
+        leds_from: usize,
+    ) -> Self {
+        let start = rt::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let origin = u64::try_from(start.as_nanos()).unwrap_or_default();
+        Self {
+            catalog,
+            proxies,
+            tasks,
+            families: Arc::default(),
+            published: metrics.propagation(Stage::Published),
+            leds_from,
+            origins: Arc::new(AtomicU64::new(origin)),
+        }
     }
 
     /// The set of a view, now and as it changes; `None` when too many views are in use. Where something runs only decides what
@@ -107,6 +129,7 @@ impl Views {
         places.follow(&Snapshot::default(), &snapshot, &Changes::Resync, &family);
         let mut sets: HashMap<Locality, Arc<ResourceSet>> = HashMap::new();
         let mut calm = Instant::now();
+        let origin = self.origins.fetch_add(1, Ordering::Relaxed);
         loop {
             let Some(members) = self.members(&family) else { return };
             sets.retain(|place, _| members.contains_key(place));
@@ -114,8 +137,8 @@ impl Views {
                 let widest = places.widest(place);
                 let same = sets.iter().find(|(other, _)| places.widest(other) == widest);
                 let set = same.map(|(_, set)| Arc::clone(set)).unwrap_or_else(|| {
-                    let none = ResourceSet::default();
                     let beside = sets.values().next().map(AsRef::as_ref);
+                    let none = ResourceSet::starting(origin);
                     let set = update_beside(beside, &none, &snapshot, &Changes::Resync, &at(&widest));
                     Arc::new(set.with_published(Instant::now()))
                 });
@@ -194,7 +217,8 @@ impl Family {
 impl Admit for Views {
     fn admit(&self, node: &Node) -> Result<Admitted, Refusal> {
         let view = View::of(node)
-            .map_err(|error| Refusal { code: Code::InvalidArgument, message: error.to_string() })?;
+            .map_err(|error| Refusal { code: Code::InvalidArgument, message: error.to_string() })?
+            .with_leds(node, self.leds_from);
         let policy = match view.kind {
             // Only what says that it is an Envoy is trusted to behave as one.
             ClientKind::Envoy if node.user_agent_name.starts_with("envoy") => StreamPolicy::ENVOY,
@@ -219,7 +243,7 @@ mod tests {
     use super::*;
     use crate::{
         catalog::{self, Writer, catalog},
-        model::{Incarnation, Instance, InstanceKey, Lease, Revision, State},
+        model::{Health, Incarnation, Instance, InstanceKey, Lease, Revision, State},
         rt::Shutdown,
         xds::ResourceType,
     };
@@ -240,6 +264,7 @@ mod tests {
                     Proxies::default(),
                     Tasks::new(Shutdown::default()),
                     &Metrics::default(),
+                    0,
                 ),
                 revision: 0,
             }
@@ -256,9 +281,12 @@ mod tests {
                 weight: 1.try_into().unwrap(),
                 metadata: [].into(),
                 state: State::Serving,
+                check: None,
+                health: Health::unchecked(SystemTime::UNIX_EPOCH),
                 lease: Lease::Session,
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,
+                stale: None,
                 owner: None,
             }));
         }

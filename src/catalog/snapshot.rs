@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::live::Live;
-use crate::model::{Instance, InstanceId, InstanceKey, Revision, ServiceId};
+use super::{endpoints::Endpoints, live::Live};
+use crate::model::{Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, ServiceId};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
 #[derive(Debug, Clone, Default)]
@@ -11,6 +11,7 @@ pub struct Snapshot {
     revision: Revision,
     services: imbl::OrdMap<ServiceId, Arc<Service>>,
     instances: usize,
+    stale: usize,
     pub(super) taken: Option<Instant>,
 }
 
@@ -21,7 +22,10 @@ pub struct Service {
     pub id: ServiceId,
     /// The change that last touched it or one of its instances.
     pub revision: Revision,
-    instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    stale: usize,
+    /// Kept up for a large service only.
+    pub(super) endpoints: Option<Box<Endpoints>>,
 }
 
 /// One change to the catalog.
@@ -31,8 +35,11 @@ pub enum Change {
     PutService(ServiceId),
     /// The service and its instances are gone.
     RemoveService(ServiceId),
-    /// This is what the instance is now; its service exists.
+    /// This is what the instance is now, except that the same incarnation keeps its health while it is checked; its service
+    /// exists.
     PutInstance(Instance),
+    /// This is the verdict on that incarnation of the instance; of no meaning for another one.
+    PutHealth(InstanceKey, Incarnation, Health),
     /// The instance is gone; its service stays.
     RemoveInstance(InstanceKey),
     /// What the instance says of itself now. For the board, not for the snapshot.
@@ -61,6 +68,11 @@ impl Service {
     /// All instances by id.
     pub fn instances(&self) -> impl ExactSizeIterator<Item = &Arc<Instance>> {
         self.instances.values()
+    }
+
+    /// How many of them are stale.
+    pub fn stale(&self) -> usize {
+        self.stale
     }
 }
 
@@ -95,6 +107,11 @@ impl Snapshot {
         self.instances
     }
 
+    /// How many of them are stale.
+    pub fn stale(&self) -> usize {
+        self.stale
+    }
+
     /// The state after `changes`, as of `revision`. Costs as much as the changes.
     #[must_use]
     pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
@@ -108,20 +125,47 @@ impl Snapshot {
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
+                        next.stale -= service.stale;
                     }
                 }
-                Change::PutInstance(instance) => {
+                Change::PutInstance(mut instance) => {
+                    let present = next.instance(&instance.key);
+                    let same_run = present.filter(|present| present.incarnation == instance.incarnation);
+                    if let Some(present) = same_run.filter(|_| instance.check.is_some()) {
+                        instance.health = present.health.clone();
+                    }
                     let service = next.service_mut(revision, instance.key.service.clone());
                     service.revision = revision;
-                    let before = service.instances.insert(instance.key.id.clone(), Arc::new(instance));
+                    let stale = usize::from(instance.stale.is_some());
+                    let instance = Arc::new(instance);
+                    let before = service.instances.insert(instance.key.id.clone(), Arc::clone(&instance));
+                    service.follow(before.as_deref(), Some(&instance));
+                    let was_stale = before.as_ref().is_some_and(|before| before.stale.is_some());
+                    service.stale = service.stale + stale - usize::from(was_stale);
+                    next.stale = next.stale + stale - usize::from(was_stale);
                     next.instances += usize::from(before.is_none());
                 }
                 Change::PutLive(..) | Change::RemoveLive(_) => {}
+                Change::PutHealth(key, incarnation, health) => {
+                    let present = next.instance(&key).filter(|present| present.incarnation == incarnation);
+                    if let Some(present) = present.filter(|present| present.check.is_some()) {
+                        let instance = Instance { health, ..(**present).clone() };
+                        let service = next.service_mut(revision, key.service);
+                        service.revision = revision;
+                        let instance = Arc::new(instance);
+                        let before = service.instances.insert(key.id, Arc::clone(&instance));
+                        service.follow(before.as_deref(), Some(&instance));
+                    }
+                }
                 Change::RemoveInstance(key) => {
                     if next.instance(&key).is_some() {
                         let service = next.service_mut(revision, key.service);
                         service.revision = revision;
-                        service.instances.remove(&key.id);
+                        let before = service.instances.remove(&key.id);
+                        service.follow(before.as_deref(), None);
+                        let was_stale = before.is_some_and(|before| before.stale.is_some());
+                        service.stale -= usize::from(was_stale);
+                        next.stale -= usize::from(was_stale);
                         next.instances -= 1;
                     }
                 }
@@ -131,10 +175,10 @@ impl Snapshot {
     }
 
     fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
-        let service = self
-            .services
-            .entry(id.clone())
-            .or_insert_with(|| Arc::new(Service { id, revision, instances: imbl::OrdMap::new() }));
+        let service = self.services.entry(id.clone()).or_insert_with(|| {
+            let instances = imbl::OrdMap::new();
+            Arc::new(Service { id, revision, instances, stale: 0, endpoints: None })
+        });
         Arc::make_mut(service)
     }
 }

@@ -63,6 +63,9 @@ impl Writer {
                         log.push_back((revision, key.service.clone(), Some(key.id.clone())));
                         said.push((key.clone(), None));
                     }
+                    Change::PutHealth(key, ..) => {
+                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
+                    }
                     Change::PutLive(key, live) => said.push((key.clone(), Some(live.clone()))),
                     Change::RemoveLive(key) => said.push((key.clone(), None)),
                 }
@@ -123,7 +126,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{super::reader::Changes, *};
-    use crate::model::{Incarnation, Instance, InstanceKey, Lease, Locality, State as Health};
+    use crate::model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Stale, State::Serving};
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {
         Instance {
@@ -134,11 +137,16 @@ mod tests {
             locality: Locality::default(),
             weight: 1.try_into().unwrap(),
             metadata: BTreeMap::new(),
-            state: Health::Serving,
+            state: Serving,
+            check: None,
+            health: Health::unchecked(SystemTime::UNIX_EPOCH),
             lease: Lease::Session,
             owner: None,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,
+            stale: port
+                .is_multiple_of(2)
+                .then(|| Box::new(Stale { since: SystemTime::UNIX_EPOCH, reason: String::new() })),
         }
     }
 
@@ -185,6 +193,9 @@ mod tests {
                     .collect();
                 prop_assert_eq!(got, want);
                 prop_assert_eq!(now.instances(), naive.values().map(BTreeMap::len).sum::<usize>());
+                let stale = naive.values().flat_map(BTreeMap::values).filter(|port| *port % 2 == 0).count();
+                prop_assert_eq!(now.stale(), stale);
+                prop_assert_eq!(now.services().map(|service| service.stale()).sum::<usize>(), stale);
 
                 if n % 3 == 0 {
                     let Changes::Touched(touched) = reader.since(seen.revision()).1 else { panic!("resync") };

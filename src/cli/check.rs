@@ -87,6 +87,7 @@ async fn look(http: &Http) -> Result<(Vec<Finding>, String), HttpError> {
     let services = http.get("/v1/services", Duration::ZERO).await?;
     findings.extend(service_findings(&services));
 
+    findings.extend(check_findings(&http.get("/v1/checks", Duration::ZERO).await?));
     let mut proxies = http.get("/v1/proxies", Duration::ZERO).await?;
     if !lagging(&proxies).is_empty() {
         let before = lagging(&proxies);
@@ -128,15 +129,38 @@ fn service_findings(services: &Value) -> Vec<Finding> {
         .filter(|service| number(service, "/serving") == 0)
         .map(|service| {
             let name = cell(service, "/name");
-            let problem = match number(service, "/draining") {
-                0 => "has no instances: calls to it fail".to_owned(),
-                draining => format!("has no serving instance, {draining} draining: calls to it fail"),
+            let problem = match (number(service, "/draining"), number(service, "/unhealthy")) {
+                (_, unhealthy @ 1..) => {
+                    let all = count(unhealthy, "instance");
+                    let problem =
+                        format!("all checks fail ({all}): calls go to them all the same, as a last resort");
+                    let next = format!("`disco instance list {name} -o wide` shows what the checks see");
+                    return Finding::new(format!("service {name}"), problem, next);
+                }
+                (0, _) => "has no instances: calls to it fail".to_owned(),
+                (draining, _) => format!("has no serving instance, {draining} draining: calls to it fail"),
             };
             let next =
                 format!("start one with `disco run --service {name} …`, or `disco service remove {name}`");
             Finding::new(format!("service {name}"), problem, next)
         })
         .collect()
+}
+
+fn check_findings(checks: &Value) -> Option<Finding> {
+    let since = checks.get("suspended").and_then(Value::as_str)?;
+    let problem = format!(
+        "nothing comes back from {} of {} machines since {}: while it may be the server that is cut off, silence makes no \
+         instance unhealthy",
+        number(checks, "/silent"),
+        number(checks, "/machines"),
+        clean(since)
+    );
+    Some(Finding::new(
+        "health checks",
+        problem,
+        "is the network between the server and the instances in order?",
+    ))
 }
 
 /// Node id and acknowledged revisions of each proxy that does not have everything.
@@ -183,6 +207,7 @@ mod tests {
             {"name": "fine", "serving": 2, "draining": 0},
             {"name": "empty", "serving": 0, "draining": 0},
             {"name": "leaving", "serving": 0, "draining": 2},
+            {"name": "ill", "serving": 0, "draining": 1, "unhealthy": 2},
         ]});
         let named = |findings: &[Finding]| {
             findings.iter().map(|f| format!("{}: {}", f.what, f.problem)).collect::<Vec<_>>()
@@ -191,7 +216,8 @@ mod tests {
             named(&service_findings(&services)),
             [
                 "service empty: has no instances: calls to it fail",
-                "service leaving: has no serving instance, 2 draining: calls to it fail"
+                "service leaving: has no serving instance, 2 draining: calls to it fail",
+                "service ill: all checks fail (2 instances): calls go to them all the same, as a last resort"
             ]
         );
 
@@ -207,6 +233,11 @@ mod tests {
             ["proxy stuck: has not acknowledged the newest state"]
         );
         assert_eq!(named(&rejections(&after)), ["proxy stuck: rejected what it was sent: bad\\u{7}"]);
+
+        assert_eq!(check_findings(&json!({"suspended": null})), None);
+        let cut_off =
+            check_findings(&json!({"machines": 4, "silent": 3, "suspended": "2026-01-01T00:00:00Z"}));
+        assert!(cut_off.unwrap().problem.starts_with("nothing comes back from 3 of 4 machines since 2026"));
 
         assert_eq!(readiness(StatusCode::OK, &Value::Null), None);
         let waiting =

@@ -5,19 +5,20 @@ use std::{
 
 use clap::{Args, Subcommand};
 use http::Method;
+use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::{
     Failure, Global,
     output::{
-        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, note, number, print,
-        render, some_of,
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, note, number,
+        parse_when, print, render, some_of,
     },
     servers::{Elsewhere, ask_all, pending, unknown},
 };
 use crate::{
     client::{Http, HttpError},
-    model::{InstanceKey, ServiceId, format_duration, parse_duration},
+    model::{InstanceKey, Probe, ServiceId, format_duration, parse_duration},
     rt,
 };
 
@@ -54,11 +55,16 @@ pub(super) enum Command {
         options: ShowOptions,
     },
     /// Tell who holds an instance, and which proxies see it or why not
-    #[command(after_help = "Example:\n  disco instance explain greeter/a")]
+    #[command(
+        after_help = "Examples:\n  disco instance explain greeter/a\n  disco instance explain greeter/a --at 10m"
+    )]
     Explain {
         /// Which instance, e.g. greeter/a
         #[arg(value_name = KEY, value_parser = parse_key)]
         instance: InstanceKey,
+        /// Tell what it was then: a time, e.g. 2026-01-31T12:00:00Z, or how long ago, e.g. 10m
+        #[arg(long, value_name = "TIME", value_parser = parse_when)]
+        at: Option<Timestamp>,
         #[command(flatten)]
         options: ShowOptions,
     },
@@ -66,9 +72,9 @@ pub(super) enum Command {
     #[command(
         long_about = "Register an instance, or renew and update it.\n\nIt is forgotten after its TTL unless it is registered \
                       again by then; `disco run` does that for the command it wraps.",
-        after_help = "Example:\n  disco instance register greeter/a --address 10.0.0.7 --port 50051 --zone eu-1a --ttl 5m"
+        after_help = "Example:\n  disco instance register greeter/a --address 10.0.0.7 --port 50051 --zone eu-1a --ttl 5m\n  disco instance register db/a --address 10.0.0.8 --port 5432 --health http:/ready --health-port 8008"
     )]
-    Register(Register),
+    Register(Box<Register>),
     /// Say what changes many times a second, to those who watch the service; proxies are not told
     #[command(
         long_about = "Say what changes many times a second, such as the range of blocks that an instance has, to those who watch \
@@ -151,7 +157,31 @@ pub(super) struct Register {
     /// Which run of the id this is; a later run has a greater number
     #[arg(long, value_name = "N")]
     incarnation: Option<u64>,
+    /// How the server is to check it: `tcp`, `http[:/PATH]`, `grpc[:SERVICE]` or `none` [default: none]
+    #[arg(long, value_name = "CHECK", value_parser = parse_check)]
+    health: Option<Checked>,
+    /// The port to check, if it is another one
+    #[arg(long, value_name = "PORT", requires = "health")]
+    health_port: Option<u64>,
+    /// Time between two checks
+    #[arg(long, value_name = "TIME", requires = "health", value_parser = parse_duration)]
+    health_interval: Option<Duration>,
+    /// How long an answer may take
+    #[arg(long, value_name = "TIME", requires = "health", value_parser = parse_duration)]
+    health_timeout: Option<Duration>,
 }
+
+/// `none` is no kind.
+fn parse_check(text: &str) -> Result<Checked, String> {
+    if text == "none" {
+        return Ok(Checked(None));
+    }
+    text.parse().map(|probe| Checked(Some(probe))).map_err(|error: String| format!("{error}; or none"))
+}
+
+/// How the server is to check an instance, if at all.
+#[derive(Debug, Clone)]
+struct Checked(Option<Probe>);
 
 fn parse_key(text: &str) -> Result<InstanceKey, String> {
     let (service, id) = text
@@ -178,7 +208,12 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
             let document = http.get(&path(&instance, "", None), Duration::ZERO).await?;
             View { document, items: None, table: instance_table, empty: "" }.print(options.output)
         }
-        Command::Explain { instance, options } => {
+        Command::Explain { instance, at: Some(at), options } => {
+            let path = format!("{}?at={at}", path(&instance, "/explain", None));
+            let document = http.get(&path, Duration::ZERO).await?;
+            View { document, items: None, table: past_table, empty: "" }.print(options.output)
+        }
+        Command::Explain { instance, at: None, options } => {
             let document = http.get(&path(&instance, "/explain", None), Duration::ZERO).await?;
             View { document, items: None, table: explain_table, empty: "" }.print(options.output)
         }
@@ -243,11 +278,12 @@ async fn all_instances(http: &Http) -> Result<View, Failure> {
 }
 
 /// Columns of [`instance_row`].
-pub(super) const INSTANCE_COLUMNS: [Column; 14] = [
+pub(super) const INSTANCE_COLUMNS: [Column; 17] = [
     Column::new("SERVICE"),
     Column::new("ID"),
     Column::new("ADDRESS"),
     Column::new("STATE"),
+    Column::new("HEALTH"),
     Column::new("ZONE"),
     Column::new("WEIGHT"),
     Column::new("AGE"),
@@ -257,7 +293,9 @@ pub(super) const INSTANCE_COLUMNS: [Column; 14] = [
     Column::wide("LEASE"),
     Column::wide("REVISION"),
     Column::wide("REGISTERED"),
+    Column::wide("REASON"),
     Column::wide("METADATA"),
+    Column::wide("STALE"),
 ];
 
 /// One instance as a row of a table.
@@ -266,7 +304,8 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         cell(instance, "/service"),
         cell(instance, "/id"),
         endpoint(instance),
-        cell(instance, "/state"),
+        state(instance),
+        verdict(instance),
         cell(instance, "/locality/zone"),
         cell(instance, "/weight"),
         age(instance, "/registered_at", rt::now()),
@@ -276,16 +315,64 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         lease(instance),
         cell(instance, "/revision"),
         cell(instance, "/registered_at"),
+        cell(instance, "/health/reason"),
         metadata(instance, ","),
+        cell(instance, "/stale/reason"),
     ]
 }
 
-fn endpoint(instance: &Value) -> String {
+fn state(instance: &Value) -> String {
+    let mark = if instance.get("stale").is_some() { ", stale" } else { "" };
+    cell(instance, "/state") + mark
+}
+
+/// `None` for an instance that is not stale.
+fn stale(instance: &Value) -> Option<String> {
+    instance.get("stale")?;
+    let age = age(instance, "/stale/since", rt::now());
+    Some(format!("for {age}: {}", cell(instance, "/stale/reason")))
+}
+
+pub(super) fn endpoint(instance: &Value) -> String {
     let (address, port) = (cell(instance, "/address"), cell(instance, "/port"));
     match (address.parse::<IpAddr>(), port.parse()) {
         (Ok(ip), Ok(port)) => SocketAddr::new(ip, port).to_string(),
         _ => format!("{address}:{port}"),
     }
+}
+
+/// The verdict; nothing for an instance that nobody checks.
+fn verdict(instance: &Value) -> String {
+    if instance.get("check").is_some() { cell(instance, "/health/verdict") } else { "-".to_owned() }
+}
+
+/// The verdict, since when, and why.
+fn health(instance: &Value) -> String {
+    if instance.get("check").is_none() {
+        return "nobody checks it".to_owned();
+    }
+    let age = age(instance, "/health/since", rt::now());
+    let published = instance.pointer("/health/passed").and_then(Value::as_bool).unwrap_or(true);
+    let note = if published { "" } else { "; proxies are not told of it before it passes once" };
+    let (verdict, reason) = (cell(instance, "/health/verdict"), cell(instance, "/health/reason"));
+    format!("{verdict} for {age}: {reason}{note}")
+}
+
+/// Who checks it and how.
+fn check(instance: &Value) -> String {
+    let Some(check) = instance.get("check") else { return "-".to_owned() };
+    let kind = cell(check, "/kind");
+    if kind == "owner" {
+        return "by its owner".to_owned();
+    }
+    let detail = ["/path", "/service", "/port"].map(|field| cell(check, field));
+    let detail: Vec<_> = detail.into_iter().filter(|detail| detail != "-").collect();
+    let (interval, timeout) = (cell(check, "/interval"), cell(check, "/timeout"));
+    let (bad, good) = (number(check, "/unhealthy_threshold"), number(check, "/healthy_threshold"));
+    format!(
+        "{} every {interval}, {timeout} to answer; {bad} bad or {good} good in a row count",
+        [vec![kind], detail].concat().join(" ")
+    )
 }
 
 fn lease(instance: &Value) -> String {
@@ -318,6 +405,9 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
         ("Incarnation", field("/incarnation")),
         ("Address", endpoint(instance)),
         ("State", field("/state")),
+        ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
+        ("Health", health(instance)),
+        ("Check", check(instance)),
         ("Weight", field("/weight")),
         ("Region", field("/locality/region")),
         ("Zone", field("/locality/zone")),
@@ -333,12 +423,51 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
     rows.iter().map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
 }
 
+/// What an instance was at a time.
+fn past_table(document: &Value, _: Option<usize>) -> String {
+    let field = |pointer: &str| cell(document, pointer);
+    let known = match field("/state").as_str() {
+        "registered" => "registered".to_owned(),
+        "absent" => "not registered".to_owned(),
+        _ => match field("/begins").as_str() {
+            "-" => "not known: nothing is remembered of this service".to_owned(),
+            begins => format!("not known any more: what is remembered of this service begins at {begins}"),
+        },
+    };
+    let mut text = format!("{:<10}  {}/{}\n", "Instance", field("/service"), field("/id"));
+    text.push_str(&format!("{:<10}  {}: {known}\n", "At", field("/at")));
+    if document.get("entry").is_some_and(|entry| !entry.is_null()) {
+        let why = match field("/entry/why").as_str() {
+            "-" => String::new(),
+            why => format!(": {why}"),
+        };
+        text.push_str(&format!(
+            "{:<10}  {} at {} by {}, revision {}{why}\n",
+            "Since",
+            field("/entry/what"),
+            field("/entry/at"),
+            field("/entry/by"),
+            field("/entry/revision")
+        ));
+    }
+    if let Some(instance) = document.get("instance").filter(|instance| !instance.is_null()) {
+        text.push('\n');
+        text.push_str(&instance_table(instance, None));
+    }
+    text
+}
+
 fn explain_table(document: &Value, width: Option<usize>) -> String {
     let empty = Value::Null;
     let instance = document.get("instance").unwrap_or(&empty);
     let abandoned = document.get("abandoned").and_then(Value::as_bool).unwrap_or_default();
     let ttl = instance.pointer("/lease/ttl").is_some();
+    let stale = stale(instance);
     let held = match (ttl, abandoned) {
+        _ if stale.is_some() => format!(
+            "by nobody any more; it stays until it refuses connections, its owner comes back, or `disco service release {}`",
+            cell(instance, "/service")
+        ),
         (true, _) => format!("by renewals, at least every {}", lease(instance)),
         (false, false) => "by the open session of its owner, such as `disco run`".to_owned(),
         (false, true) => {
@@ -376,10 +505,14 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         ("Registered", format!("{age} ago, incarnation {}", cell(instance, "/incarnation"))),
         ("Held", held),
         ("State", state),
+        ("Health", health(instance)),
         ("Changed", format!("at revision {}", cell(instance, "/revision"))),
         ("Seen by", seen),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
+    if let Some(stale) = stale {
+        text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
+    }
     let columns = [
         Column::new("NODE"),
         Column::new("SEES IT"),
@@ -432,6 +565,22 @@ fn body(register: &Register) -> Value {
         ("incarnation", register.incarnation.map(Value::from)),
     ];
     body.extend(optional.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+    if let Some(Checked(Some(probe))) = &register.health {
+        let kind = match probe {
+            Probe::Tcp => json!({"kind": "tcp"}),
+            Probe::Http { path, .. } => json!({"kind": "http", "path": path}),
+            Probe::Grpc { service } => json!({"kind": "grpc", "service": service}),
+        };
+        let time = |time: Option<Duration>| time.map(|time| Value::from(format_duration(time)));
+        let settings = [
+            ("port", register.health_port.map(Value::from)),
+            ("interval", time(register.health_interval)),
+            ("timeout", time(register.health_timeout)),
+        ];
+        let mut check = kind.as_object().cloned().unwrap_or_default();
+        check.extend(settings.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+        body.insert("health".into(), Value::Object(check));
+    }
     Value::Object(body)
 }
 

@@ -257,7 +257,7 @@ fn types(proxy: &Value) -> impl Iterator<Item = &Value> {
     proxy.get("types").and_then(Value::as_array).into_iter().flatten()
 }
 
-/// The types of a proxy; in a table by their initials as in LDS, RDS, CDS and EDS.
+/// The types of a proxy; in a table by their initials as in LDS, RDS, CDS, EDS and LEDS.
 fn type_names(proxy: &Value, short: bool) -> String {
     let names: Vec<String> = types(proxy)
         .map(|kind| {
@@ -267,6 +267,7 @@ fn type_names(proxy: &Value, short: bool) -> String {
                 "route" if short => "R".to_owned(),
                 "cluster" if short => "C".to_owned(),
                 "endpoints" if short => "E".to_owned(),
+                "lb-endpoint" if short => "LE".to_owned(),
                 _ => name,
             }
         })

@@ -2,14 +2,15 @@ use std::{collections::BTreeMap, time::Duration};
 
 use clap::{Args, Subcommand};
 use http::Method;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    instance::{INSTANCE_COLUMNS, POLL, instance_row},
+    instance::{INSTANCE_COLUMNS, POLL, endpoint, instance_row},
     output::{
-        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, list, number, print, render,
-        some_of,
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, number, parse_when,
+        print, render, some_of,
     },
     servers::{Elsewhere, ask_all, pending},
 };
@@ -38,6 +39,32 @@ pub(super) enum Command {
         after_help = "Example:\n  disco service load greeter"
     )]
     Load(Show),
+    /// Show what changed in a service, when, by whom and why
+    #[command(
+        long_about = "Show what changed in a service, when, by whom and why, oldest first.\n\nIt is kept as long as \
+                      `history.keep` says (a week by default), up to `history.entries` and `history.per_service`.",
+        after_help = "Example:\n  disco service history greeter --since 1h"
+    )]
+    History {
+        /// Its name
+        service: ServiceId,
+        /// Only what changed since then: a time, e.g. 2026-01-31T12:00:00Z, or how long ago, e.g. 10m
+        #[arg(long, value_name = "TIME", value_parser = parse_when)]
+        since: Option<Timestamp>,
+        #[command(flatten)]
+        options: ShowOptions,
+    },
+    /// Remove the stale instances of a service
+    #[command(
+        long_about = "Remove the stale instances of a service.\n\nWhen more leases end at once than can be believed, the \
+                      instances that do not refuse connections are held: they go on taking calls, and are shown as stale. This \
+                      removes them, whatever they answer; one whose owner is alive comes back with its next registration.",
+        after_help = "Example:\n  disco service release greeter"
+    )]
+    Release {
+        /// Its name
+        service: ServiceId,
+    },
     /// Show what the instances of a service say of themselves many times a second
     #[command(
         long_about = "Show what the instances of a service say of themselves many times a second, with `disco instance publish` or \
@@ -76,6 +103,19 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
         Command::Load(Show { service, options }) => {
             let document = http.get(&format!("/v1/services/{service}/load"), Duration::ZERO).await?;
             View { document, items: None, table: load_table, empty: "" }.print(options.output)
+        }
+        Command::History { service, since, options } => {
+            let query = since.map(|since| format!("?since={since}")).unwrap_or_default();
+            let document =
+                http.get(&format!("/v1/services/{service}/history{query}"), Duration::ZERO).await?;
+            let empty = "nothing is remembered of it in that time; `disco service list` shows what there is";
+            View { document, items: Some("entries"), table: history_table, empty }.print(options.output)
+        }
+        Command::Release { service } => {
+            let path = format!("/v1/services/{service}/release");
+            let answer = http.send(Method::POST, &path, None, Duration::ZERO).await?;
+            let removed = count(number(&answer, "/removed"), "stale instance");
+            print(&format!("{service}: {removed} removed, revision {}\n", number(&answer, "/revision")))
         }
         Command::Live { service, options } => {
             list(&options, async |refresh| live(&http, &service, refresh).await).await
@@ -125,9 +165,9 @@ fn live_tables(document: &Value, width: Option<usize>) -> String {
 
 fn services_table(document: &Value, width: Option<usize>) -> String {
     let services = document.get("services").and_then(Value::as_array).into_iter().flatten();
-    let fields = ["/name", "/serving", "/draining", "/revision"];
+    let fields = ["/name", "/serving", "/draining", "/unhealthy", "/held", "/revision"];
     let rows: Vec<_> = services.map(|service| fields.map(|field| cell(service, field)).to_vec()).collect();
-    render(&["NAME", "SERVING", "DRAINING", "REVISION"].map(Column::new), &rows, width)
+    render(&["NAME", "SERVING", "DRAINING", "UNHEALTHY", "STALE", "REVISION"].map(Column::new), &rows, width)
 }
 
 async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
@@ -138,7 +178,14 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
 
     let instances = answer.get_mut("instances").map(Value::take).unwrap_or_default();
     let each = || instances.as_array().into_iter().flatten();
-    let in_state = |state: &str| each().filter(|instance| cell(instance, "/state") == state).count();
+    let (mut serving, mut draining, mut unhealthy) = (0, 0, 0);
+    for instance in each() {
+        match (cell(instance, "/state").as_str(), cell(instance, "/health/verdict").as_str()) {
+            ("draining", _) => draining += 1,
+            (_, "unhealthy") => unhealthy += 1,
+            _ => serving += 1,
+        }
+    }
     let mut zones = BTreeMap::<&str, usize>::new();
     for instance in each() {
         let zone = instance.pointer("/locality/zone").and_then(Value::as_str).unwrap_or_default();
@@ -147,8 +194,10 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
     let document = json!({
         "name": service.as_str(),
         "revision": revision,
-        "serving": in_state("serving"),
-        "draining": in_state("draining"),
+        "serving": serving,
+        "draining": draining,
+        "unhealthy": unhealthy,
+        "held": each().filter(|instance| instance.get("stale").is_some()).count(),
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
@@ -167,12 +216,19 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
         .collect();
     let field = |name: &str| cell(document, name);
     let mut text = format!(
-        "Service    {}\nRevision   {}\nInstances  {} serving, {} draining\n",
+        "Service    {}\nRevision   {}\nInstances  {} serving, {} draining, {} unhealthy\n",
         field("/name"),
         field("/revision"),
         field("/serving"),
-        field("/draining")
+        field("/draining"),
+        field("/unhealthy")
     );
+    if number(document, "/held") > 0 {
+        text.push_str(&format!(
+            "Stale      {}: their leases are over, with too many others; they stay unless they refuse connections\n",
+            number(document, "/held")
+        ));
+    }
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
     }
@@ -189,6 +245,33 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
         text.push_str(&render(&INSTANCE_COLUMNS, &rows, width));
     }
     text
+}
+
+fn history_table(document: &Value, width: Option<usize>) -> String {
+    let entries = document.get("entries").and_then(Value::as_array).into_iter().flatten();
+    let columns = [
+        Column::new("AT"),
+        Column::new("ID"),
+        Column::new("WHAT"),
+        Column::new("BY"),
+        Column::new("WHY"),
+        Column::wide("INCARNATION"),
+        Column::wide("REVISION"),
+        Column::wide("ADDRESS"),
+        Column::wide("STATE"),
+        Column::wide("WEIGHT"),
+    ];
+    let fields = ["/at", "/id", "/what", "/by", "/why", "/incarnation", "/revision"];
+    let rows: Vec<_> = entries
+        .map(|entry| {
+            let mut row = fields.map(|field| cell(entry, field)).to_vec();
+            let instance = entry.get("instance").filter(|instance| !instance.is_null());
+            row.push(instance.map_or_else(|| "-".to_owned(), endpoint));
+            row.extend(["/instance/state", "/instance/weight"].map(|field| cell(entry, field)));
+            row
+        })
+        .collect();
+    render(&columns, &rows, width)
 }
 
 fn load_table(document: &Value, width: Option<usize>) -> String {
@@ -246,13 +329,13 @@ mod tests {
                    "weight": 1, "locality": {"zone": "z1"}, "registered_at": "2000-01-01T00:00:00Z"})
         };
         let document = json!({
-            "name": "greeter", "revision": 7, "serving": 1, "draining": 1, "zones": {"": 1, "z1": 1},
+            "name": "greeter", "revision": 7, "serving": 1, "draining": 1, "unhealthy": 0, "zones": {"": 1, "z1": 1},
             "proxies": {"acknowledged": 2, "pending": ["edge-\u{1b}1"]},
             "instances": [instance("a", "serving"), instance(&"b".repeat(128), "draining")],
         });
         let text = service_table(&document, Some(80));
         assert!(text.starts_with(
-            "Service    greeter\nRevision   7\nInstances  1 serving, 1 draining\nZones      (none) 1, z1 1\n\
+            "Service    greeter\nRevision   7\nInstances  1 serving, 1 draining, 0 unhealthy\nZones      (none) 1, z1 1\n\
              Proxies    2 up to date; not yet: edge-\\u{1b}1\n\nSERVICE "
         ));
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");

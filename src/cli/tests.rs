@@ -52,8 +52,12 @@ fn command_lines() {
         "disco --http 127.0.0.1:1 instance list",
         "disco instance list greeter --http 127.0.0.1:1 -ojsonl",
         "disco instance register greeter/a --address 10.0.0.1 --port 1 --metadata a=b --metadata c= --ttl 5m",
+        "disco instance register greeter/a --address 10.0.0.1 --port 1 --health http:/ok --health-interval 2s",
         "disco instance drain greeter/a --wait 0s",
         "disco instance deregister greeter/host:1 --incarnation 3",
+        "disco service history greeter --since 1h -o jsonl",
+        "disco service release greeter",
+        "disco instance explain greeter/a --at 2026-01-31T12:00:00Z",
         "disco proxy show some/node~id",
         "disco config check f",
         "disco config show",
@@ -76,6 +80,9 @@ fn wrong_command_lines_say_what_is_right() {
         ("disco instance drain greeter/a --wait 10", "want a number and a unit, such as 30s"),
         ("disco instance register greeter/a --address 10.0.0.1", "--port"),
         ("disco instance register greeter/a --address 10.0.0.1 --port 1 --metadata x", "want KEY=VALUE"),
+        ("disco instance register greeter/a --address 10.0.0.1 --port 1 --health ping", "is not a check"),
+        ("disco instance register greeter/a --address 10.0.0.1 --port 1 --health-port 1", "--health <CHECK>"),
+        ("disco service history greeter --since soon", "or how long ago, e.g. 10m"),
         ("disco service list -o xml", "jsonl"),
         ("disco dev --http 127.0.0.1:1", "where to listen is --http-listen"),
         ("disco --grpc 127.0.0.1:1 serve", "where to listen is --grpc-listen"),
@@ -128,6 +135,7 @@ fn mesh(complete: bool) -> Router {
         .route("/v1/services/greeter/load", answer(json!({"service": "greeter", "localities": []})))
         .route("/v1/services/greeter/instances/a", answer(instance.clone()))
         .route("/v1/services/greeter/instances/a/drain", answer(json!({"revision": 5, "instance": instance})))
+        .route("/v1/checks", answer(json!({"instances": 0, "machines": 0, "silent": 0, "suspended": null})))
         .route("/v1/proxies", answer(json!({"proxies": []})))
         .route(
             "/v1/revisions/{revision}",

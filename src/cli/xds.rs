@@ -16,7 +16,7 @@ pub(super) enum Command {
     /// Subscribe at any xDS server, and print and acknowledge each response
     #[command(
         long_about = "Subscribe at any xDS server over ADS, and print and acknowledge each response until Ctrl-C.\n\nTYPE is \
-                      cluster, endpoints, listener, route, secret or runtime, or a whole type URL. Without names all resources \
+                      cluster, endpoints, lb-endpoint, listener, route, secret or runtime, or a whole type URL. Without names all resources \
                       are asked for; not every server and type has that.",
         after_help = "Examples:\n  disco xds watch cluster\n  disco xds watch endpoints greeter --count 1 -o json\n  \
                       disco xds watch listener --server 10.0.0.7:15010 --sotw --node-id sidecar-7"
@@ -49,9 +49,10 @@ pub(super) struct Watch {
     options: ShowOptions,
 }
 
-const SHORT: [(&[&str], &str); 7] = [
+const SHORT: [(&[&str], &str); 8] = [
     (&["cluster", "clusters", "cds"], "type.googleapis.com/envoy.config.cluster.v3.Cluster"),
     (&["endpoints", "endpoint", "eds"], "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"),
+    (&["lb-endpoint", "lb-endpoints", "leds"], "type.googleapis.com/envoy.config.endpoint.v3.LbEndpoint"),
     (&["listener", "listeners", "lds"], "type.googleapis.com/envoy.config.listener.v3.Listener"),
     (&["route", "routes", "rds"], "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"),
     (&["virtual_host", "virtual_hosts", "vhds"], "type.googleapis.com/envoy.config.route.v3.VirtualHost"),
@@ -63,7 +64,7 @@ fn type_url(text: &str) -> Result<String, String> {
     let short = SHORT.iter().find(|(names, _)| names.contains(&text)).map(|(_, url)| (*url).to_owned());
     let given = || (text.contains('/') && text.contains('.')).then(|| text.to_owned());
     short.or_else(given).ok_or_else(|| {
-        "want cluster, endpoints, listener, route, virtual_host, secret, runtime, or a type URL such as \
+        "want cluster, endpoints, lb-endpoint, listener, route, virtual_host, secret, runtime, or a type URL such as \
          type.googleapis.com/envoy.config.cluster.v3.Cluster"
             .to_owned()
     })

@@ -11,9 +11,9 @@ use crate::{
     proto::v1::{
         DeregisterRequest, DeregisterResponse, DrainRequest, DrainResponse, ListInstancesRequest,
         ListInstancesResponse, ListServicesRequest, ListServicesResponse, PublishRequest, PublishResponse,
-        RegisterRequest, RegisterResponse, RenewRequest, RenewResponse, SessionError, SessionRequest,
-        SessionResponse, UpdateRequest, UpdateResponse, WatchLiveRequest, WatchLiveResponse, WatchRequest,
-        WatchResponse,
+        RegisterRequest, RegisterResponse, ReleaseRequest, ReleaseResponse, RenewRequest, RenewResponse,
+        SessionError, SessionRequest, SessionResponse, UpdateRequest, UpdateResponse, WatchLiveRequest,
+        WatchLiveResponse, WatchRequest, WatchResponse,
         registry_server::{Registry, RegistryServer},
         session_request::Request as Asked,
         session_response::Response as Answer,
@@ -139,6 +139,10 @@ impl Registry for Scripted {
         &self,
         _: Request<DeregisterRequest>,
     ) -> Result<Response<DeregisterResponse>, Status> {
+        unused()
+    }
+
+    async fn release(&self, _: Request<ReleaseRequest>) -> Result<Response<ReleaseResponse>, Status> {
         unused()
     }
 

@@ -9,12 +9,14 @@ mod http;
 mod proxies;
 mod servers;
 mod session;
+mod wire;
 
 pub use ads::{Ads, Answer, Ask};
 pub use http::{FieldError, Http, HttpError};
 pub use proxies::{Acknowledged, wait_acknowledged};
 pub use servers::Servers;
 pub use session::{Session, SessionError, SessionState};
+pub use wire::check_to_proto;
 
 #[cfg(test)]
 pub(crate) mod mock;

@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Roles of the design that this version does not have.
-const LATER: [&str; 2] = ["discovery", "federation"];
+const LATER: [&str; 1] = ["federation"];
 
 /// Where the state is kept when the file does not say.
 pub(super) const DEFAULT_DIR: &str = "./disco-data";
@@ -109,6 +109,39 @@ impl Reader<'_> {
             self.duration(&mut registry, "empty_service_retention", retention, Duration::ZERO, 365 * DAY);
             registry.finish(&mut self.problems);
         }
+        if let Some(mut health) = fields.fields("health", &mut self.problems) {
+            let concurrency = health.integer("concurrency", 1..=100_000, &mut self.problems);
+            if let Some(concurrency) = concurrency.and_then(|n| usize::try_from(n).ok()) {
+                config.health.concurrency = concurrency;
+            }
+            let share = health.integer("suspend_share", 1..=100, &mut self.problems);
+            if let Some(share) = share.and_then(|n| u8::try_from(n).ok()) {
+                config.health.suspend_share = share;
+            }
+            health.finish(&mut self.problems);
+        }
+        if let Some(mut guards) = fields.fields("guards", &mut self.problems) {
+            let settings = &mut config.guards;
+            self.share(&mut guards, "min_share", &mut settings.min_share);
+            self.duration(&mut guards, "window", &mut settings.window, SECOND, DAY);
+            let shortest = Duration::from_millis(10);
+            self.duration(&mut guards, "ask_timeout", &mut settings.ask_timeout, shortest, 60 * SECOND);
+            self.duration(&mut guards, "ask_interval", &mut settings.ask_interval, SECOND, DAY);
+            guards.finish(&mut self.problems);
+        }
+        if let Some(mut history) = fields.fields("history", &mut self.problems) {
+            let settings = &mut config.history;
+            self.duration(&mut history, "keep", &mut settings.keep, HOUR, 365 * DAY);
+            for (name, target) in
+                [("entries", &mut settings.entries), ("per_service", &mut settings.per_service)]
+            {
+                let value = history.integer(name, 0..=10_000_000, &mut self.problems);
+                if let Some(value) = value.and_then(|value| usize::try_from(value).ok()) {
+                    *target = value;
+                }
+            }
+            history.finish(&mut self.problems);
+        }
         if let Some(mut xds) = fields.fields("xds", &mut self.problems) {
             let settings = &mut config.xds;
             self.duration(&mut xds, "ack_timeout", &mut settings.ack_timeout, SECOND, DAY);
@@ -130,6 +163,10 @@ impl Reader<'_> {
                     Ok(kind) => settings.resend_on_reconnect.push(kind),
                     Err(message) => self.problems.add_at("xds.resend_on_reconnect", message, item.at),
                 }
+            }
+            let leds_from = xds.integer("leds_from", 0..=10_000_000, &mut self.problems);
+            if let Some(from) = leds_from.and_then(|from| usize::try_from(from).ok()) {
+                settings.leds_from = from;
             }
             xds.finish(&mut self.problems);
         }
@@ -171,6 +208,13 @@ impl Reader<'_> {
         self.duration(&mut limits, "ttl_min", &mut registration.ttl_min, shortest, DAY);
         self.duration(&mut limits, "ttl_max", &mut registration.ttl_max, shortest, 365 * DAY);
         self.duration(&mut limits, "ttl_default", &mut registration.ttl_default, shortest, 365 * DAY);
+        self.duration(
+            &mut limits,
+            "check_interval_min",
+            &mut registration.check_interval_min,
+            shortest,
+            HOUR,
+        );
         if let Some(weight) = limits.integer("weight_max", 1..=i128::from(u32::MAX), &mut self.problems) {
             registration.weight_max = u32::try_from(weight).unwrap_or(registration.weight_max);
         }
@@ -297,6 +341,20 @@ impl Reader<'_> {
             }
             Err(format!("{} is out of range: {}", format_duration(value), range()))
         });
+        self.keep(fields, name, node, result, target);
+    }
+
+    fn share(&mut self, fields: &mut Fields<'_>, name: &'static str, target: &mut f64) {
+        let Some(node) = fields.node(name) else { return };
+        let value = match node.value {
+            Value::Float(value) => Some(value),
+            Value::Int(0) => Some(0.0),
+            Value::Int(1) => Some(1.0),
+            _ => None,
+        };
+        let result = value.filter(|value| (0.0..=1.0).contains(value));
+        let result =
+            result.ok_or_else(|| "is not a share: want a number from 0 to 1, such as 0.5".to_owned());
         self.keep(fields, name, node, result, target);
     }
 

@@ -21,7 +21,10 @@ use std::{
     time::Duration,
 };
 
-pub use crate::telemetry::LogFormat;
+pub use crate::{
+    registry::{Guards, HistoryLimits},
+    telemetry::LogFormat,
+};
 pub use problem::ConfigError;
 
 use crate::{
@@ -31,7 +34,7 @@ use crate::{
 };
 
 /// What one process does. It runs nothing that it was not told to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// What this process is called among those that share its store, where the default does not do: `disco` when it has its
     /// store to itself.
@@ -54,6 +57,12 @@ pub struct Config {
     pub log: Log,
     /// The registry.
     pub registry: Registry,
+    /// Health checks by this server.
+    pub health: Health,
+    /// When to doubt that instances are gone.
+    pub guards: Guards,
+    /// How much of what happened is kept.
+    pub history: HistoryLimits,
     /// The xDS server.
     pub xds: Xds,
 }
@@ -63,6 +72,8 @@ pub struct Config {
 pub enum Role {
     /// Takes registrations, leases and drains.
     Registry,
+    /// Checks the health of instances.
+    Discovery,
     /// Serves proxies.
     Xds,
     /// The HTTP API, metrics and health.
@@ -71,12 +82,13 @@ pub enum Role {
 
 impl Role {
     /// All that this version has.
-    pub const ALL: [Self; 3] = [Self::Registry, Self::Xds, Self::Admin];
+    pub const ALL: [Self; 4] = [Self::Registry, Self::Discovery, Self::Xds, Self::Admin];
 
     /// The name that the configuration uses.
     pub fn name(self) -> &'static str {
         match self {
             Self::Registry => "registry",
+            Self::Discovery => "discovery",
             Self::Xds => "xds",
             Self::Admin => "admin",
         }
@@ -86,6 +98,7 @@ impl Role {
     pub fn does(self) -> &'static str {
         match self {
             Self::Registry => "takes registrations, leases and drains",
+            Self::Discovery => "checks the health of instances that ask for it",
             Self::Xds => "serves proxies over ADS",
             Self::Admin => "HTTP API, metrics, health",
         }
@@ -209,6 +222,21 @@ impl Default for Registry {
     }
 }
 
+/// Settings of the health checks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Checks under way at the same time.
+    pub concurrency: usize,
+    /// When nothing comes back from so many percent of the machines, silence makes no instance unhealthy.
+    pub suspend_share: u8,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { concurrency: 512, suspend_share: 50 }
+    }
+}
+
 /// Settings of the xDS server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Xds {
@@ -229,6 +257,8 @@ pub struct Xds {
     pub max_connection_age: Option<Duration>,
     /// Types that are sent anew to a proxy that reconnects, whatever it says that it holds.
     pub resend_on_reconnect: Vec<ResourceType>,
+    /// From so many instances on, a service's endpoints go to delta Envoys one by one (LEDS); 0 for never.
+    pub leds_from: usize,
 }
 
 impl Default for Xds {
@@ -242,6 +272,7 @@ impl Default for Xds {
             streams: 50_000,
             max_connection_age: None,
             resend_on_reconnect: Vec::new(),
+            leds_from: 1000,
         }
     }
 }
@@ -277,6 +308,9 @@ impl Default for Config {
             shutdown: Shutdown::default(),
             log: Log::default(),
             registry: Registry::default(),
+            health: Health::default(),
+            guards: Guards::default(),
+            history: HistoryLimits::default(),
             xds: Xds::default(),
         }
     }

@@ -6,8 +6,22 @@ use super::{Config, LogFormat, Store, check::format_bytes};
 use crate::{model::format_duration, store::EtcdConfig};
 
 pub(super) fn yaml(config: &Config) -> String {
-    let Config { node, roles, listen, insecure, store, data_dir, limits, shutdown, log, registry, xds } =
-        config;
+    let Config {
+        node,
+        roles,
+        listen,
+        insecure,
+        store,
+        data_dir,
+        limits,
+        shutdown,
+        log,
+        registry,
+        health,
+        guards,
+        history,
+        xds,
+    } = config;
     let roles: Vec<&str> = roles.iter().map(|role| role.name()).collect();
     let store = match store {
         Store::Memory => "store: memory\n".to_owned(),
@@ -36,6 +50,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("ttl_min", format_duration(registration.ttl_min)),
                 ("ttl_max", format_duration(registration.ttl_max)),
                 ("ttl_default", format_duration(registration.ttl_default)),
+                ("check_interval_min", format_duration(registration.check_interval_min)),
                 ("weight_max", registration.weight_max.to_string()),
                 ("metadata_entries", registration.metadata_entries.to_string()),
                 ("metadata_key", registration.metadata_key.to_string()),
@@ -62,6 +77,30 @@ pub(super) fn yaml(config: &Config) -> String {
             ],
         ),
         (
+            "health",
+            vec![
+                ("concurrency", health.concurrency.to_string()),
+                ("suspend_share", health.suspend_share.to_string()),
+            ],
+        ),
+        (
+            "guards",
+            vec![
+                ("min_share", guards.min_share.to_string()),
+                ("window", format_duration(guards.window)),
+                ("ask_timeout", format_duration(guards.ask_timeout)),
+                ("ask_interval", format_duration(guards.ask_interval)),
+            ],
+        ),
+        (
+            "history",
+            vec![
+                ("keep", format_duration(history.keep)),
+                ("entries", history.entries.to_string()),
+                ("per_service", history.per_service.to_string()),
+            ],
+        ),
+        (
             "xds",
             vec![
                 ("ack_timeout", format_duration(xds.ack_timeout)),
@@ -72,6 +111,7 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("streams", xds.streams.to_string()),
                 ("max_connection_age", format_duration(xds.max_connection_age.unwrap_or_default())),
                 ("resend_on_reconnect", format!("[{}]", resend.join(", "))),
+                ("leds_from", xds.leds_from.to_string()),
             ],
         ),
     ];

@@ -23,7 +23,7 @@ fn problems(text: &str) -> String {
 #[test]
 fn an_example_with_everything() {
     let text = "
-roles: [registry, xds, admin]
+roles: [registry, discovery, xds, admin]
 listen:
   grpc: 10.0.0.1:18000
   http: '[::1]:0'
@@ -40,7 +40,9 @@ limits:
 shutdown: {drain: 3s}
 log: {filter: 'warn,disco::xds=debug', format: json}
 registry: {session_grace: 0s, empty_service_retention: 24h}
-xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age: 30m, resend_on_reconnect: [endpoints, route]}
+guards: {min_share: 0.75, window: 5m, ask_timeout: 300ms, ask_interval: 1m}
+history: {keep: 48h, entries: 0, per_service: 7}
+xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age: 30m, resend_on_reconnect: [endpoints, route], leds_from: 0}
 ";
     let config = parse(text).unwrap();
     assert_eq!(config.roles, Role::ALL.into());
@@ -54,9 +56,12 @@ xds: {ack_timeout: 5s, load_report_interval: 1s, streams: 9, max_connection_age:
     assert_eq!(config.xds.max_connection_age, Some(Duration::from_secs(30 * 60)));
     assert_eq!(config.log, Log { filter: "warn,disco::xds=debug".into(), format: LogFormat::Json });
     assert_eq!(config.registry.session_grace, Duration::ZERO);
+    assert_eq!((config.history.entries, config.history.per_service), (0, 7));
+    assert_eq!((config.guards.min_share, config.guards.window), (0.75, Duration::from_secs(300)));
     assert_eq!((config.xds.ack_timeout, config.xds.streams), (Duration::from_secs(5), 9));
     assert_eq!(config.xds.load_report_interval, Duration::from_secs(1));
     assert_eq!(config.xds.resend_on_reconnect, [ResourceType::Endpoints, ResourceType::Route]);
+    assert_eq!(config.xds.leds_from, 0);
     assert_eq!(parse(&config.to_yaml()).unwrap(), config, "{}", config.to_yaml());
 }
 
@@ -135,7 +140,7 @@ fn every_problem_names_its_place() {
     let cases = [
         (
             "",
-            "1:1 roles: is missing: name at least one role for this process; available: registry, xds, admin",
+            "1:1 roles: is missing: name at least one role for this process; available: registry, discovery, xds, admin",
         ),
         ("# nothing\n", "1:1 roles: is missing"),
         ("listen: {}", "1:1 roles: is missing"),
@@ -146,8 +151,8 @@ fn every_problem_names_its_place() {
             "3:4 roles: \"regsitry\" is not a role; did you mean `registry`?; available: ",
         ),
         (
-            "roles: [registry, discovery]",
-            "1:19 roles: `discovery` is not available in this version; available: registry, xds, admin",
+            "roles: [registry, federation]",
+            "1:19 roles: `federation` is not available in this version; available: registry, discovery, xds, admin",
         ),
         ("roles: [registry, 3]", "1:19 roles: is not the name of a role"),
         ("roles: [registry, registry]", "1:19 roles: `registry` stands here twice"),
@@ -167,7 +172,7 @@ fn every_problem_names_its_place() {
         ),
         (
             "roles: [registry]\nxds: {resend_on_reconnect: [eds]}",
-            "2:29 xds.resend_on_reconnect: \"eds\" is not a type; want cluster, endpoints, listener, route",
+            "2:29 xds.resend_on_reconnect: \"eds\" is not a type; want cluster, endpoints, lb-endpoint, listener, route",
         ),
         (
             "roles: [registry]\nlisten:\n  grpc: 0.0.0.0:18000\n",
@@ -176,6 +181,10 @@ fn every_problem_names_its_place() {
         (
             "roles: [registry]\nlisten:\n  http: 127.0.0.1:18000\n",
             "3:9 listen.http: 127.0.0.1:18000 is also listen.grpc",
+        ),
+        (
+            "roles: [registry]\nguards: {min_share: 50}",
+            "2:21 guards.min_share: is not a share: want a number from 0 to 1, such as 0.5",
         ),
         ("roles: [registry]\nlisten: 3\n", "2:9 listen: is a whole number: want a map of fields"),
         ("roles: [registry]\ninsecure: yes\n", "2:11 insecure: is text: want true or false"),
@@ -299,7 +308,7 @@ fn all_problems_are_reported_at_once_with_their_lines() {
     let message = parse(text).unwrap_err().to_string();
     assert_eq!(
         message,
-        "error: disco.yaml:1:9: roles: `federation` is not available in this version; available: registry, xds, admin
+        "error: disco.yaml:1:9: roles: `federation` is not available in this version; available: registry, discovery, xds, admin
 1 | roles: [federation]
   |         ^
 error: disco.yaml:3:9: listen.grpc: 0.0.0.0:18000 listens beyond loopback without TLS, so anybody who reaches it may \

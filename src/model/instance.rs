@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::{
+    health::{Check, Health},
     id::{Incarnation, InstanceKey, Revision},
     members::MemberId,
 };
@@ -59,12 +60,35 @@ pub struct Instance {
     pub metadata: BTreeMap<String, String>,
     /// Whether it takes new calls.
     pub state: State,
+    /// Who checks whether it works; `None`: nobody, and it is taken to work.
+    pub check: Option<Arc<Check>>,
+    /// The verdict of the checks.
+    pub health: Health,
     /// What keeps it registered.
     pub lease: Lease,
     /// The Disco process that counts its lease. While that is dead another one does.
     pub owner: Option<MemberId>,
-    /// The change that last touched it.
+    /// The change that last touched it, other than its health.
     pub revision: Revision,
     /// When this incarnation was registered.
     pub registered_at: SystemTime,
+    /// Set while nobody vouches for it any more and it is kept all the same. Boxed: hardly any instance has it.
+    pub stale: Option<Box<Stale>>,
+}
+
+/// Why an instance is kept although its lease is over: too many went at once to be believed, and it did not refuse a
+/// connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stale {
+    /// When its lease was found to be over.
+    pub since: SystemTime,
+    /// What ended, and what the instance answered.
+    pub reason: String,
+}
+
+impl Instance {
+    /// Whether proxies may know of it: one that is checked has to pass once first.
+    pub fn is_published(&self) -> bool {
+        self.check.is_none() || self.health.passed
+    }
 }

@@ -4,15 +4,17 @@
 //! outside passes through [`Registration::check`] or [`FromStr`](std::str::FromStr) and is refused with the field's
 //! name, what is wrong, and what would be right.
 
+mod health;
 mod id;
 mod input;
 mod instance;
 mod members;
 mod registration;
 
+pub use health::{Check, Health, HealthReport, Probe, RawCheck, RawKind, ServerCheck, Statuses, Verdict};
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
 pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
-pub use instance::{Instance, Lease, Locality, State};
+pub use instance::{Instance, Lease, Locality, Stale, State};
 pub use members::{MemberId, Members};
 pub use registration::{
     Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,

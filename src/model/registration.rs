@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    health::{Check, RawCheck},
     id::{Incarnation, InstanceId, InstanceKey, ServiceId},
     input::{Problems, excerpt},
     instance::Locality,
@@ -32,6 +33,8 @@ pub struct Limits {
     pub locality: usize,
     /// Most instances of one service.
     pub instances_per_service: usize,
+    /// Shortest interval of a health check.
+    pub check_interval_min: Duration,
     /// Most services.
     pub services: usize,
 }
@@ -48,6 +51,7 @@ impl Default for Limits {
             metadata_value: 1024,
             locality: 128,
             instances_per_service: 50_000,
+            check_interval_min: Duration::from_millis(500),
             services: 100_000,
         }
     }
@@ -74,6 +78,8 @@ pub struct RawRegistration {
     pub metadata: BTreeMap<String, String>,
     /// Absent means the default.
     pub ttl: Option<Duration>,
+    /// Absent: nobody checks whether it works.
+    pub check: Option<RawCheck>,
 }
 
 /// What an owner asks to be registered; valid.
@@ -95,6 +101,8 @@ pub struct Registration {
     pub metadata: BTreeMap<String, String>,
     /// How long it lasts without a renewal, unless a session holds it.
     pub ttl: Duration,
+    /// Who checks whether it works.
+    pub check: Option<Check>,
 }
 
 /// Fields of an instance to change; the others stay.
@@ -119,8 +127,18 @@ impl Registration {
 
     /// As [`Registration::check`], adding to problems that the reading of the input has found.
     pub fn check_into(raw: RawRegistration, limits: &Limits, problems: &mut Problems) -> Option<Self> {
-        let RawRegistration { service, id, incarnation, address, port, locality, weight, metadata, ttl } =
-            raw;
+        let RawRegistration {
+            service,
+            id,
+            incarnation,
+            address,
+            port,
+            locality,
+            weight,
+            metadata,
+            ttl,
+            check,
+        } = raw;
         let service = problems.take("service", service.parse::<ServiceId>());
         let id = problems.take("id", id.parse::<InstanceId>());
         let reported = |problems: &Problems, field: &str| problems.0.iter().any(|p| p.field == field);
@@ -160,6 +178,7 @@ impl Registration {
                 ),
             );
         }
+        let check = check.and_then(|check| Check::check_into(check, limits, problems));
         for (name, part) in ["region", "zone", "sub_zone"].iter().zip(&locality) {
             if part.len() > limits.locality || part.chars().any(char::is_control) {
                 problems.add(
@@ -183,6 +202,7 @@ impl Registration {
             weight: weight?,
             metadata,
             ttl,
+            check,
         })
     }
 }
@@ -219,7 +239,7 @@ fn check_address(text: &str) -> Result<IpAddr, String> {
     Ok(address)
 }
 
-fn check_port(port: i128) -> Result<NonZeroU16, String> {
+pub(super) fn check_port(port: i128) -> Result<NonZeroU16, String> {
     u16::try_from(port)
         .ok()
         .and_then(NonZeroU16::new)

@@ -12,6 +12,7 @@ pub use json::message_json;
     missing_debug_implementations,
     unused_qualifications,
     clippy::wildcard_imports,
+    clippy::large_enum_variant,
     clippy::allow_attributes_without_reason,
     reason = "generated"
 )]

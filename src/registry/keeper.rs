@@ -26,14 +26,14 @@ impl Inner {
         keeps(&self.members.borrow(), instance)
     }
 
-    /// Counts the leases that it keeps, and no others.
+    /// Counts the leases that it keeps, and no others. That of a stale instance is over.
     pub(super) fn settle_all(&self, snapshot: &Snapshot) {
         let members = self.members.borrow().clone();
         for instance in snapshot.services().flat_map(|service| service.instances()) {
-            if keeps(&members, instance) {
-                self.leases.adopt(instance, Instant::now());
-            } else {
+            if !keeps(&members, instance) {
                 self.leases.cede(&instance.key);
+            } else if instance.stale.is_none() {
+                self.leases.adopt(instance, Instant::now());
             }
         }
     }
@@ -43,7 +43,7 @@ impl Inner {
         let members = self.members.borrow().clone();
         if !keeps(&members, instance) {
             self.leases.cede(key);
-        } else if instance.owner.as_ref() != Some(&members.own) {
+        } else if instance.owner.as_ref() != Some(&members.own) && instance.stale.is_none() {
             // What it owns itself it counts since the write. If that lease is over, a change must not bring it back.
             self.leases.adopt(instance, Instant::now());
         }

@@ -9,7 +9,13 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-use crate::model::{Incarnation, Instance, InstanceKey, Lease};
+use crate::model::{Incarnation, Instance, InstanceKey, Lease, ServiceId};
+
+/// How often deadlines are looked at while there are some, so that a time in which this process did not run is noticed.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How much later than it asked to a busy process may wake.
+const LATE: Duration = Duration::from_millis(500);
 
 /// A session that holds leases, unique within the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -152,6 +158,23 @@ impl Leases {
         self.table().held.get(key).is_none_or(|held| held.holder == Holder::Nobody)
     }
 
+    /// How many leases of each service are about to end: their session was lost, or most of their TTL is over, which renewals
+    /// in time do not let happen. Costs a look at every lease.
+    pub(super) fn silent(&self, now: Instant) -> HashMap<ServiceId, usize> {
+        let mut silent = HashMap::new();
+        for (key, held) in &self.table().held {
+            let is_silent = match held.holder {
+                Holder::Nobody => true,
+                Holder::Ttl(ttl) => held.deadline.is_some_and(|deadline| deadline < now + ttl / 2),
+                Holder::Session(_) => false,
+            };
+            if is_silent {
+                *silent.entry(key.service.clone()).or_default() += 1;
+            }
+        }
+        silent
+    }
+
     /// A session was lost: its instances are held by nobody, and returned.
     pub(super) fn session_lost(&self, session: SessionId, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
         let mut table = self.table();
@@ -188,16 +211,25 @@ impl Leases {
     pub(super) async fn next_due(&self) -> Vec<(InstanceKey, Incarnation)> {
         loop {
             let now = Instant::now();
-            let (due, next) = {
+            let (due, wake) = {
                 let mut table = self.table();
-                (table.due(now), table.queue.peek().map(|Reverse((at, _))| *at))
+                if let Some(away) = table.away(now) {
+                    tracing::warn!(
+                        ?away,
+                        "this process did not run: no lease ended in that time, all go on for as long"
+                    );
+                }
+                let due = table.due(now);
+                let first = table.queue.peek().map(|Reverse((at, _))| (*at).min(now + LOOK));
+                table.wakes = if due.is_empty() { first } else { Some(now + LOOK) };
+                (due, first)
             };
             if !due.is_empty() {
                 return due;
             }
-            let next = next.unwrap_or_else(|| now + Duration::from_secs(3600));
+            let wake = wake.unwrap_or_else(|| now + Duration::from_secs(3600));
             tokio::select! {
-                () = tokio::time::sleep_until(next) => {}
+                () = tokio::time::sleep_until(wake) => {}
                 () = self.earlier.notified() => {}
             }
         }
@@ -210,6 +242,8 @@ struct Table {
     sessions: HashMap<SessionId, BTreeSet<InstanceKey>>,
     /// One entry per lease with a deadline; a renewal leaves it and the entry is put back when it comes up too early.
     queue: BinaryHeap<Reverse<(Instant, InstanceKey)>>,
+    /// When deadlines are looked at again at the latest.
+    wakes: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -266,6 +300,22 @@ impl Table {
         {
             keys.remove(key);
         }
+    }
+
+    /// Where this look at the deadlines is far too late, the process was stopped, or the machine paused, and could hear of
+    /// nobody: moves all deadlines by that time.
+    fn away(&mut self, now: Instant) -> Option<Duration> {
+        let away = now.saturating_duration_since(self.wakes?);
+        if away < LATE {
+            return None;
+        }
+        for held in self.held.values_mut() {
+            held.deadline = held.deadline.map(|at| at + away);
+            held.queued = held.queued.map(|at| at + away);
+        }
+        let queue = std::mem::take(&mut self.queue);
+        self.queue = queue.into_iter().map(|Reverse((at, key))| Reverse((at + away, key))).collect();
+        Some(away)
     }
 
     fn due(&mut self, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
@@ -339,6 +389,45 @@ mod tests {
         assert_eq!(leases.session_lost(SessionId(1), start), []);
         leases.hold(key("late"), ONE, Holder::Session(SessionId(1)), start);
         assert!(leases.abandoned(&key("late")), "a session that is over holds nothing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_that_was_stopped_ends_no_lease() {
+        let leases = Leases::new(TTL);
+        let start = Instant::now();
+        leases.hold(key("a"), ONE, Holder::Ttl(TTL), start);
+        leases.hold(key("b"), ONE, Holder::Ttl(TTL * 2), start);
+        let (due, ()) = tokio::join!(due_after(&leases, start), async {
+            tokio::time::sleep(Duration::from_millis(2500)).await;
+            // Stopped for a minute; it wakes half a second later than it would have looked.
+            tokio::time::advance(TTL * 6).await;
+        });
+        let (ids, after) = due;
+        assert_eq!(ids, ["a"]);
+        assert!((69..=70).contains(&after), "{after}");
+        assert_eq!(due_after(&leases, start).await.1, after + 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_silent_when_it_should_have_been_renewed() {
+        let leases = Leases::new(TTL);
+        let start = Instant::now();
+        leases.session_begins(SessionId(1));
+        leases.session_begins(SessionId(2));
+        for (id, holder) in [
+            ("ttl", Holder::Ttl(TTL)),
+            ("long", Holder::Ttl(TTL * 9)),
+            ("session", Holder::Session(SessionId(1))),
+            ("lost", Holder::Session(SessionId(2))),
+        ] {
+            leases.hold(key(id), ONE, holder, start);
+        }
+        let silent = |now| leases.silent(now).get(&key("a").service).copied().unwrap_or_default();
+        assert_eq!(silent(start + TTL / 2), 0);
+        assert_eq!(silent(start + TTL / 2 + LATE), 1);
+        leases.session_lost(SessionId(2), start);
+        assert_eq!(silent(start), 1);
+        assert_eq!(silent(start + TTL), 2);
     }
 
     #[tokio::test(start_paused = true)]

@@ -82,6 +82,7 @@ impl Mirror {
             all.extend(record::decode(&entry.key, Some(&entry.value), entry.revision)?);
         }
         let feed = self.store.watch(record::ALL, revision).await.map_err(Error::Store)?;
+        instances_first(&mut all);
         self.writer.apply(revision, all);
         Ok(feed)
     }
@@ -193,6 +194,11 @@ impl Mirror {
                     },
                 };
                 lost.push(Op::Put { key, value: record::encode(instance), when });
+                if instance.check.is_some() {
+                    let value = record::encode_health(&instance.health, instance.incarnation);
+                    let key = record::health_key(&instance.key);
+                    lost.push(Op::Put { key, value, when: Condition::Absent });
+                }
             }
         }
         let all = lost.len();
@@ -237,6 +243,7 @@ impl Mirror {
         for entry in entries.iter().filter(|entry| entry.revision > known.revision()) {
             different.extend(decoded(&entry.key, Some(&entry.value), entry.revision));
         }
+        instances_first(&mut different);
         let feed = self.store.watch(record::ALL, revision).await?;
         self.writer.apply(revision, different);
         Ok(feed)
@@ -246,7 +253,14 @@ impl Mirror {
 fn changes(event: Event) -> (Revision, Vec<Change>) {
     let Event { revision, changes } = event;
     let changes = changes.iter().filter_map(|(key, value)| decoded(key, value.as_ref(), revision));
-    (revision, changes.collect())
+    let mut changes: Vec<_> = changes.collect();
+    instances_first(&mut changes);
+    (revision, changes)
+}
+
+/// A verdict is on an instance that is known.
+fn instances_first(changes: &mut [Change]) {
+    changes.sort_by_key(|change| matches!(change, Change::PutHealth(..)));
 }
 
 fn decoded(key: &Key, value: Option<&Bytes>, revision: Revision) -> Option<Change> {

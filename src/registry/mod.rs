@@ -4,11 +4,24 @@
 //! A write is committed to the store first and answered once it is durable and visible in the catalog. The catalog is a
 //! mirror of the store, kept by one task here, also in processes that take no writes. Renewals touch neither: leases live in
 //! the memory of one process, and start anew, whole, when it is another one, so that a restart never expires anybody.
+//!
+//! Nobody is removed in masses without evidence: where too many leases end at once, each instance is asked, and one that
+//! does not refuse a connection is held: it stays as it is, marked as stale.
 
+mod ask;
+mod batch;
 mod cache;
+mod check;
 mod error;
+mod guard;
+#[cfg(test)]
+mod guard_tests;
+mod health;
+mod held;
+mod history;
 mod keeper;
 mod leases;
+mod leave;
 mod live;
 mod membership;
 mod mirror;
@@ -21,7 +34,10 @@ mod write;
 use std::{sync::Arc, time::Duration};
 
 pub use cache::Cache;
+pub use check::{health_to_proto, raw_check, verdict_from_proto};
 pub use error::Error;
+pub use guard::Guards;
+pub use history::{Entry, HistoryLimits, What};
 pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
 pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
@@ -48,6 +64,10 @@ pub struct Config {
     pub session_grace: Duration,
     /// How long a service without instances stays known.
     pub empty_service_retention: Duration,
+    /// When to doubt that instances are gone.
+    pub guards: Guards,
+    /// How much of what happened is kept.
+    pub history: HistoryLimits,
 }
 
 impl Default for Config {
@@ -56,6 +76,8 @@ impl Default for Config {
             limits: Limits::default(),
             session_grace: Duration::from_secs(10),
             empty_service_retention: Duration::from_secs(60 * 60),
+            guards: Guards::default(),
+            history: HistoryLimits::default(),
         }
     }
 }
@@ -64,6 +86,8 @@ impl Default for Config {
 #[derive(Debug, Clone)]
 pub struct Registry {
     inner: Arc<Inner>,
+    /// For whom this handle acts.
+    by: Arc<str>,
 }
 
 #[derive(Debug)]
@@ -73,6 +97,9 @@ struct Inner {
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
     leases: Leases,
+    door: leave::Door,
+    held: held::Held,
+    history: history::History,
     said: live::Said,
     metrics: RegistryMetrics,
     tasks: Tasks,
@@ -85,6 +112,7 @@ struct RegistryMetrics {
     refused: prometheus_client::metrics::counter::Counter,
     renewals: prometheus_client::metrics::counter::Counter,
     expired: prometheus_client::metrics::counter::Counter,
+    trips: prometheus_client::metrics::counter::Counter,
     published: prometheus_client::metrics::counter::Counter,
 }
 
@@ -97,6 +125,10 @@ impl RegistryMetrics {
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
             published: metrics.counter("registry_published", "Live metadata that instances published"),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
+            trips: metrics.counter(
+                "registry_guard_trips",
+                "Times that too many instances of a service left to be believed",
+            ),
         }
     }
 }
@@ -114,6 +146,9 @@ impl Registry {
     ) -> Self {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
+            door: leave::Door::new(config.guards.clone()),
+            held: held::Held::default(),
+            history: history::History::new(config.history.clone()),
             said: live::Said::default(),
             config,
             store,
@@ -124,13 +159,23 @@ impl Registry {
         });
         let known = inner.catalog.latest();
         inner.settle_all(&known);
+        metrics.collect(held::HeldMetric(inner.catalog.clone()));
 
-        let registry = Self { inner };
+        let registry = Self { inner, by: "disco".into() };
         tasks.spawn_until_shutdown("lease-keeper", registry.clone().keep_leases(known.revision()));
         tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
+        tasks.spawn_until_shutdown("held-instances", registry.clone().ask_held());
+        tasks.spawn_until_shutdown("renewed-instances", registry.clone().free_renewed());
+        tasks.spawn_until_shutdown("history", registry.clone().prune_history());
         tasks.spawn_until_shutdown("live-metadata", registry.clone().store_live());
         tasks.spawn_until_shutdown("empty-services", registry.clone().retire_empty_services());
         registry
+    }
+
+    /// A handle whose changes the history ascribes to `by`, such as the address of a caller.
+    #[must_use]
+    pub fn called_by(&self, by: impl Into<Arc<str>>) -> Self {
+        Self { inner: Arc::clone(&self.inner), by: by.into() }
     }
 
     /// What is registered.

@@ -5,10 +5,14 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use prost::Message as _;
 
-use super::Error;
+use super::{
+    Error,
+    check::{health_from_proto, health_to_proto, stored_check},
+};
 use crate::{
     catalog::{Change, Live},
-    model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, State},
+    client::check_to_proto,
+    model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, Stale, State},
     proto::v1,
     store::Key,
 };
@@ -16,6 +20,8 @@ use crate::{
 pub(super) const SERVICES: &str = "services/";
 pub(super) const INSTANCES: &str = "instances/";
 pub(super) const LIVE: &str = "live/";
+/// The verdict on each instance that is checked, apart, so that it changes without the instance's record.
+pub(super) const HEALTH: &str = "health/";
 /// Everything of ours in the store.
 pub(super) const ALL: &str = "";
 
@@ -51,10 +57,21 @@ pub fn live_to_proto(key: Option<&InstanceKey>, live: &Live) -> v1::Live {
     }
 }
 
-/// The stored form. The revision is not in it: the store keeps that.
+pub(super) fn health_key(key: &InstanceKey) -> Key {
+    format!("{HEALTH}{key}").into()
+}
+
+/// The stored form of a verdict. The revision is not in it, as of an instance.
+pub(super) fn encode_health(health: &Health, incarnation: Incarnation) -> Bytes {
+    let message = v1::Health { incarnation: incarnation.0, revision: 0, ..health_to_proto(health) };
+    message.encode_to_vec().into()
+}
+
+/// The stored form, without its health. The revision is not in it: the store keeps that.
 pub(super) fn encode(instance: &Instance) -> Bytes {
     let mut message = instance_to_proto(instance);
     message.revision = 0;
+    message.health = None;
     message.encode_to_vec().into()
 }
 
@@ -65,26 +82,34 @@ pub(super) fn decode(key: &Key, value: Option<&Bytes>, revision: Revision) -> Re
         let id: ServiceId = name.parse().map_err(wrong)?;
         return Ok(Some(if value.is_some() { Change::PutService(id) } else { Change::RemoveService(id) }));
     }
-    let (path, is_live) = match (key.strip_prefix(INSTANCES), key.strip_prefix(LIVE)) {
-        (Some(path), _) => (path, false),
-        (None, Some(path)) => (path, true),
-        (None, None) => return Ok(None),
+    let instance_key = |path: &str| {
+        let (service, id) =
+            path.split_once('/').ok_or_else(|| wrong("the key names no instance".to_owned()))?;
+        Ok(InstanceKey { service: service.parse().map_err(wrong)?, id: id.parse().map_err(wrong)? })
     };
-    let (service, id) = path.split_once('/').ok_or_else(|| wrong("the key names no instance".to_owned()))?;
-    let instance_key =
-        InstanceKey { service: service.parse().map_err(wrong)?, id: id.parse().map_err(wrong)? };
-    if is_live {
-        let Some(value) = value else { return Ok(Some(Change::RemoveLive(instance_key))) };
+    if let Some(path) = key.strip_prefix(HEALTH) {
+        let key = instance_key(path)?;
+        // It goes with its instance, or with the check: what is known of the instance then says so.
+        let Some(value) = value else { return Ok(None) };
+        let message = v1::Health::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
+        let (incarnation, health) = health_from_proto(message, revision).map_err(wrong)?;
+        return Ok(Some(Change::PutHealth(key, incarnation, health)));
+    }
+    if let Some(path) = key.strip_prefix(LIVE) {
+        let key = instance_key(path)?;
+        let Some(value) = value else { return Ok(Some(Change::RemoveLive(key))) };
         let message = v1::Live::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
-        let published_at = message.published_at.and_then(|at| SystemTime::try_from(at).ok());
+        let published_at = wire_time(message.published_at, "published_at").map_err(wrong)?;
         let live = Live {
             incarnation: Incarnation(message.incarnation),
             entries: message.entries,
             published_at: published_at.unwrap_or(SystemTime::UNIX_EPOCH),
             revision,
         };
-        return Ok(Some(Change::PutLive(instance_key, live)));
+        return Ok(Some(Change::PutLive(key, live)));
     }
+    let Some(path) = key.strip_prefix(INSTANCES) else { return Ok(None) };
+    let instance_key = instance_key(path)?;
     let Some(value) = value else { return Ok(Some(Change::RemoveInstance(instance_key))) };
     let message = v1::Instance::decode(value.clone()).map_err(|e| wrong(e.to_string()))?;
     let instance = instance_from_proto(instance_key, message, revision).map_err(wrong)?;
@@ -112,10 +137,13 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         weight,
         metadata,
         state,
+        check,
+        health,
         lease,
         owner,
         revision,
         registered_at,
+        stale,
     } = instance;
     v1::Instance {
         service: key.service.to_string(),
@@ -138,7 +166,12 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         lease: Some(lease_to_proto(*lease)),
         revision: revision.0,
         registered_at: Some((*registered_at).into()),
+        stale: stale
+            .as_ref()
+            .map(|stale| v1::Stale { since: Some(stale.since.into()), reason: stale.reason.clone() }),
         owner: owner.as_ref().map(ToString::to_string).unwrap_or_default(),
+        check: check.as_deref().map(check_to_proto),
+        health: Some(health_to_proto(health)),
     }
 }
 
@@ -163,6 +196,15 @@ pub(super) fn instance_from_proto(
         owner => Some(owner.parse().map_err(|e| format!("owner: {e}"))?),
     };
     let locality = message.locality.unwrap_or_default();
+    let registered_at = wire_time(message.registered_at, "registered_at")?.unwrap_or(SystemTime::UNIX_EPOCH);
+    // A stored instance has its verdict apart; one that was copied whole has it with it.
+    let health = match message.health {
+        Some(health) => {
+            let revision = Revision(health.revision);
+            health_from_proto(health, revision)?.1
+        }
+        None => Health::unchecked(registered_at),
+    };
     Ok(Instance {
         key,
         incarnation: Incarnation(message.incarnation),
@@ -179,23 +221,38 @@ pub(super) fn instance_from_proto(
         weight: message.weight.try_into().map_err(|_| "weight: is 0")?,
         metadata: message.metadata,
         state,
+        check: stored_check(message.check)?,
+        health,
         lease,
         owner,
         revision,
-        registered_at: message.registered_at.map_or(Ok(SystemTime::UNIX_EPOCH), |at| {
-            SystemTime::try_from(at).map_err(|e| format!("registered_at: {e}"))
-        })?,
+        registered_at,
+        stale: match message.stale {
+            Some(v1::Stale { since, reason }) => {
+                let since = wire_time(since, "stale.since")?.unwrap_or(SystemTime::UNIX_EPOCH);
+                Some(Box::new(Stale { since, reason }))
+            }
+            None => None,
+        },
     })
 }
 
-fn duration_to_proto(duration: Duration) -> prost_types::Duration {
-    // A TTL is bounded to hours, far within the range of the message.
+pub(super) fn wire_time(
+    time: Option<prost_types::Timestamp>,
+    field: &str,
+) -> Result<Option<SystemTime>, String> {
+    time.map(|at| SystemTime::try_from(at).map_err(|e| format!("{field}: {e}"))).transpose()
+}
+
+pub(super) fn duration_to_proto(duration: Duration) -> prost_types::Duration {
+    // Those of this room are bounded to hours, far within the range of the message.
     prost_types::Duration::try_from(duration).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{Check, Probe, ServerCheck, Statuses, Verdict};
 
     fn instance(lease: Lease) -> Instance {
         Instance {
@@ -207,10 +264,16 @@ mod tests {
             weight: 7.try_into().unwrap(),
             metadata: [("k".to_owned(), "v".to_owned())].into(),
             state: State::Draining,
+            check: None,
+            health: Health::unchecked(SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123)),
             lease,
             owner: Some("n1".parse().unwrap()),
             revision: Revision(9),
             registered_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+            stale: Some(Box::new(Stale {
+                since: SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123),
+                reason: "silent".to_owned(),
+            })),
         }
     }
 
@@ -229,10 +292,56 @@ mod tests {
     }
 
     #[test]
+    fn checks_and_verdicts_read_back_as_they_were() {
+        let statuses = |ranges: &[(i128, i128)]| Statuses::check(ranges).unwrap();
+        let http = Probe::Http {
+            path: "/h".into(),
+            expect: statuses(&[(200, 204)]),
+            degraded: statuses(&[(429, 429), (503, 504)]),
+        };
+        let server = |probe| {
+            Check::Server(ServerCheck {
+                probe,
+                port: 9.try_into().ok(),
+                interval: Duration::from_millis(200),
+                timeout: Duration::from_millis(100),
+                healthy_threshold: 7.try_into().unwrap(),
+                unhealthy_threshold: 1.try_into().unwrap(),
+                jitter: 0,
+            })
+        };
+        for check in
+            [Check::Owner, server(Probe::Tcp), server(http), server(Probe::Grpc { service: "a.B".into() })]
+        {
+            let instance = Instance { check: Some(check.into()), ..instance(Lease::Session) };
+            let key = instance_key(&instance.key);
+            let read = decode(&key, Some(&encode(&instance)), Revision(9)).unwrap();
+            let Some(Change::PutInstance(read)) = read else { panic!("not an instance") };
+            assert_eq!(read, instance);
+
+            for verdict in [Verdict::Unknown, Verdict::Healthy, Verdict::Degraded, Verdict::Unhealthy] {
+                let revision = Revision(10);
+                let health = Health { verdict, reason: "so".into(), revision, ..instance.health.clone() };
+                let value = encode_health(&health, instance.incarnation);
+                let read = decode(&health_key(&instance.key), Some(&value), revision).unwrap();
+                let Some(Change::PutHealth(key, incarnation, read)) = read else { panic!("no verdict") };
+                assert_eq!((key, incarnation, read), (instance.key.clone(), instance.incarnation, health));
+            }
+        }
+    }
+
+    #[test]
     fn what_is_not_ours_is_refused_or_left() {
         let bytes = Bytes::from_static(b"\xff\xff\xff");
         assert!(decode(&"locks/a".into(), Some(&bytes), Revision(1)).unwrap().is_none());
-        for key in ["instances/greeter/a", "instances/greeter", "instances/Bad Name/a", "services/a b"] {
+        for key in [
+            "instances/greeter/a",
+            "instances/greeter",
+            "instances/Bad Name/a",
+            "services/a b",
+            "health/greeter",
+            "health/greeter/a",
+        ] {
             assert!(decode(&key.into(), Some(&bytes), Revision(1)).is_err(), "{key}");
         }
     }

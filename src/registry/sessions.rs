@@ -8,15 +8,18 @@ use tokio::time::Instant;
 use super::{
     Accepted, Error, Inner, Registry,
     leases::{Holder, SessionId},
+    leave::Cause,
 };
 use crate::model::Registration;
 
 /// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// The owner closed it, or its connection was closed under it, as a kernel does for a process that died: evidence that
-    /// what it registered is gone.
+    /// The owner closed it: what it registered is gone.
     Closed,
+    /// Its connection was closed under it, as a kernel does for a process that died: so is what it registered, unless too
+    /// much went at once to be believed.
+    HungUp,
     /// The connection fell silent, or this server ends it: the owner may well be alive, and has the grace to come back.
     Lost,
 }
@@ -48,17 +51,21 @@ impl Session {
         self.registry.register_held(registration, Holder::Session(self.id)).await
     }
 
-    /// Ends the session. What it holds is removed at once when it was [`Ended::Closed`], after the grace otherwise.
+    /// Ends the session. What it holds is removed at once, after the grace when it was [`Ended::Lost`].
     pub async fn end(self, how: Ended) {
-        if how == Ended::Lost {
-            for (key, _) in self.inner.leases.session_lost(self.id, Instant::now()) {
-                let grace = self.inner.config.session_grace;
-                tracing::info!(instance = %key, ?grace, "its session was lost: it is removed after the grace unless its owner comes back");
+        let how = match how {
+            Ended::Closed => Cause::Closed,
+            Ended::HungUp => Cause::HungUp,
+            Ended::Lost => {
+                for (key, _) in self.inner.leases.session_lost(self.id, Instant::now()) {
+                    let grace = self.inner.config.session_grace;
+                    tracing::info!(instance = %key, ?grace, "its session was lost: it is removed after the grace unless its owner comes back");
+                }
+                return;
             }
-            return;
-        }
+        };
         let over = self.inner.leases.session_closed(self.id);
-        self.registry.remove_over(over, "removed: its session was closed").await;
+        self.registry.leave(over, how).await;
     }
 }
 

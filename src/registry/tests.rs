@@ -3,24 +3,27 @@ use std::{sync::Arc, time::Duration};
 use super::*;
 use crate::{
     catalog::{self, Reader},
-    model::{Incarnation, InstanceKey, Members, RawRegistration, Registration, Revision, State, Update},
+    model::{
+        HealthReport, Incarnation, InstanceKey, Members, RawCheck, RawKind, RawRegistration, Registration,
+        Revision, State, Update, Verdict,
+    },
     rt::{Readiness, Shutdown},
     store::{Listing, MemoryStore, Op, Store, StoreError, Watch},
 };
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
 
-const GRACE: Duration = Duration::from_secs(10);
-const TTL: Duration = Duration::from_secs(30);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
+pub(super) const TTL: Duration = Duration::from_secs(30);
 
 /// A registry over a store, and the tasks that keep it.
-struct Node {
-    registry: Registry,
+pub(super) struct Node {
+    pub(super) registry: Registry,
     tasks: Tasks,
 }
 
 impl Node {
-    async fn start(store: Arc<dyn Store>) -> Self {
+    pub(super) async fn start(store: Arc<dyn Store>) -> Self {
         Self::start_among(store, &watch::Sender::new(Members::alone("n1".parse().unwrap()))).await
     }
 
@@ -36,13 +39,13 @@ impl Node {
         Self { registry, tasks }
     }
 
-    async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.tasks.shutdown().start();
         assert_eq!(self.tasks.join(Duration::from_secs(5)).await, 0);
     }
 }
 
-async fn node() -> Node {
+pub(super) async fn node() -> Node {
     Node::start(Arc::new(MemoryStore::default())).await
 }
 
@@ -109,7 +112,7 @@ impl Store for Gated {
     }
 }
 
-fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
+pub(super) fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
     let raw = RawRegistration {
         service: "greeter".into(),
         id: id.into(),
@@ -122,17 +125,17 @@ fn registration(id: &str, port: u16, incarnation: Option<u64>) -> Registration {
     Registration::check(raw, &Limits::default()).unwrap()
 }
 
-fn key(id: &str) -> InstanceKey {
+pub(super) fn key(id: &str) -> InstanceKey {
     InstanceKey { service: "greeter".parse().unwrap(), id: id.parse().unwrap() }
 }
 
-fn ids(catalog: &Reader) -> Vec<String> {
+pub(super) fn ids(catalog: &Reader) -> Vec<String> {
     let snapshot = catalog.latest();
     let service = snapshot.service(&key("a").service).cloned();
     service.map(|s| s.instances().map(|i| i.key.id.to_string()).collect()).unwrap_or_default()
 }
 
-fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
+pub(super) fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
     match result.unwrap_err() {
         Error::Conflict(problem) => format!("conflict {}", problem.field),
         Error::NotFound(key) => format!("not found {key}"),
@@ -237,7 +240,7 @@ async fn a_restart_expires_nobody_and_owners_come_back() {
     let revision = first.registry.catalog().latest().revision();
     first.stop().await;
 
-    tokio::time::advance(TTL * 10).await;
+    tokio::time::sleep(TTL * 10).await;
     let second = Node::start(store).await;
     let registry = &second.registry;
     assert_eq!(ids(registry.catalog()), ["session", "ttl"]);
@@ -246,7 +249,7 @@ async fn a_restart_expires_nobody_and_owners_come_back() {
     let back = session.register(registration("session", 2, Some(9))).await.unwrap();
     assert!(back.revision <= revision, "coming back changes nothing: {} {revision}", back.revision);
     registry.renew(key("ttl"), None).await.unwrap();
-    tokio::time::advance(TTL - Duration::from_secs(1)).await;
+    tokio::time::sleep(TTL - Duration::from_secs(1)).await;
     assert_eq!(ids(registry.catalog()), ["session", "ttl"]);
 }
 
@@ -425,7 +428,7 @@ async fn an_owner_moves_with_its_lease_to_the_node_it_comes_to() {
     cluster.settled().await;
     assert_eq!(cluster.owner("a"), "n1");
     for turn in 0..5 {
-        tokio::time::advance(TTL / 2).await;
+        tokio::time::sleep(TTL / 2).await;
         n2.renew(key("a"), Some(Incarnation(1))).await.unwrap();
         cluster.settled().await;
         assert_eq!((cluster.owner("a").as_str(), ids(n1.catalog())), ("n2", vec!["a".to_owned()]), "{turn}");
@@ -455,7 +458,7 @@ async fn the_leases_of_a_dead_node_go_on_elsewhere_whole() {
     }
     stays.register(registration("s", 2, Some(1))).await.unwrap();
     cluster.settled().await;
-    tokio::time::advance(TTL - Duration::from_secs(1)).await;
+    tokio::time::sleep(TTL - Duration::from_secs(1)).await;
     let died = tokio::time::Instant::now();
     cluster.lose("n1");
     cluster.settled().await;
@@ -465,7 +468,7 @@ async fn the_leases_of_a_dead_node_go_on_elsewhere_whole() {
     n1.left().await;
 
     // Some come back: to either node, and in time.
-    tokio::time::advance(GRACE / 2).await;
+    tokio::time::sleep(GRACE / 2).await;
     let session = n3.session();
     session.register(registration("s", 2, Some(1))).await.unwrap();
     n2.renew(key("a"), None).await.unwrap();
@@ -493,7 +496,7 @@ async fn a_node_that_returns_counts_again_what_it_owns() {
     cluster.settled().await;
     cluster.lose("n1");
     cluster.settled().await;
-    tokio::time::advance(TTL / 2).await;
+    tokio::time::sleep(TTL / 2).await;
     let back = tokio::time::Instant::now();
     for (own, (_, sender)) in &cluster.nodes {
         sender.send_replace(members(own, &["n1", "n2"]));
@@ -542,4 +545,129 @@ async fn what_is_said_many_times_a_second_reaches_watchers_and_no_snapshot() {
     assert!(n2.catalog().live().get(&key("a")).is_none());
     cluster.settled().await;
     assert!(n1.inner.store.list("live/").await.unwrap().entries.is_empty(), "nothing is left behind");
+}
+
+fn checked(id: &str, incarnation: u64) -> Registration {
+    let raw = RawRegistration {
+        service: "greeter".into(),
+        id: id.into(),
+        incarnation: Some(incarnation),
+        address: Some("127.0.0.1".into()),
+        port: Some(1),
+        ttl: Some(TTL),
+        check: Some(RawCheck::default()),
+        ..RawRegistration::default()
+    };
+    Registration::check(raw, &Limits::default()).unwrap()
+}
+
+fn report(id: &str, incarnation: u64, verdict: Verdict) -> HealthReport {
+    HealthReport { key: key(id), incarnation: Incarnation(incarnation), verdict, reason: "seen\nso".into() }
+}
+
+/// `verdict, passed` of an instance.
+fn verdict(registry: &Registry, id: &str) -> (Verdict, bool) {
+    let snapshot = registry.catalog().latest();
+    let health = &snapshot.instance(&key(id)).unwrap().health;
+    (health.verdict, health.passed)
+}
+
+async fn records(store: &Arc<dyn Store>) -> usize {
+    store.list(record::HEALTH).await.unwrap().entries.len()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_verdict_is_written_when_it_changes_and_outlives_a_restart() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+    let node = Node::start(Arc::clone(&store)).await;
+    let registry = &node.registry;
+    let first = registry.register(checked("a", 1)).await.unwrap();
+    assert_eq!(verdict(registry, "a"), (Verdict::Unknown, false));
+    assert_eq!(registry.catalog().latest().instance(&key("a")), Some(&first.instance));
+
+    let healthy = registry.set_health(vec![report("a", 1, Verdict::Healthy)]).await.unwrap();
+    assert!(healthy > first.revision);
+    assert_eq!(verdict(registry, "a"), (Verdict::Healthy, true));
+    assert_eq!(registry.set_health(vec![report("a", 1, Verdict::Healthy)]).await.unwrap(), healthy);
+    registry.set_health(vec![report("a", 1, Verdict::Unhealthy)]).await.unwrap();
+    let reason = registry.catalog().latest().instance(&key("a")).unwrap().health.reason.clone();
+    assert_eq!(&*reason, "seen so");
+
+    // Neither a renewal nor an update touches it, and it does not stand in their way.
+    assert_eq!(registry.register(checked("a", 1)).await.unwrap().revision, first.revision);
+    let update = Update { weight: 3.try_into().ok(), metadata: None };
+    let updated = registry.update(key("a"), None, update).await.unwrap();
+    assert_eq!(updated.instance.health.verdict, Verdict::Unhealthy);
+    assert_eq!(verdict(registry, "a"), (Verdict::Unhealthy, true));
+
+    node.stop().await;
+    let node = Node::start(Arc::clone(&store)).await;
+    assert_eq!(verdict(&node.registry, "a"), (Verdict::Unhealthy, true));
+    assert_eq!(records(&store).await, 1);
+    node.registry.deregister(key("a"), None).await.unwrap();
+    assert_eq!(records(&store).await, 0, "the verdict goes with its instance");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_verdict_is_on_one_run_of_a_checked_instance() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+    let registry = Node::start(Arc::clone(&store)).await.registry;
+    registry.register(checked("a", 1)).await.unwrap();
+    registry.set_health(vec![report("a", 1, Verdict::Healthy)]).await.unwrap();
+    registry.register(checked("a", 2)).await.unwrap();
+    assert_eq!(verdict(&registry, "a"), (Verdict::Unknown, false), "a new run is checked anew");
+    registry
+        .set_health(vec![report("a", 1, Verdict::Unhealthy), report("b", 1, Verdict::Healthy)])
+        .await
+        .unwrap();
+    assert_eq!(verdict(&registry, "a"), (Verdict::Unknown, false));
+    registry.set_health(vec![report("a", 2, Verdict::Degraded)]).await.unwrap();
+    assert_eq!(verdict(&registry, "a"), (Verdict::Degraded, true));
+    let wrong = registry.report_health(report("a", 2, Verdict::Healthy)).await;
+    assert_eq!(refused(wrong), "conflict health");
+
+    // Without the check there is no verdict; with it again, proxies go on to know of the instance.
+    registry.register(Registration { check: None, ..checked("a", 2) }).await.unwrap();
+    assert_eq!(verdict(&registry, "a"), (Verdict::Unknown, true));
+    assert_eq!(records(&store).await, 0);
+    registry.register(checked("a", 2)).await.unwrap();
+    assert_eq!(verdict(&registry, "a"), (Verdict::Unknown, true));
+
+    let raw = RawCheck { kind: RawKind::Owner, ..RawCheck::default() };
+    let owner = crate::model::Check::check_into(raw, &Limits::default(), &mut Default::default());
+    registry.register(Registration { check: owner, ..checked("o", 1) }).await.unwrap();
+    assert_eq!(verdict(&registry, "o"), (Verdict::Healthy, true));
+    registry.report_health(report("o", 1, Verdict::Unhealthy)).await.unwrap();
+    assert_eq!(verdict(&registry, "o"), (Verdict::Unhealthy, true));
+    assert_eq!(
+        refused(registry.report_health(report("o", 2, Verdict::Healthy)).await),
+        "conflict incarnation"
+    );
+    registry.set_health(vec![report("o", 1, Verdict::Healthy)]).await.unwrap();
+    assert_eq!(verdict(&registry, "o"), (Verdict::Unhealthy, true), "the server does not check it");
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_verdicts_are_few_commits_and_a_removal_meanwhile_harms_none() {
+    let store = Gated::open();
+    let registry = Node::start(Arc::clone(&store) as Arc<dyn Store>).await.registry;
+    for n in 0..200 {
+        registry.register(checked(&format!("i{n}"), 1)).await.unwrap();
+    }
+    store.close_gate();
+    let reports = (0..200).map(|n| report(&format!("i{n}"), 1, Verdict::Healthy)).collect();
+    let (removed, judged) = tokio::join!(registry.deregister(key("i7"), None), async {
+        let judging = registry.set_health(reports);
+        tokio::join!(judging, async {
+            store.until_waiting(5).await;
+            store.let_through(Semaphore::MAX_PERMITS);
+        })
+        .0
+    });
+    removed.unwrap();
+    judged.unwrap();
+    let snapshot = registry.catalog().latest();
+    let healthy = |n: &usize| snapshot.instance(&key(&format!("i{n}"))).map(|i| i.health.verdict);
+    assert!((0..200).filter(|n| *n != 7).all(|n| healthy(&n) == Some(Verdict::Healthy)));
+    assert_eq!(records(&(store as Arc<dyn Store>)).await, 199);
 }

@@ -2,10 +2,11 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Error, Inner, Registry, leases::Holder, record};
+use super::{Error, Inner, Registry, history::What, leases::Holder, leave::Cause, record};
 use crate::{
     model::{
-        Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId, State, Update,
+        Health, Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId,
+        State, Update,
     },
     rt,
     store::{Condition, Op, StoreError},
@@ -22,14 +23,17 @@ pub struct Accepted {
 
 /// A commit that lost a race is tried again on what the winner left. Each loss means that somebody else's write was
 /// accepted, so this many in a row is a key that many writers fight for.
-const ATTEMPTS: usize = 16;
+pub(super) const ATTEMPTS: usize = 16;
+
+/// How long leases that end are collected for.
+const TOGETHER: Duration = Duration::from_millis(20);
 
 /// What a request makes of the present state of one instance.
 enum Decision {
     /// It is so already.
     Keep(Arc<Instance>),
     /// Write this.
-    Put(Instance),
+    Put(Box<Instance>),
 }
 
 impl Registry {
@@ -47,8 +51,8 @@ impl Registry {
         registration: Registration,
         holder: Holder,
     ) -> Result<Accepted, Error> {
-        let inner = Arc::clone(&self.inner);
-        self.count(self.detached(async move { inner.register(registration, holder).await }).await)
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.register(registration, holder, &by).await }).await)
     }
 
     /// Extends a TTL lease. Returns the TTL and the present revision; a renewal makes none, unless another process has counted
@@ -65,8 +69,8 @@ impl Registry {
         let result = match self.inner.renew(&key, incarnation) {
             Some(result) => result,
             None => {
-                let inner = Arc::clone(&self.inner);
-                self.detached(async move { inner.take_over(&key, incarnation).await }).await
+                let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+                self.detached(async move { inner.take_over(&key, incarnation, &by).await }).await
             }
         };
         if result.is_ok() {
@@ -109,10 +113,10 @@ impl Registry {
         incarnation: Option<Incarnation>,
         edit: impl Fn(&mut Instance) + Send + Sync + 'static,
     ) -> Result<Accepted, Error> {
-        let inner = Arc::clone(&self.inner);
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
         let result = self.detached(async move {
             inner
-                .write(&key, |present| {
+                .write(&key, &by, |present| {
                     let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
                     expect_incarnation(present, incarnation)?;
                     let mut next = (**present).clone();
@@ -120,7 +124,7 @@ impl Registry {
                     Ok(if next == **present {
                         Decision::Keep(Arc::clone(present))
                     } else {
-                        Decision::Put(next)
+                        Decision::Put(next.into())
                     })
                 })
                 .await
@@ -137,8 +141,8 @@ impl Registry {
         key: InstanceKey,
         incarnation: Option<Incarnation>,
     ) -> Result<Revision, Error> {
-        let inner = Arc::clone(&self.inner);
-        self.count(self.detached(async move { inner.remove(&key, incarnation).await }).await)
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.remove(&key, incarnation, &by).await }).await)
     }
 
     /// Removes a service that has no instances.
@@ -151,7 +155,7 @@ impl Registry {
     }
 
     /// Runs a write to its end even if the caller goes away: a commit must never be left without its lease.
-    async fn detached<T: Send + 'static>(
+    pub(super) async fn detached<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Error> {
@@ -163,47 +167,26 @@ impl Registry {
         answered.await.unwrap_or(Err(Error::ShuttingDown))
     }
 
-    fn count<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn count<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
         if result.is_err() {
             self.inner.metrics.refused.inc();
         }
         result
     }
 
-    /// Removes instances whose lease is over.
+    /// Looks after instances whose lease is over.
     pub(super) async fn expire(self) {
         loop {
             let due = self.inner.leases.next_due().await;
-            let removed = self.remove_over(due, "removed: its lease ended without a renewal").await;
-            self.inner.metrics.expired.inc_by(removed);
+            let registry = self.clone();
+            // Those that are asked may take their time, and nobody waits for them.
+            self.inner.tasks.spawn("leases-over", async move {
+                let removed = registry.leave(due, Cause::Expired).await;
+                registry.inner.metrics.expired.inc_by(removed);
+            });
+            // What ends within this time goes together: one look at who else is silent, and few commits.
+            tokio::time::sleep(TOGETHER).await;
         }
-    }
-
-    /// Removes instances whose lease is over, and returns how many. One whose owner comes back meanwhile stays.
-    pub(super) async fn remove_over(&self, over: Vec<(InstanceKey, Incarnation)>, why: &'static str) -> u64 {
-        let removals = over.into_iter().map(|(key, incarnation)| {
-            let inner = Arc::clone(&self.inner);
-            self.detached(async move {
-                match inner.remove_without_lease(&key, incarnation).await {
-                    Ok(Some(revision)) => {
-                        tracing::info!(instance = %key, %revision, "{why}");
-                        return Ok(1);
-                    }
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::warn!(instance = %key, %error, "its lease is over but it could not be removed; trying again");
-                    }
-                }
-                let is_there = || {
-                    let snapshot = inner.catalog.latest();
-                    let present = snapshot.instance(&key);
-                    present.is_some_and(|present| present.incarnation == incarnation && inner.keeps(present))
-                };
-                inner.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
-                Ok(0)
-            })
-        });
-        futures_util::future::join_all(removals).await.into_iter().flatten().sum()
     }
 
     /// Forgets services that have had no instance for long.
@@ -238,16 +221,21 @@ impl Registry {
 }
 
 impl Inner {
-    async fn register(&self, registration: Registration, holder: Holder) -> Result<Accepted, Error> {
+    async fn register(
+        &self,
+        registration: Registration,
+        holder: Holder,
+        by: &str,
+    ) -> Result<Accepted, Error> {
         let key = registration.key.clone();
         let own = self.member()?;
         let accepted = self
-            .write(&key, |present| {
+            .write(&key, by, |present| {
                 self.admit(&registration, present)?;
                 let mut next = merge(&registration, present, holder);
                 next.owner = Some(own.clone());
                 let Some(present) = present.filter(|present| present.incarnation == next.incarnation) else {
-                    return Ok(Decision::Put(next));
+                    return Ok(Decision::Put(next.into()));
                 };
                 // The lease comes before the write, so that a removal under way sees it or loses to the write. Where the old
                 // lease was over there has to be a write for it to lose to.
@@ -256,7 +244,7 @@ impl Inner {
                 Ok(if held && next == **present {
                     Decision::Keep(Arc::clone(present))
                 } else {
-                    Decision::Put(next)
+                    Decision::Put(next.into())
                 })
             })
             .await?;
@@ -346,6 +334,13 @@ impl Inner {
             let counted_here = self.keeps(present);
             match self.leases.renew(key, present.incarnation, Instant::now()) {
                 Some(ttl) => Ok(Some((ttl, snapshot.revision()))),
+                None if counted_here && present.stale.is_some() => match present.lease {
+                    Lease::Ttl(ttl) => {
+                        self.revive(key.clone(), present.incarnation, ttl);
+                        Ok(Some((ttl, snapshot.revision())))
+                    }
+                    Lease::Session => Err(Error::NotFound(key.clone())),
+                },
                 // Over, and its removal under way.
                 None if counted_here && !self.leases.held(key, present.incarnation) => {
                     Err(Error::NotFound(key.clone()))
@@ -367,13 +362,16 @@ impl Inner {
         &self,
         key: &InstanceKey,
         incarnation: Option<Incarnation>,
+        by: &str,
     ) -> Result<(Duration, Revision), Error> {
         let own = self.member()?;
         let accepted = self
-            .write(key, |present| {
+            .write(key, by, |present| {
                 let present = present.ok_or_else(|| Error::NotFound(key.clone()))?;
                 expect_incarnation(present, incarnation)?;
-                Ok(Decision::Put(Instance { owner: Some(own.clone()), ..(**present).clone() }))
+                Ok(Decision::Put(
+                    Instance { owner: Some(own.clone()), stale: None, ..(**present).clone() }.into(),
+                ))
             })
             .await?;
         let Lease::Ttl(ttl) = accepted.instance.lease else { return Err(Error::NotFound(key.clone())) };
@@ -381,14 +379,19 @@ impl Inner {
         Ok((ttl, accepted.revision))
     }
 
-    async fn remove(&self, key: &InstanceKey, incarnation: Option<Incarnation>) -> Result<Revision, Error> {
+    async fn remove(
+        &self,
+        key: &InstanceKey,
+        incarnation: Option<Incarnation>,
+        by: &str,
+    ) -> Result<Revision, Error> {
         for _ in 0..ATTEMPTS {
             let snapshot = self.catalog.latest();
             let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
             expect_incarnation(present, incarnation)?;
-            let op =
-                Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-            let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
+            let mut ops = removal(present);
+            ops.extend(self.unsay(key));
+            ops.extend(self.history.note(present, What::Deregistered, by, ""));
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     self.released(key, present.incarnation);
@@ -401,30 +404,7 @@ impl Inner {
         Err(contended(key))
     }
 
-    /// Removes an instance whose lease is over, unless its owner came back: the snapshot is older than the look at the
-    /// lease, so whoever takes the lease after that writes after the snapshot.
-    async fn remove_without_lease(
-        &self,
-        key: &InstanceKey,
-        incarnation: Incarnation,
-    ) -> Result<Option<Revision>, Error> {
-        let snapshot = self.catalog.latest();
-        let present = snapshot.instance(key).filter(|present| present.incarnation == incarnation);
-        let over = |present: &&Arc<Instance>| self.keeps(present) && !self.leases.held(key, incarnation);
-        let Some(present) = present.filter(over) else { return Ok(None) };
-        let op = Op::Delete { key: record::instance_key(key), when: Condition::Unchanged(present.revision) };
-        let ops = [Some(op), self.unsay(key)].into_iter().flatten().collect();
-        match self.commit(ops, snapshot.revision()).await {
-            Ok(revision) => {
-                self.released(key, incarnation);
-                Ok(Some(revision))
-            }
-            Err(Some(error)) => Err(error),
-            Err(None) => Ok(None),
-        }
-    }
-
-    fn released(&self, key: &InstanceKey, incarnation: Incarnation) {
+    pub(super) fn released(&self, key: &InstanceKey, incarnation: Incarnation) {
         self.leases.release(key, incarnation, || self.catalog.latest().instance(key).is_some());
     }
 
@@ -458,6 +438,7 @@ impl Inner {
     async fn write(
         &self,
         key: &InstanceKey,
+        by: &str,
         decide: impl Fn(Option<&Arc<Instance>>) -> Result<Decision, Error>,
     ) -> Result<Accepted, Error> {
         for _ in 0..ATTEMPTS {
@@ -467,7 +448,7 @@ impl Inner {
                 Decision::Keep(instance) => return Ok(Accepted { revision: instance.revision, instance }),
                 Decision::Put(next) => next,
             };
-            let mut ops = Vec::with_capacity(2);
+            let mut ops = Vec::with_capacity(3);
             // With each new instance, also where the service is known: a removal of the empty service then loses to it.
             if present.is_none() {
                 ops.push(Op::Put {
@@ -478,10 +459,18 @@ impl Inner {
             }
             let when = present.map_or(Condition::Absent, |present| Condition::Unchanged(present.revision));
             ops.push(Op::Put { key: record::instance_key(key), value: record::encode(&next), when });
+            let health = health_op(present, &next);
+            let judged = health.is_some();
+            ops.extend(health);
+            let what = What::of(present.map(|present| &**present), &next);
+            ops.extend(self.history.note(&next, what, by, ""));
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     next.revision = revision;
-                    return Ok(Accepted { revision, instance: Arc::new(next) });
+                    if judged && next.check.is_some() {
+                        next.health.revision = revision;
+                    }
+                    return Ok(Accepted { revision, instance: Arc::new(*next) });
                 }
                 Err(Some(error)) => return Err(error),
                 Err(None) => {}
@@ -492,7 +481,7 @@ impl Inner {
 
     /// Commits what was decided on the snapshot at `seen`, and waits until the catalog shows it. `Err(None)` is a lost race:
     /// the catalog has caught up with the winner.
-    async fn commit(&self, ops: Vec<Op>, seen: Revision) -> Result<Revision, Option<Error>> {
+    pub(super) async fn commit(&self, ops: Vec<Op>, seen: Revision) -> Result<Revision, Option<Error>> {
         let received = Instant::now();
         match self.store.commit(ops).await {
             Ok(revision) => {
@@ -518,7 +507,32 @@ impl Inner {
     }
 }
 
-fn contended(key: &InstanceKey) -> Error {
+/// Takes an instance and the verdict on it out of the store.
+pub(super) fn removal(present: &Instance) -> Vec<Op> {
+    let delete = |key, when| Op::Delete { key, when };
+    let health = present.check.is_some().then(|| delete(record::health_key(&present.key), Condition::Always));
+    let instance = delete(record::instance_key(&present.key), Condition::Unchanged(present.revision));
+    [instance].into_iter().chain(health).collect()
+}
+
+/// Every instance with a check has a record of its verdict, from its first commit to its last: whoever changes that record
+/// makes sure of the instance by it.
+fn health_op(present: Option<&Arc<Instance>>, next: &Instance) -> Option<Op> {
+    let key = record::health_key(&next.key);
+    let before = present.filter(|present| present.check.is_some());
+    let same_run = before.is_some_and(|before| before.incarnation == next.incarnation);
+    match (&next.check, before) {
+        (Some(_), _) if same_run => None,
+        (Some(_), _) => {
+            let value = record::encode_health(&next.health, next.incarnation);
+            Some(Op::Put { key, value, when: Condition::Always })
+        }
+        (None, Some(_)) => Some(Op::Delete { key, when: Condition::Always }),
+        (None, None) => None,
+    }
+}
+
+pub(super) fn contended(key: &InstanceKey) -> Error {
     Error::conflict("id", format!("instance {key} is being written by many at once: try again"))
 }
 
@@ -537,7 +551,7 @@ pub(super) fn expect_incarnation(present: &Instance, given: Option<Incarnation>)
 
 /// What the instance is after the registration. The same run keeps its state: a renewal does not end a drain.
 fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: Holder) -> Instance {
-    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl } =
+    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl, check } =
         registration.clone();
     let now = rt::now();
     let by_clock = || {
@@ -546,6 +560,15 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
     };
     let same_run =
         present.filter(|present| incarnation.is_none() || incarnation == Some(present.incarnation));
+    let registered_at = same_run.map_or(now, |present| present.registered_at);
+    let health = match (&check, same_run) {
+        (None, _) => Health::unchecked(registered_at),
+        // Also under another check: what is known stands until that one says something else.
+        (Some(_), Some(present)) if present.check.is_some() => present.health.clone(),
+        // Proxies know of it.
+        (Some(check), Some(_)) => Health { passed: true, ..Health::first(check, now) },
+        (Some(check), None) => Health::first(check, now),
+    };
     Instance {
         key,
         incarnation: same_run
@@ -562,6 +585,10 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         },
         owner: None,
         revision: Revision::default(),
-        registered_at: same_run.map_or(now, |present| present.registered_at),
+        registered_at,
+        check: check.map(Arc::new),
+        health,
+        // Its owner vouches for it.
+        stale: None,
     }
 }

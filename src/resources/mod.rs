@@ -10,6 +10,7 @@ mod bootstrap;
 mod endpoints;
 mod envoy;
 mod grpc;
+mod leds;
 mod places;
 mod view;
 mod wire;
@@ -17,12 +18,18 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 pub use bootstrap::{Bootstrap, DEFAULT_ADMIN_PORT, Protocol};
 pub use envoy::OUTBOUND;
+pub use leds::member as leds_member;
 pub use places::Places;
 pub use view::{ClientKind, DEFAULT_OUTBOUND_PORT, MAX_UPSTREAMS, NodeError, View};
+
+use leds::Touched;
 
 use crate::{
     catalog::{Changes, Service, Snapshot},
@@ -40,8 +47,9 @@ pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &
     update_beside(None, old, snapshot, changes, view)
 }
 
-/// As [`update`]; what is generated and equal in `other` takes no memory of its own. Views that differ only in where they are
-/// have all but some endpoints in common.
+/// As [`update`], beside a set of a view that differs only in where it is, which has all but some endpoints in common: what is
+/// generated and equal in `other` takes no memory of its own, and endpoints that go one by one are taken over as they are, if it
+/// has come as far and is of the same origin.
 pub fn update_beside(
     other: Option<&ResourceSet>,
     old: &ResourceSet,
@@ -49,28 +57,41 @@ pub fn update_beside(
     changes: &Changes,
     view: &View,
 ) -> ResourceSet {
+    let twin = other.filter(|other| {
+        (other.revision(), other.origin()) == (snapshot.revision(), old.origin()) && view.leds_from > 0
+    });
     let mut out = Vec::new();
     // Every service that a view includes has a cluster of its name, so the clusters of a set say which services it knows.
     let known = |name: &str| old.get(ResourceType::Cluster, name).is_some();
     let mut services_changed = false;
-    let mut put = |service: &Service, out: &mut Vec<Change>| {
+    let mut put = |service: &Service, touched: Touched<'_>, out: &mut Vec<Change>| {
         services_changed |= !known(service.id.as_str());
-        out.extend(service_resources(service, view));
+        service_resources(old, twin, service, touched, view, out);
     };
     let mut gone: Vec<Arc<str>> = Vec::new();
     match changes {
         Changes::Touched(touched) => {
-            let services: BTreeSet<_> = touched.iter().map(|(service, _)| service).collect();
-            for id in services {
+            let mut services: BTreeMap<_, Option<BTreeSet<_>>> = BTreeMap::new();
+            for (service, instance) in touched {
+                let its = services.entry(service).or_insert_with(|| Some(BTreeSet::new()));
+                // Without an id, the service as such.
+                *its = its.take().zip(instance.as_ref()).map(|(mut its, id)| {
+                    its.insert(id);
+                    its
+                });
+            }
+            for (id, instances) in services {
                 match snapshot.service(id) {
                     _ if !view.includes(id) => {}
-                    Some(service) => put(service, &mut out),
+                    Some(service) => {
+                        put(service, instances.as_ref().map_or(Touched::All, Touched::Only), &mut out);
+                    }
                     None => gone.push(id.shared()),
                 }
             }
         }
         Changes::Resync => {
-            services(snapshot, view).for_each(|service| put(service, &mut out));
+            services(snapshot, view).for_each(|service| put(service, Touched::All, &mut out));
             let present: BTreeSet<&str> =
                 services(snapshot, view).map(|service| service.id.as_str()).collect();
             let names = old.iter(ResourceType::Cluster).map(|(name, _)| name);
@@ -78,7 +99,12 @@ pub fn update_beside(
         }
     }
     services_changed |= gone.iter().any(|name| known(name));
-    out.extend(gone.iter().flat_map(|name| removals(name, view)));
+    for name in &gone {
+        if twin.is_none() {
+            leds::remove(old, name, &mut out);
+        }
+        out.extend(removals(name, view));
+    }
 
     if view.kind == ClientKind::Envoy {
         if old.get(ResourceType::Listener, OUTBOUND).is_none() {
@@ -92,7 +118,11 @@ pub fn update_beside(
     if let Some(other) = other {
         out.iter_mut().for_each(|change| share(change, other));
     }
-    old.apply(snapshot.revision(), out)
+    let next = old.apply(snapshot.revision(), out);
+    match twin {
+        Some(twin) => next.with(ResourceType::LbEndpoint, twin),
+        None => next,
+    }
 }
 
 /// Equal versions are equal contents.
@@ -113,22 +143,31 @@ fn services<'a>(snapshot: &'a Snapshot, view: &'a View) -> Box<dyn Iterator<Item
     }
 }
 
-fn service_resources(service: &Service, view: &View) -> Vec<Change> {
+fn service_resources(
+    old: &ResourceSet,
+    twin: Option<&ResourceSet>,
+    service: &Service,
+    touched: Touched<'_>,
+    view: &View,
+    out: &mut Vec<Change>,
+) {
     let name = service.id.shared();
-    let resources = match view.kind {
+    match view.kind {
         ClientKind::Envoy => {
-            let mut resources = vec![envoy::cluster(&name), endpoints::for_envoy(service, view)];
-            resources.extend(view.virtual_hosts.then(|| envoy::host_of(&name)));
-            resources
+            out.push(Change::Put(envoy::cluster(&name)));
+            out.extend(leds::changes(old, twin, service, touched, view));
+            out.extend(view.virtual_hosts.then(|| Change::Put(envoy::host_of(&name))));
         }
-        ClientKind::Grpc => vec![
-            grpc::cluster(&name),
-            endpoints::for_grpc(service, view),
-            grpc::listener(&name),
-            grpc::routes(&name),
-        ],
-    };
-    resources.into_iter().map(Change::Put).collect()
+        ClientKind::Grpc => {
+            let resources = [
+                grpc::cluster(&name),
+                endpoints::for_grpc(service, view),
+                grpc::listener(&name),
+                grpc::routes(&name),
+            ];
+            out.extend(resources.map(Change::Put));
+        }
+    }
 }
 
 fn removals(name: &Arc<str>, view: &View) -> impl Iterator<Item = Change> + use<> {

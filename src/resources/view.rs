@@ -28,6 +28,9 @@ pub struct View {
     pub locality: Locality,
     /// The services that it is told of, registered or not; `None` for all.
     pub upstreams: Option<Arc<BTreeSet<ServiceId>>>,
+    /// From so many instances on, it gets the endpoints of a service one by one (LEDS); 0 for never. Only for an Envoy whose stream can
+    /// carry that: others crash on it, or see no endpoints.
+    pub leds_from: usize,
 }
 
 /// The sorts of xDS client that need different resources.
@@ -65,6 +68,7 @@ impl View {
             virtual_hosts: false,
             locality: Locality::default(),
             upstreams: None,
+            leds_from: 0,
         }
     }
 
@@ -111,6 +115,14 @@ impl View {
         let on_demand = flag(node, ON_DEMAND)?;
         let virtual_hosts = flag(node, VIRTUAL_HOSTS)? || node.only == Some(ResourceType::VirtualHost.url());
         Ok(Self { kind, outbound_port, on_demand, virtual_hosts, ..view })
+    }
+
+    /// The same with this `leds_from`, as far as the node can take it: an Envoy, by what it calls itself.
+    #[must_use]
+    pub fn with_leds(mut self, node: &Node, from: usize) -> Self {
+        let is_envoy = self.kind == ClientKind::Envoy && node.user_agent_name.starts_with("envoy");
+        self.leds_from = if is_envoy && node.collections { from } else { 0 };
+        self
     }
 
     /// Whether it is told of this service.

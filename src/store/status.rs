@@ -28,8 +28,8 @@ pub struct Fault {
 pub struct Session {
     /// Differs from that of every other session of the same store.
     pub id: u64,
-    /// Until when the keys stay for certain; moved on while the store answers, without waking who waits for a change of
-    /// the status. A process that was frozen finds it in the past. `None`: as long as the store is open.
+    /// Until when the keys stay for certain; moved on while the store answers. That wakes nobody who waits
+    /// for a change of the status, unless it was over before. A process that was frozen finds it in the past. `None`: as long as the store is open.
     pub until: Option<Instant>,
 }
 

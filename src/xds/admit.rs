@@ -31,6 +31,9 @@ pub struct Node {
     pub client_features: Vec<String>,
     /// The other end of the connection.
     pub peer: Option<SocketAddr>,
+    /// Whether its stream can carry glob collections: it is delta, and all that refers to a collection comes by it, or nothing
+    /// but members of collections does (rule L4).
+    pub collections: bool,
     /// The URL of the one type that the stream can have; `None` for an aggregated one.
     pub only: Option<&'static str>,
 }
@@ -85,6 +88,7 @@ impl Node {
             metadata: node.metadata.map(object).unwrap_or_default(),
             client_features: node.client_features,
             peer,
+            collections: false,
             only: None,
         })
     }

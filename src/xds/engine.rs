@@ -1,4 +1,4 @@
-use std::{fmt, mem, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, mem, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -126,6 +126,8 @@ pub(super) struct Engine<V> {
     only: Option<&'static str>,
     node_id: String,
     tracks: Tracks,
+    /// Endpoints that a changed cluster waits for and that are still to be sent, where they are collections.
+    warming: BTreeSet<Arc<str>>,
     nonce: u64,
     /// The newest revision that was looked at.
     current: Revision,
@@ -148,6 +150,7 @@ impl<V: Variant> Engine<V> {
     ) -> Self {
         Self {
             tracks: Tracks::default(),
+            warming: BTreeSet::new(),
             config,
             policy,
             only,
@@ -236,8 +239,15 @@ impl<V: Variant> Engine<V> {
         self.expire(now);
         self.current = self.current.max(set.revision());
         for track in self.tracks.iter_mut().flatten() {
-            if V::weigh(track, set, self.policy) && track.kind == ResourceType::Cluster {
+            let (kind, arrives) = (track.kind, track.claim.is_some());
+            if V::weigh(track, set, self.policy) && kind == ResourceType::Cluster {
                 self.reconnected_until = Some(now + self.config.reconnect_grace);
+            }
+            if arrives
+                && kind == ResourceType::LbEndpoint
+                && (self.reconnected_until.is_some() || self.only.is_some())
+            {
+                track.forget_members(set);
             }
         }
         loop {
@@ -383,8 +393,12 @@ impl<V: Variant> Engine<V> {
         track.adds &= more;
         track.report.responses += 1;
         track.report.sent = set.revision();
-        if kind == ResourceType::Cluster && self.policy.repush_endpoints && self.only.is_none() {
-            self.repush_endpoints(set);
+        if self.policy.repush_endpoints && self.only.is_none() {
+            match kind {
+                ResourceType::Cluster => self.repush_endpoints(set),
+                ResourceType::Endpoints => self.repush_members(set),
+                _ => {}
+            }
         }
         Ok(Some(self.respond(Some(kind), kind.url(), built, set)))
     }
@@ -395,40 +409,84 @@ impl<V: Variant> Engine<V> {
         let clusters = self.track(ResourceType::Cluster);
         let Some(sent) = clusters.and_then(|clusters| clusters.outstanding.as_ref()) else { return };
         let names = Arc::clone(&sent.names);
+        let in_collections = |name: &str| {
+            let entry = set.get(ResourceType::Endpoints, name);
+            entry.is_some_and(|entry| !entry.resource.needs.is_empty())
+        };
         let endpoints = track_mut(&mut self.tracks, ResourceType::Endpoints, &self.config);
         for name in names.iter() {
             let Some(entry) = set.get(ResourceType::Cluster, name) else { continue };
             for need in entry.resource.needs.iter() {
                 if !endpoints.seen || endpoints.subscription.covers(need) {
                     endpoints.due.insert(Arc::clone(need));
+                    if in_collections(need) {
+                        self.warming.insert(Arc::clone(need));
+                    }
                 }
+            }
+        }
+    }
+
+    /// Likewise the members of the collections that its endpoints are in, and after those: a cluster that does not get them
+    /// anew has no endpoints at all (rule L4).
+    fn repush_members(&mut self, set: &ResourceSet) {
+        let [_, Some(endpoints), members, ..] = &mut self.tracks else { return };
+        for name in endpoints.outstanding.iter().flat_map(|outstanding| outstanding.names.iter()) {
+            if !self.warming.remove(name) {
+                continue;
+            }
+            let Some(entry) = set.get(ResourceType::Endpoints, name) else { continue };
+            let needs = entry.resource.needs.iter();
+            // Where it has not asked for any yet it is about to.
+            if let Some(members) = members {
+                members.due.extend(needs.filter(|glob| members.subscription.covers(glob)).cloned());
             }
         }
     }
 
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
-        if self.tracks.iter().flatten().all(|track| track.held.is_empty()) {
-            return Ok(false);
+        let released = self.release_members(set)?;
+        let mut others = self.tracks.iter().flatten().filter(|track| track.kind != ResourceType::LbEndpoint);
+        if others.all(|track| track.held.is_empty()) {
+            return Ok(released);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);
         for kind in [ResourceType::Listener, ResourceType::Route, ResourceType::VirtualHost] {
             let Some(track) = self.known_mut(kind).filter(|track| track.seen) else {
                 // Few ask for virtual hosts at all.
                 if grace && kind != ResourceType::VirtualHost {
-                    return Ok(false);
+                    return Ok(released);
                 }
                 continue;
             };
             if !track.subscription.is_empty()
                 && (track.pending(set, V::tells_removals(kind))? || !track.is_settled())
             {
-                return Ok(false);
+                return Ok(released);
             }
         }
-        for track in self.tracks.iter_mut().flatten() {
+        let others = |track: &&mut Box<Track>| track.kind != ResourceType::LbEndpoint;
+        for track in self.tracks.iter_mut().flatten().filter(others) {
             track.due.extend(mem::take(&mut track.held).into_keys());
         }
+        Ok(true)
+    }
+
+    /// Removes members that were held, once the client has all endpoints: those that it has refer to no collection that went.
+    fn release_members(&mut self, set: &Arc<ResourceSet>) -> Result<bool, ProtocolError> {
+        let [_, endpoints, Some(members), ..] = &mut self.tracks else { return Ok(false) };
+        if members.held.is_empty() {
+            return Ok(false);
+        }
+        if let Some(endpoints) = endpoints.as_mut().filter(|endpoints| !endpoints.subscription.is_empty())
+            && (endpoints.pending(set, V::tells_removals(endpoints.kind))?
+                || !endpoints.is_settled()
+                || !endpoints.held.is_empty())
+        {
+            return Ok(false);
+        }
+        members.due.extend(mem::take(&mut members.held).into_keys());
         Ok(true)
     }
 
@@ -472,10 +530,11 @@ impl<V: Variant> Engine<V> {
 
     /// Where the stream stands with a type, if it has anything to do with it.
     pub(super) fn track(&self, kind: ResourceType) -> Option<&Track> {
-        let [cluster, endpoints, listener, route, virtual_host] = &self.tracks;
+        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &self.tracks;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
+            ResourceType::LbEndpoint => lb_endpoint,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
             ResourceType::VirtualHost => virtual_host,
@@ -489,13 +548,14 @@ impl<V: Variant> Engine<V> {
 }
 
 /// In push order; a type that a stream never asked for costs it nothing.
-type Tracks = [Option<Box<Track>>; 5];
+type Tracks = [Option<Box<Track>>; 6];
 
 fn slot(tracks: &mut Tracks, kind: ResourceType) -> &mut Option<Box<Track>> {
-    let [cluster, endpoints, listener, route, virtual_host] = tracks;
+    let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = tracks;
     match kind {
         ResourceType::Cluster => cluster,
         ResourceType::Endpoints => endpoints,
+        ResourceType::LbEndpoint => lb_endpoint,
         ResourceType::Listener => listener,
         ResourceType::Route => route,
         ResourceType::VirtualHost => virtual_host,

@@ -7,7 +7,10 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Entry, Protocol, ProxyStatus, Rejection, Resource, ResourceSet, ResourceType, TypeStatus};
+use super::{
+    Entry, Protocol, ProxyStatus, Rejection, Resource, ResourceSet, ResourceType, TypeStatus,
+    names::{collection, is_glob},
+};
 use crate::{model::Revision, rt};
 
 /// What of a type is not acknowledged though the revisions do not tell it. Empty most of the time.
@@ -109,7 +112,18 @@ impl<'a> Relevant<'a> {
             }
             Concern::Endpoints(name) => {
                 let of = types.iter().find(|of| of.kind == ResourceType::Endpoints)?;
-                of.subscription.covers(name).then(|| of.lack(revision, [name], quiet).into_iter().collect())
+                if !of.subscription.covers(name) {
+                    return None;
+                }
+                let mut lacks: Lacks = of.lack(revision, [name], quiet).into_iter().collect();
+                // They may be in collections: then the change is in one of these.
+                let entry = set.and_then(|set| set.get(ResourceType::Endpoints, name));
+                let globs = entry.map(|entry| Arc::clone(&entry.resource.needs)).unwrap_or_default();
+                if let Some(of) = types.iter().find(|of| of.kind == ResourceType::LbEndpoint) {
+                    let globs = globs.iter().filter(|glob| of.subscription.covers(glob));
+                    lacks.extend(of.lack(revision, globs, quiet));
+                }
+                Some(lacks)
             }
             Concern::Change { services, listed } => {
                 let about = match set {
@@ -144,6 +158,12 @@ impl<'a> Relevant<'a> {
 /// Names by type that are in `set` because of the change that was `revision`, or of a later one to the same service.
 fn about(set: &ResourceSet, revision: Revision, services: &BTreeSet<Arc<str>>, listed: bool) -> About {
     let before = Revision(revision.0.saturating_sub(1));
+    // What their endpoints are in, if these are in collections.
+    let globs: BTreeSet<Arc<str>> = services
+        .iter()
+        .filter_map(|service| set.get(ResourceType::Endpoints, service))
+        .flat_map(|entry| entry.resource.needs.iter().cloned())
+        .collect();
     let newer = |kind, name: &str| match set.get(kind, name) {
         Some(entry) => entry.changed >= revision,
         None => set.gone(kind, name).is_some_and(|gone| gone.removed >= revision),
@@ -155,7 +175,19 @@ fn about(set: &ResourceSet, revision: Revision, services: &BTreeSet<Arc<str>>, l
             let behind = set.revision() < revision;
             let own = services.iter().filter(|name| behind || newer(kind, name));
             let mut names: BTreeSet<Arc<str>> = own.cloned().collect();
-            if listed && !matches!(kind, ResourceType::Cluster | ResourceType::Endpoints) {
+            if kind == ResourceType::LbEndpoint {
+                let theirs = |name: &&Arc<str>| {
+                    collection(name).is_some_and(|glob| globs.contains(glob.as_str())) && newer(kind, name)
+                };
+                names = match set.changed_since(kind, before) {
+                    _ if behind || globs.is_empty() => globs.clone(),
+                    Some(changed) => changed.filter(theirs).cloned().collect(),
+                    None => set.iter(kind).map(|(name, _)| name).filter(theirs).cloned().collect(),
+                };
+            }
+            let listing =
+                !matches!(kind, ResourceType::Cluster | ResourceType::Endpoints | ResourceType::LbEndpoint);
+            if listed && listing {
                 let no_service = |name: &&Arc<str>| set.get(ResourceType::Cluster, name).is_none();
                 match set.changed_since(kind, before) {
                     Some(changed) => names.extend(changed.filter(no_service).cloned()),
@@ -184,8 +216,12 @@ impl TypeStatus {
         lacked.first().map(|first| (self.kind, self.why(Some(rejected.unwrap_or(first)))))
     }
 
-    fn is_rejected(&self, name: &str) -> bool {
-        self.unaccepted.iter().any(|group| group.contains(name))
+    /// Whether it was in a rejected response, or anything of it if it is a collection.
+    pub(super) fn is_rejected(&self, name: &str) -> bool {
+        let is_meant = |of: &Arc<str>| collection(of).is_some_and(|glob| glob == name);
+        self.unaccepted
+            .iter()
+            .any(|group| if is_glob(name) { group.iter().any(is_meant) } else { group.contains(name) })
     }
 
     /// Why it lacks a name, or anything.
@@ -251,6 +287,14 @@ impl ProxyStatus {
             names.extend(set.iter(kind).map(|(name, _)| name));
         }
         names.extend(look.sent.iter().chain(&look.due));
+        for glob in asked.iter().filter(|name| is_glob(name)) {
+            let before = names.len();
+            names.extend(set.members(kind, glob).map(|(name, _)| name));
+            // An empty one is shown as such.
+            if names.len() > before {
+                names.remove(glob);
+            }
+        }
         names.into_iter().filter_map(|name| look.at(name)).collect()
     }
 
@@ -280,13 +324,17 @@ struct Look<'a> {
     set: &'a ResourceSet,
     sent: HashSet<&'a Arc<str>>,
     due: HashSet<&'a Arc<str>>,
+    /// Collections that are due as a whole.
+    globs: HashSet<&'a str>,
 }
 
 impl<'a> Look<'a> {
     fn of(of: &'a TypeStatus, set: &'a ResourceSet) -> Self {
         let unanswered = of.flight.unanswered.iter().flat_map(|(_, names)| names.iter());
         let due = of.flight.due.iter().chain(&of.flight.held);
-        Self { of, set, sent: unanswered.collect(), due: due.collect() }
+        let due: HashSet<_> = due.collect();
+        let globs = due.iter().copied().filter(|name| is_glob(name)).map(AsRef::as_ref).collect();
+        Self { of, set, sent: unanswered.collect(), due, globs }
     }
 
     fn at(&self, name: &Arc<str>) -> Option<Held> {
@@ -326,6 +374,8 @@ impl<'a> Look<'a> {
             Delivery::Sent
         } else if self.of.flight.considered.is_none_or(|considered| changed > considered)
             || self.due.contains(name)
+            || (!self.globs.is_empty()
+                && collection(name).is_some_and(|glob| self.globs.contains(glob.as_str())))
         {
             Delivery::Pending
         } else if self.of.is_rejected(name) {
@@ -348,7 +398,7 @@ mod tests {
         Change, Node, Progress, Proxies,
         delta::Delta,
         status::Seat,
-        testing::{Bench, CDS, EDS, LDS, RDS, delta, put, remove},
+        testing::{Bench, CDS, EDS, LDS, LEDS, RDS, delta, put, remove, resource},
     };
 
     /// Streams in one table.
@@ -406,6 +456,50 @@ mod tests {
         let mut bench = Bench::new(changes);
         bench.request(delta(EDS, names, &[]));
         bench
+    }
+
+    #[test]
+    fn l4_what_is_in_collections_is_told_as_what_is_in_them() {
+        let glob = "xdstp:///envoy.config.endpoint.v3.LbEndpoint/x/*";
+        let name = |id: &str| glob.replace('*', id);
+        let assignment = |globs: &[&str]| {
+            let needs = globs.iter().map(|&glob| glob.into());
+            Change::Put(Resource::from_body(EDS, "a", &resource(EDS, "a", "1").body(), needs))
+        };
+        let member = |id: &str, text: &str| put(LEDS, &name(id), text);
+        let mut bench =
+            endpoints(&["a"], [put(CDS, "a", "1"), assignment(&[glob]), member("1", "1"), member("2", "1")]);
+        bench.request(delta(LEDS, &[glob], &[]));
+        bench.settle();
+        let holds = |bench: &Bench<Delta>| {
+            let held = Table::of(&[("n", bench)]).holds(LEDS);
+            held.into_iter().map(|held| held.replace(glob.trim_end_matches('*'), "")).collect::<Vec<_>>()
+        };
+        assert_eq!(holds(&bench), ["1@1 Acknowledged", "2@1 Acknowledged"]);
+        bench.apply([member("2", "2")]);
+        let progress = |bench: &Bench<Delta>| {
+            let table = Table::of(&[("n", bench)]);
+            let endpoints = table.proxies.progress(Revision(2), &Concern::of(Some("a")));
+            (lacks(&endpoints), lacks(&table.delivered(2, &["a"], false)))
+        };
+        let both = |text: &str| (vec![text.to_owned()], vec![text.to_owned()]);
+        let _ = bench.next();
+        assert_eq!(holds(&bench), ["1@1 Acknowledged", "2@2 Sent over an earlier"]);
+        assert_eq!(progress(&bench), both("n LbEndpoint not answered"));
+        bench.nack(LEDS);
+        bench.out();
+        assert_eq!(progress(&bench), both("n LbEndpoint rejected: bad"));
+        bench.apply([member("2", "3")]);
+        bench.settle();
+        assert_eq!(progress(&bench), (vec![], vec![]));
+
+        bench.request(delta(LEDS, &[], &[glob]));
+        bench.request(delta(LEDS, &[glob], &[]));
+        assert_eq!(holds(&bench), ["1@1 Pending", "2@3 Pending over an earlier"]);
+        bench.settle();
+        bench.apply([remove(LEDS, &name("1")), remove(LEDS, &name("2"))]);
+        bench.settle();
+        assert_eq!(holds(&bench), ["*@0 Absent"]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::Bound, sync::Arc};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use imbl::OrdSet;
@@ -6,7 +6,7 @@ use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, k
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::names::NameSet;
+use super::names::{GLOB, NameSet};
 use crate::model::Revision;
 
 /// The resource types that Disco generates, in the order in which changes are pushed: what is referred to before what
@@ -17,6 +17,8 @@ pub enum ResourceType {
     Cluster,
     /// EDS.
     Endpoints,
+    /// LEDS: one endpoint each, in glob collections (rule L4). Delta only.
+    LbEndpoint,
     /// LDS.
     Listener,
     /// RDS.
@@ -27,14 +29,15 @@ pub enum ResourceType {
 
 impl ResourceType {
     /// All, in push order.
-    pub const ALL: [Self; 5] =
-        [Self::Cluster, Self::Endpoints, Self::Listener, Self::Route, Self::VirtualHost];
+    pub const ALL: [Self; 6] =
+        [Self::Cluster, Self::Endpoints, Self::LbEndpoint, Self::Listener, Self::Route, Self::VirtualHost];
 
     /// The type URL on the wire.
     pub const fn url(self) -> &'static str {
         match self {
             Self::Cluster => "type.googleapis.com/envoy.config.cluster.v3.Cluster",
             Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
+            Self::LbEndpoint => "type.googleapis.com/envoy.config.endpoint.v3.LbEndpoint",
             Self::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Self::Route => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
             Self::VirtualHost => "type.googleapis.com/envoy.config.route.v3.VirtualHost",
@@ -46,6 +49,7 @@ impl ResourceType {
         match self {
             Self::Cluster => "cluster",
             Self::Endpoints => "endpoints",
+            Self::LbEndpoint => "lb-endpoint",
             Self::Listener => "listener",
             Self::Route => "route",
             Self::VirtualHost => "virtual_host",
@@ -83,10 +87,12 @@ pub struct Resource {
     pub name: Arc<str>,
     /// Hash of its content.
     pub version: Version,
-    /// Names of [`ResourceType::Endpoints`] that a client waits for again after this resource changed (rules O4, O6).
+    /// What a client waits for again with this resource: names of [`ResourceType::Endpoints`] with a changed cluster
+    /// (rules O4, O6), and glob collections with the endpoints that it was waiting for (rule L4).
     pub needs: Arc<[Arc<str>]>,
     delta: Bytes,
     any_at: usize,
+    body_len: usize,
 }
 
 impl fmt::Debug for Resource {
@@ -133,7 +139,15 @@ impl Resource {
         put_head(&mut delta, RESOURCES, any_len);
         put_field(&mut delta, 1, kind.url().as_bytes());
         put_field(&mut delta, 2, body);
-        Self { kind, name, version, needs: needs.into_iter().collect(), delta: delta.freeze(), any_at }
+        Self {
+            kind,
+            name,
+            version,
+            needs: needs.into_iter().collect(),
+            delta: delta.freeze(),
+            any_at,
+            body_len: body.len(),
+        }
     }
 
     /// The resource as a whole `resources` field of a DeltaDiscoveryResponse.
@@ -144,6 +158,11 @@ impl Resource {
     /// The resource as a whole `resources` field of a DiscoveryResponse; a part of the same memory.
     pub fn sotw_field(&self) -> Bytes {
         self.delta.slice(self.any_at..)
+    }
+
+    /// The encoded message.
+    pub fn body(&self) -> Bytes {
+        self.delta.slice(self.delta.len() - self.body_len..)
     }
 
     /// The encoded `google.protobuf.Any`.
@@ -215,7 +234,9 @@ pub struct Gone {
 pub struct ResourceSet {
     revision: Revision,
     published: Option<Instant>,
-    types: [TypeSet; 5],
+    types: [TypeSet; 6],
+    /// Which history it belongs to.
+    origin: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -254,6 +275,40 @@ const LOG: usize = 4096;
 const GONE: usize = 16_384;
 
 impl ResourceSet {
+    /// An empty set that begins a history. A client does not tell which members of a collection it holds when it reconnects,
+    /// so names of collections must not mean the same in two histories: what went in between would stay in the client for ever.
+    pub fn starting(origin: u64) -> Self {
+        Self { origin, ..Self::default() }
+    }
+
+    /// Which history it belongs to.
+    pub fn origin(&self) -> u64 {
+        self.origin
+    }
+
+    /// The same set with all of a type, and its history, as another of the same origin has it.
+    #[must_use]
+    pub fn with(mut self, kind: ResourceType, other: &Self) -> Self {
+        self.of_mut(kind).clone_from(other.of(kind));
+        self
+    }
+
+    /// The members of a glob collection by name (rule X3).
+    pub fn members<'a>(
+        &'a self,
+        kind: ResourceType,
+        glob: &str,
+    ) -> impl Iterator<Item = (&'a Arc<str>, &'a Entry)> + use<'a> {
+        let prefix: Arc<str> = glob.strip_suffix(GLOB).unwrap_or(glob).into();
+        let from = (Bound::Excluded(prefix.as_ref()), Bound::Unbounded);
+        let rest = self.of(kind).live.range::<_, str>(from);
+        rest.map(move |(name, entry)| (name.strip_prefix(prefix.as_ref()), name, entry))
+            .take_while(|(part, ..)| part.is_some())
+            // A longer path is another collection's.
+            .filter(|(part, ..)| part.is_some_and(|part| !part.contains('/')))
+            .map(|(_, name, entry)| (name, entry))
+    }
+
     /// The revision that it reflects.
     pub fn revision(&self) -> Revision {
         self.revision
@@ -391,10 +446,11 @@ impl ResourceSet {
     }
 
     fn of(&self, kind: ResourceType) -> &TypeSet {
-        let [cluster, endpoints, listener, route, virtual_host] = &self.types;
+        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &self.types;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
+            ResourceType::LbEndpoint => lb_endpoint,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
             ResourceType::VirtualHost => virtual_host,
@@ -402,10 +458,11 @@ impl ResourceSet {
     }
 
     fn of_mut(&mut self, kind: ResourceType) -> &mut TypeSet {
-        let [cluster, endpoints, listener, route, virtual_host] = &mut self.types;
+        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &mut self.types;
         match kind {
             ResourceType::Cluster => cluster,
             ResourceType::Endpoints => endpoints,
+            ResourceType::LbEndpoint => lb_endpoint,
             ResourceType::Listener => listener,
             ResourceType::Route => route,
             ResourceType::VirtualHost => virtual_host,

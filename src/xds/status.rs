@@ -172,10 +172,7 @@ impl TypeStatus {
     pub(super) fn has(&self, revision: Revision, name: Option<&str>, quiet: Revision) -> bool {
         match name {
             None => self.acknowledged_at(quiet) >= revision && self.unaccepted.is_empty(),
-            Some(name) => {
-                self.settled_at(quiet) >= revision
-                    && !self.unaccepted.iter().any(|group| group.contains(name))
-            }
+            Some(name) => self.settled_at(quiet) >= revision && !self.is_rejected(name),
         }
     }
 }
@@ -274,8 +271,11 @@ impl Proxies {
         let mut acknowledged = 0;
         let mut behind = Vec::new();
         for stream in self.streams() {
+            let collects = || stream.types().iter().any(|of| of.kind == ResourceType::LbEndpoint);
             let set = match concern {
                 Concern::Change { .. } => stream.set(),
+                // To know which collections the endpoints are in.
+                Concern::Endpoints(_) if collects() => stream.set(),
                 Concern::All | Concern::Endpoints(_) => None,
             };
             let quiet = stream.quiet();

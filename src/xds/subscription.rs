@@ -2,7 +2,10 @@ use std::sync::Arc;
 
 use imbl::OrdSet;
 
-use super::{Config, ProtocolError, ResourceSet, ResourceType, names::NameSet};
+use super::{
+    Config, ProtocolError, ResourceSet, ResourceType,
+    names::{NameSet, collection},
+};
 
 /// The name that stands for all resources of a type (rule W2).
 const WILDCARD: &str = "*";
@@ -114,9 +117,11 @@ impl Subscription {
         !self.wildcard && self.names.is_empty()
     }
 
-    /// Whether `name` is subscribed to, by name or by wildcard.
+    /// Whether `name` is subscribed to: by name, by wildcard, or with the glob collection that it is in (rule X3).
     pub fn covers(&self, name: &str) -> bool {
-        self.wildcard || self.names.contains(name)
+        self.wildcard
+            || self.names.contains(name)
+            || collection(name).is_some_and(|glob| self.names.contains(&glob))
     }
 
     /// Whether both are the same down to their memory. False may be wrong.

@@ -7,7 +7,7 @@ use envoy_types::pb::{
         config::{
             cluster::v3::Cluster,
             core::v3::Node as CoreNode,
-            endpoint::v3::ClusterLoadAssignment,
+            endpoint::v3::{ClusterLoadAssignment, LbEndpoint, lb_endpoint::HostIdentifier},
             listener::v3::Listener,
             route::v3::{RouteConfiguration, VirtualHost},
         },
@@ -38,7 +38,7 @@ use super::{
 use crate::model::Revision;
 
 pub(super) use ResourceType::{
-    Cluster as CDS, Endpoints as EDS, Listener as LDS, Route as RDS, VirtualHost as VHDS,
+    Cluster as CDS, Endpoints as EDS, LbEndpoint as LEDS, Listener as LDS, Route as RDS, VirtualHost as VHDS,
 };
 
 /// A resource with some content that `text` makes. A cluster needs the endpoints of its own name.
@@ -52,6 +52,11 @@ pub(super) fn resource(kind: ResourceType, name: &str, text: &str) -> Resource {
         EDS => {
             let mut message = ClusterLoadAssignment { cluster_name: name_, ..Default::default() };
             message.named_endpoints.insert(text, Default::default());
+            Resource::new(kind, name, &message, [])
+        }
+        LEDS => {
+            let host = HostIdentifier::EndpointName(text);
+            let message = LbEndpoint { host_identifier: Some(host), ..Default::default() };
             Resource::new(kind, name, &message, [])
         }
         LDS => {
@@ -76,6 +81,10 @@ pub(super) fn text_of(kind: ResourceType, body: &[u8]) -> String {
     match kind {
         CDS => Cluster::decode(body).unwrap().alt_stat_name,
         EDS => ClusterLoadAssignment::decode(body).unwrap().named_endpoints.into_keys().next().unwrap(),
+        LEDS => match LbEndpoint::decode(body).unwrap().host_identifier {
+            Some(HostIdentifier::EndpointName(text)) => text,
+            other => panic!("{other:?}"),
+        },
         LDS => Listener::decode(body).unwrap().stat_prefix,
         RDS => RouteConfiguration::decode(body).unwrap().internal_only_headers.remove(0),
         VHDS => VirtualHost::decode(body).unwrap().domains.remove(0),
@@ -232,6 +241,7 @@ impl Speak for Sotw {
                 EDS => ClusterLoadAssignment::decode(any.value.as_slice()).unwrap().cluster_name,
                 LDS => Listener::decode(any.value.as_slice()).unwrap().name,
                 RDS => RouteConfiguration::decode(any.value.as_slice()).unwrap().name,
+                LEDS => panic!("rule L4: SotW has no collections"),
                 VHDS => panic!("rule G2: incremental only"),
             };
             (name, String::new(), text_of(kind, &any.value))
@@ -345,6 +355,10 @@ impl<V: Speak> Bench<V> {
 
     pub(super) fn try_request(&mut self, request: V::Request) -> Result<Heard, ProtocolError> {
         let asked: Asked<V::Request> = Decode::decode(request.encode_to_vec().into(), usize::MAX).unwrap();
+        self.hear(asked)
+    }
+
+    pub(super) fn hear(&mut self, asked: Asked<V::Request>) -> Result<Heard, ProtocolError> {
         self.served.hear(asked, self.now)
     }
 

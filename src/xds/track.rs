@@ -9,8 +9,11 @@ use imbl::OrdSet;
 use tokio::time::Instant;
 
 use super::{
-    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus, asked::Versions,
-    ledger::Flight, subscription::Delta,
+    ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus,
+    asked::Versions,
+    ledger::Flight,
+    names::{collection, is_glob},
+    subscription::Delta,
 };
 use crate::model::Revision;
 
@@ -159,6 +162,8 @@ impl Track {
         }
         if delta.wildcard_off {
             self.everything = false;
+        }
+        if delta.wildcard_off || delta.removed.iter().any(|name| is_glob(name)) {
             self.due.retain(|name| self.subscription.covers(name));
             self.held.retain(|name, _| self.subscription.covers(name));
             for group in mem::take(&mut self.rejected) {
@@ -278,7 +283,8 @@ impl Track {
         };
         Ok(if let Some(mut names) = set.changed_since(self.kind, cursor) {
             names.try_for_each(look)
-        } else if self.subscription.is_wildcard() {
+        } else if self.subscription.is_wildcard() || self.kind == ResourceType::LbEndpoint {
+            // The name of a collection does not say what is in it.
             let live = set.iter(self.kind).map(|(name, _)| name);
             let gone = set.iter_gone(self.kind).map(|(name, _)| name);
             live.chain(gone).try_for_each(look)
@@ -325,6 +331,7 @@ impl Track {
             self.due.extend(mem::take(&mut self.rejected).into_iter().flatten());
         }
         self.cursor = Some(set.revision());
+        self.expand(set);
         let due = mem::take(&mut self.due);
         if !mem::take(&mut self.everything) {
             self.adds |= self.are_new(set, before, &due);
@@ -338,19 +345,21 @@ impl Track {
 
     /// Whether something that changed is to be sent now: removals may have to wait (rule O3).
     fn is_sent(&mut self, set: &ResourceSet, name: &Arc<str>, holds: bool) -> bool {
+        self.held.remove(name);
         if set.get(self.kind, name).is_some() {
-            self.held.remove(name);
             return true;
         }
-        if holds {
+        if holds && self.is_referred_to(set, name) {
             let removed = set.gone(self.kind, name).map_or(set.revision(), |gone| gone.removed);
-            self.due.remove(name);
             self.reopen(name);
+            self.due.remove(name);
             self.held.insert(Arc::clone(name), removed);
-        } else if self.kind == ResourceType::VirtualHost {
+            return false;
+        }
+        if self.kind == ResourceType::VirtualHost {
             self.vanished.insert(Arc::clone(name));
         }
-        !holds
+        true
     }
 
     /// Whether any came into being after the client was told last.
@@ -364,6 +373,37 @@ impl Track {
             let since = set.get(self.kind, name).map(|entry| entry.since);
             since.is_some_and(|since| before.is_none_or(|before| since > before))
         })
+    }
+
+    /// Whether something that the client holds may still refer to a removed resource. Nothing refers to a member of a
+    /// collection, but to the collection, which goes with its last one.
+    fn is_referred_to(&self, set: &ResourceSet, name: &str) -> bool {
+        collection(name).is_none_or(|glob| set.members(self.kind, &glob).next().is_none())
+    }
+
+    /// Makes the members of collections due that are due as such; one without members itself, to be told of as removed
+    /// (rule X3).
+    pub(super) fn expand(&mut self, set: &ResourceSet) {
+        if self.kind != ResourceType::LbEndpoint {
+            return;
+        }
+        let globs: Vec<_> = self.due.iter().filter(|name| is_glob(name)).cloned().collect();
+        for glob in globs {
+            let mut members = set.members(self.kind, &glob).map(|(name, _)| Arc::clone(name)).peekable();
+            if members.peek().is_some() {
+                self.due.remove(&glob);
+                self.due.extend(members);
+            }
+        }
+    }
+
+    /// Makes removals due of members that the client may hold from an earlier connection, which it does not tell. Where a
+    /// whole collection went, what refers to it has changed, too.
+    pub(super) fn forget_members(&mut self, set: &ResourceSet) {
+        let gone = set.iter_gone(self.kind).map(|(name, _)| name);
+        let gone = gone.filter(|name| self.subscription.covers(name) && !self.is_referred_to(set, name));
+        let gone: Vec<_> = gone.cloned().collect();
+        self.due.extend(gone);
     }
 
     /// Makes all groups due that `name` is in.

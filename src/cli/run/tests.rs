@@ -25,7 +25,8 @@ fn defaults() {
     assert_eq!(registration.key.to_string(), "greeter/host.local-50051");
     assert_eq!(registration.address.to_string(), "127.0.0.1");
     assert_eq!((registration.port.get(), registration.weight.get()), (50051, 1));
-    assert_eq!(settings.probe, Some(Probe::Tcp));
+    assert_eq!(settings.method, Some(Method::Probe(Probe::Tcp)));
+    assert_eq!(registration.check, Some(crate::model::Check::Owner));
     assert_eq!(settings.program, "./greeter");
     assert_eq!(settings.arguments, ["--verbose"]);
     assert_eq!(settings.plan.start_limit, Duration::from_secs(30));
@@ -44,14 +45,15 @@ fn everything_given() {
     assert_eq!((&*registration.locality.region, &*registration.locality.zone), ("r", "z"));
     assert_eq!(registration.weight.get(), 7);
     assert_eq!(registration.metadata["url"], "http://x?a=b");
-    assert_eq!(settings.probe, None);
+    assert_eq!(settings.method, None);
+    assert_eq!(registration.check, None);
     assert_eq!(settings.plan.drain_limit, Duration::from_secs(60));
     assert_eq!(settings.plan.stop_limit, Duration::from_millis(500));
 }
 
 #[test]
 fn checks() {
-    let http = |path: &str| Some(Probe::Http { path: path.into() });
+    let http = |path: &str| format!("http:{path}").parse::<Probe>().ok();
     let grpc = |service: &str| Some(Probe::Grpc { service: service.into() });
     for (flags, probe) in [
         ("--health tcp", Some(Probe::Tcp)),
@@ -65,7 +67,7 @@ fn checks() {
         ("--health grpc --zone z", grpc("")),
     ] {
         let settings = settings(&format!("--service a --port 1 {flags} -- true")).unwrap();
-        assert_eq!(settings.probe, probe, "{flags}");
+        assert_eq!(settings.method, probe.map(Method::Probe), "{flags}");
     }
 }
 
@@ -86,6 +88,7 @@ fn what_is_wrong_is_said_at_once_and_by_flag() {
         ("--service a --port 1 --metadata k -- true", "is not KEY=VALUE"),
         ("--service a --port 1 --drain-timeout 10 -- true", "is not a duration"),
         ("--service a --port 1 --health-path /x -- true", "goes with `--health http`"),
+        ("--service a --port 1 --health tcp --health-command true -- true", "cannot be used with"),
         ("--service a --port 1 --id x- -- true", "--id"),
         ("--service a --port 1 --health-failures 0 -- true", "--health-failures"),
     ] {

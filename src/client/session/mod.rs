@@ -6,7 +6,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::servers::Servers;
 use crate::{
-    model::{Registration, Revision, Update},
+    model::{Registration, Revision, Update, Verdict},
     rt::{Shutdown, Tasks},
 };
 use worker::Worker;
@@ -23,6 +23,7 @@ const QUEUE: usize = 16;
 #[derive(Debug)]
 pub struct Session {
     commands: mpsc::Sender<Command>,
+    health: watch::Sender<Option<Report>>,
     state: watch::Receiver<SessionState>,
     end: Shutdown,
 }
@@ -60,6 +61,13 @@ pub enum SessionError {
     Ended,
 }
 
+/// The owner's verdict on its instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Report {
+    verdict: Verdict,
+    reason: String,
+}
+
 #[derive(Debug)]
 struct Command {
     change: Change,
@@ -80,7 +88,8 @@ impl Session {
         let (commands, receiver) = mpsc::channel(QUEUE);
         let (publish, state) = watch::channel(SessionState::Connecting);
         let end = tasks.shutdown().child();
-        let worker = Worker::new(servers, registration, receiver, publish);
+        let health = watch::Sender::default();
+        let worker = Worker::new(servers, registration, receiver, health.subscribe(), publish);
         let ended = end.clone();
         tasks.spawn("session", async move {
             tokio::select! {
@@ -88,7 +97,7 @@ impl Session {
                 () = ended.wait() => {}
             }
         });
-        Self { commands, state, end }
+        Self { commands, health, state, end }
     }
 
     /// The present state, and news of it. The channel closes when the session is over.
@@ -105,6 +114,12 @@ impl Session {
     /// Changes weight or metadata.
     pub async fn update(&self, update: Update) -> Result<Revision, SessionError> {
         self.request(Change::Update(update)).await
+    }
+
+    /// Says whether the instance works; for one that is registered with [`Check::Owner`](crate::model::Check::Owner). The server
+    /// is told as soon as there is one, the newest verdict only, and so is each further server that the session comes to.
+    pub fn report(&self, verdict: Verdict, reason: String) {
+        self.health.send_replace(Some(Report { verdict, reason }));
     }
 
     /// Removes the instance and ends the session.

@@ -113,6 +113,38 @@ async fn a_broken_stream_comes_back_with_the_same_incarnation_and_state() {
 }
 
 #[tokio::test]
+async fn the_newest_verdict_is_told_to_each_server() {
+    let mut mock = Mock::start().await;
+    let session = open(&mock);
+    let mut peer = mock.peer().await;
+    peer.registers().await;
+    peer.registered(1).await;
+    until_connected(&session, 1).await;
+    let verdict = |asked| {
+        let Asked::Health(health) = asked else { panic!("no verdict: {asked:?}") };
+        assert_eq!(health.instance.clone().unwrap().incarnation, 7);
+        (health.verdict(), health.reason)
+    };
+    session.report(Verdict::Unhealthy, "no disk".into());
+    assert_eq!(verdict(peer.asked().await), (crate::proto::v1::Verdict::Unhealthy, "no disk".to_owned()));
+    peer.answer(Answer::Health(crate::proto::v1::HealthResponse { revision: 2 })).await;
+    drop(peer);
+    let mut peer = mock.peer().await;
+    session.report(Verdict::Degraded, "slow".into());
+    session.report(Verdict::Healthy, "fine".into());
+    peer.registers().await;
+    peer.registered(3).await;
+    // What was so when the stream opened comes first, if it was told at all.
+    loop {
+        let (seen, _) = verdict(peer.asked().await);
+        peer.answer(Answer::Health(crate::proto::v1::HealthResponse { revision: 4 })).await;
+        if seen == crate::proto::v1::Verdict::Healthy {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_update_lasts_over_a_reconnection_and_a_refused_one_does_not() {
     let mut mock = Mock::start().await;
     let session = open(&mock);

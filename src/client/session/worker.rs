@@ -7,13 +7,16 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
-use super::{Change, Command, QUEUE, SessionError, SessionState};
+use super::{Change, Command, QUEUE, Report, SessionError, SessionState};
 use crate::{
-    client::servers::{Servers, describe},
-    model::{Registration, Revision, Update},
+    client::{
+        servers::{Servers, describe},
+        wire::check_to_proto,
+    },
+    model::{Registration, Revision, Update, Verdict},
     proto::v1::{
-        DeregisterRequest, DrainRequest, InstanceRef, Locality, MetadataUpdate, RegisterRequest,
-        SessionRequest, SessionResponse, UpdateRequest, registry_client::RegistryClient,
+        self as v1, DeregisterRequest, DrainRequest, HealthRequest, InstanceRef, Locality, MetadataUpdate,
+        RegisterRequest, SessionRequest, SessionResponse, UpdateRequest, registry_client::RegistryClient,
         session_request::Request, session_response::Response,
     },
     rt::Backoff,
@@ -41,6 +44,8 @@ pub(super) struct Worker {
     servers: Servers,
     wanted: Wanted,
     commands: mpsc::Receiver<Command>,
+    /// The newest verdict of the owner.
+    health: watch::Receiver<Option<Report>>,
     /// To be sent, before what comes through `commands`.
     queue: VecDeque<Command>,
     /// Sent, in the order in which the server will answer.
@@ -63,6 +68,7 @@ enum What {
     Opening {
         last: bool,
     },
+    Health,
     Command(Command),
 }
 
@@ -82,12 +88,14 @@ impl Worker {
         servers: Servers,
         registration: &Registration,
         commands: mpsc::Receiver<Command>,
+        health: watch::Receiver<Option<Report>>,
         state: watch::Sender<SessionState>,
     ) -> Self {
         Self {
             servers,
             wanted: Wanted { register: register_request(registration), draining: false },
             commands,
+            health,
             queue: VecDeque::new(),
             unanswered: VecDeque::new(),
             registered: false,
@@ -167,6 +175,13 @@ impl Worker {
                         return End::Broken(format!("{address}: the server reads no more requests"));
                     }
                 }
+                Ok(()) = self.health.changed(), if room => {
+                    if let Some(request) = self.report()
+                        && outgoing.try_send(request).is_err()
+                    {
+                        return End::Broken(format!("{address}: the server reads no more requests"));
+                    }
+                }
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                     return End::Broken(format!("{address}: no answer within {} s", ANSWER.as_secs()));
                 }
@@ -201,7 +216,24 @@ impl Worker {
         for left in (0..requests.len()).rev() {
             self.sent(What::Opening { last: left == 0 });
         }
-        requests.into_iter().map(|request| SessionRequest { request: Some(request) }).collect()
+        let opening = requests.into_iter().map(|request| SessionRequest { request: Some(request) });
+        let mut requests: Vec<_> = opening.collect();
+        requests.extend(self.report());
+        requests
+    }
+
+    /// The request that tells the newest verdict, noted as sent.
+    fn report(&mut self) -> Option<SessionRequest> {
+        let Report { verdict, reason } = self.health.borrow_and_update().clone()?;
+        let verdict = match verdict {
+            Verdict::Unknown => v1::Verdict::Unspecified,
+            Verdict::Healthy => v1::Verdict::Healthy,
+            Verdict::Degraded => v1::Verdict::Degraded,
+            Verdict::Unhealthy => v1::Verdict::Unhealthy,
+        };
+        let request = HealthRequest { instance: Some(self.reference()), verdict: verdict.into(), reason };
+        self.sent(What::Health);
+        Some(SessionRequest { request: Some(Request::Health(request)) })
     }
 
     /// Notes the command as sent and returns its request.
@@ -250,6 +282,8 @@ impl Worker {
                 Ok(())
             }
             (What::Opening { .. }, Err((code, message))) => Err(self.refused(address, code, message)),
+            // One that is refused says that somebody else checks the instance by now.
+            (What::Health, _) => Ok(()),
             (What::Command(Command { change, reply }), Ok(revision)) => {
                 self.state.send_replace(SessionState::Connected { revision });
                 let done = matches!(change, Change::Deregister);
@@ -317,6 +351,7 @@ fn outcome(answer: SessionResponse) -> Result<Revision, (Code, String)> {
         Some(Response::Update(answer)) => Ok(Revision(answer.revision)),
         Some(Response::Drain(answer)) => Ok(Revision(answer.revision)),
         Some(Response::Deregister(answer)) => Ok(Revision(answer.revision)),
+        Some(Response::Health(answer)) => Ok(Revision(answer.revision)),
         Some(Response::Error(error)) => Err((Code::from_i32(error.code), error.message)),
         None => Err((Code::Internal, "the server sent an empty answer".to_owned())),
     }
@@ -324,7 +359,8 @@ fn outcome(answer: SessionResponse) -> Result<Revision, (Code, String)> {
 
 fn register_request(registration: &Registration) -> RegisterRequest {
     // The TTL is left out: the lease of a session is its stream.
-    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl: _ } = registration;
+    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl: _, check } =
+        registration;
     RegisterRequest {
         service: key.service.to_string(),
         id: key.id.to_string(),
@@ -339,5 +375,6 @@ fn register_request(registration: &Registration) -> RegisterRequest {
         weight: (*weight).into(),
         metadata: metadata.clone(),
         ttl: None,
+        check: check.as_ref().map(check_to_proto),
     }
 }

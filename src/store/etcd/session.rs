@@ -88,13 +88,14 @@ impl Inner {
         Ok(())
     }
 
-    fn holds(&self, lease: i64, sent: Instant, ttl: i64) {
+    pub(super) fn holds(&self, lease: i64, sent: Instant, ttl: i64) {
         let until = sent + Duration::from_secs(u64::try_from(ttl).unwrap_or_default());
         let session = Session { id: lease.cast_unsigned(), until: Some(until) };
         self.status.send_if_modified(|status| {
-            let other = status.session.map(|session| session.id) != Some(session.id);
+            // That it holds again after it may have been over is news, too.
+            let known = status.session.filter(|known| known.id == session.id && known.holds());
             status.session = Some(session);
-            other
+            known.is_none()
         });
     }
 

@@ -402,7 +402,7 @@ impl<V: Client> World<V> {
         // What is bad is mended.
         let set = self.server.set.clone().unwrap();
         let mut changes = Vec::new();
-        for kind in ResourceType::ALL {
+        for kind in [CDS, EDS, LDS, RDS] {
             for (name, entry) in set.iter(kind) {
                 if entry.resource.version == testing::resource(kind, name, BAD).version {
                     changes.push(put(kind, name, "0"));

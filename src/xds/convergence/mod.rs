@@ -1,6 +1,7 @@
 //! Random histories of changes, requests, answers, lost connections and delays against reference clients: in the end the
 //! client holds what the server has, and then nothing more is sent.
 
+mod collections;
 mod envoy;
 mod names;
 

@@ -16,6 +16,7 @@ use super::{
     Config, Entry, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy,
     asked::Asked,
     engine::{Ask, Built, Variant},
+    names::is_glob,
     response::{bodyless_field, removed_field},
     subscription::Terms,
     track::{Claim, Held, Track},
@@ -49,6 +50,10 @@ impl Variant for Delta {
             nonce: &request.response_nonce,
             error: request.error_detail.as_ref().map(|error| error.message.as_str()),
         }
+    }
+
+    fn serves(_: ResourceType) -> bool {
+        true
     }
 
     fn tells_removals(_: ResourceType) -> bool {
@@ -117,12 +122,23 @@ impl Variant for Delta {
                 match entry {
                     _ if entry.is_some_and(has) => _ = track.due.remove(name),
                     Some(entry) => _ = track.due.insert(Arc::clone(&entry.resource.name)),
-                    None => gone.push(Arc::clone(name)),
+                    None if !is_glob(name) => gone.push(Arc::clone(name)),
+                    // Rule X3: a collection is its members, if it has any.
+                    None => {
+                        let mut members = set.members(track.kind, name).peekable();
+                        if members.peek().is_none() {
+                            gone.push(Arc::clone(name));
+                        }
+                        for (member, _) in members.filter(|(_, entry)| !has(entry)) {
+                            track.due.insert(Arc::clone(member));
+                        }
+                    }
                 }
             }
-            if everything && known < versions.len() {
-                let names = versions.names().filter(|name| set.get(track.kind, name).is_none());
-                gone.extend(names.map(Into::into));
+            if track.kind == ResourceType::LbEndpoint || everything && known < versions.len() {
+                let gone_since =
+                    |name: &&str| set.get(track.kind, name).is_none() && track.subscription.covers(name);
+                gone.extend(versions.names().filter(gone_since).map(Into::into));
             }
             for name in gone {
                 // Rule O3, over a reconnect: routes that the client holds may still name it.
@@ -149,8 +165,10 @@ impl Variant for Delta {
         _: u64,
         config: &Config,
     ) -> Result<Option<Built>, ProtocolError> {
-        // What is removed goes last: clusters, and the endpoints that go with them (rule O1).
-        let holds = matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints);
+        // What is removed goes last: clusters, and the endpoints that go with them (rule O1); the last members of a
+        // collection after what refers to it.
+        let holds =
+            matches!(track.kind, ResourceType::Cluster | ResourceType::Endpoints | ResourceType::LbEndpoint);
         let mut names = track.take(set, true, holds)?;
         let mut built = Built { version: set.revision().to_string(), ..Built::default() };
         let mut removed: Vec<&Arc<str>> = Vec::new();

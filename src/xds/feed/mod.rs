@@ -17,7 +17,7 @@ use arc_swap::ArcSwapOption;
 use imbl::{OrdSet, ordset::DiffItem};
 use tokio::time::Instant;
 
-use super::{Proxies, ResourceSet, ResourceType, Subscription};
+use super::{Proxies, ResourceSet, ResourceType, Subscription, names::collection};
 use crate::model::Revision;
 
 /// Where the resources of a view are put whenever they change. Only streams that a change concerns are woken: what it costs
@@ -147,7 +147,7 @@ struct Index {
 struct TypeIndex {
     /// Woken by every change of the type.
     all: BTreeSet<u32>,
-    /// Woken by changes of a name.
+    /// Woken by changes of a name, or of a member of the collection of this name.
     names: HashMap<Arc<str>, BTreeSet<u32>>,
 }
 
@@ -183,7 +183,17 @@ impl Index {
             if changed.peek().is_some() {
                 concerned.extend(&index.all);
             }
-            concerned.extend(changed.filter_map(|name| index.names.get(name)).flatten());
+            if index.names.is_empty() {
+                continue;
+            }
+            // Each once: whoever follows a collection follows all its members (rule X3), which may be many.
+            let mut collections = BTreeSet::new();
+            for name in changed {
+                concerned.extend(index.names.get(name).into_iter().flatten());
+                collections.extend(collection(name));
+            }
+            let collections = collections.iter().filter_map(|glob| index.names.get(glob.as_str()));
+            concerned.extend(collections.flatten());
         }
         concerned.sort_unstable();
         concerned.dedup();

@@ -7,27 +7,27 @@ use super::*;
 use crate::xds::{
     Change, Config,
     subscription::Terms,
-    testing::{CDS, EDS, put, random, remove},
+    testing::{CDS, EDS, LEDS, put, random, remove},
 };
 
-const KINDS: [ResourceType; 2] = [CDS, EDS];
+const KINDS: [ResourceType; 3] = [CDS, EDS, LEDS];
 const STREAMS: usize = 3;
 
 #[derive(Debug, Clone)]
 enum Step {
     /// Kind, name, content; without content it is removed.
     Publish(Vec<(u8, u8, Option<u8>)>),
-    /// Stream, kind, names that it asks for from now on; 0 is the wildcard.
+    /// Stream, kind, names that it asks for from now on; 0 is the wildcard, and 1 and 2 are collections if there are any.
     Subscribe(u8, u8, Vec<u8>),
     Take(u8),
     Report(u8),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let change = (0..2_u8, 1..5_u8, prop::option::weighted(0.8, 0..3_u8));
+    let change = (0..KINDS.len() as u8, 1..5_u8, prop::option::weighted(0.8, 0..3_u8));
     let step = prop_oneof![
         3 => vec(change, 0..3).prop_map(Step::Publish),
-        2 => (0..STREAMS as u8, 0..2_u8, vec(0..5_u8, 0..3))
+        2 => (0..STREAMS as u8, 0..KINDS.len() as u8, vec(0..5_u8, 0..3))
             .prop_map(|(stream, kind, names)| Step::Subscribe(stream, kind, names)),
         2 => (0..STREAMS as u8).prop_map(Step::Take),
         1 => (0..STREAMS as u8).prop_map(Step::Report),
@@ -35,11 +35,24 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     vec(step, 0..60)
 }
 
-fn subscription(names: &[u8]) -> Subscription {
-    let name = |n: &u8| if *n == 0 { "*".to_owned() } else { n.to_string() };
-    let names: Vec<String> = names.iter().map(name).collect();
+/// Odd members are in one collection, even ones in another.
+fn name(kind: ResourceType, n: u8) -> String {
+    if kind == LEDS { format!("{}/{n}", collection_of(n)) } else { n.to_string() }
+}
+
+fn collection_of(n: u8) -> String {
+    format!("xdstp:///envoy.config.endpoint.v3.LbEndpoint/{}", n % 2)
+}
+
+fn subscription(kind: ResourceType, names: &[u8]) -> Subscription {
+    let asked = |n: &u8| match n {
+        0 => "*".to_owned(),
+        1 | 2 if kind == LEDS => format!("{}/*", collection_of(*n)),
+        n => name(kind, *n),
+    };
+    let names: Vec<String> = names.iter().map(asked).collect();
     let config = Config::default();
-    let terms = Terms { kind: EDS, config: &config, legacy_wildcard: false, elsewhere: 0, set: None };
+    let terms = Terms { kind, config: &config, legacy_wildcard: false, elsewhere: 0, set: None };
     let mut subscription = Subscription::default();
     subscription.replace(&names, terms).unwrap();
     subscription
@@ -71,8 +84,8 @@ fn run(steps: Vec<Step>, grain: Grain) {
                 let changes = changes.into_iter().map(|(kind, name, text)| {
                     let kind = KINDS[usize::from(kind)];
                     match text {
-                        Some(text) => put(kind, &name.to_string(), &text.to_string()),
-                        None => remove(kind, &name.to_string()),
+                        Some(text) => put(kind, &self::name(kind, name), &text.to_string()),
+                        None => remove(kind, &self::name(kind, name)),
                     }
                 });
                 let set = before.apply(Revision(before.revision().0 + 1), changes.collect::<Vec<Change>>());
@@ -90,7 +103,7 @@ fn run(steps: Vec<Step>, grain: Grain) {
             }
             Step::Subscribe(stream, kind, names) => {
                 let (stream, kind) = (usize::from(stream), KINDS[usize::from(kind)]);
-                let to = subscription(&names);
+                let to = subscription(kind, &names);
                 followers[stream].subscribe(kind, &to);
                 models[stream].asked.insert(kind, to);
             }
@@ -142,7 +155,7 @@ async fn nothing_is_missed_between_asking_and_publishing() {
             let mut follower = feed.follow_with(Grain { names: usize::MAX, share: 0 });
             for round in 0..ROUNDS {
                 let names = [1 + (seed + round) % 4, 1 + (seed + round / 3) % 4];
-                follower.subscribe(EDS, &subscription(&names));
+                follower.subscribe(EDS, &subscription(EDS, &names));
                 let mut taken = follower.take().unwrap();
                 let target = LAST / u64::from(ROUNDS) * u64::from(round + 1);
                 // Until both names have come this far, which each does.

@@ -31,7 +31,7 @@ use tonic::{Status, body::Body, service::RoutesBuilder};
 
 use super::{
     Admit, Admitted, Code, Config, Heard, Node, Observer, Protocol, ProtocolError, Proxies, Refusal,
-    Response, Unobserved,
+    ResourceType, Response, Unobserved,
     asked::Asked,
     delta::Delta,
     engine::{Engine, Variant},
@@ -212,6 +212,16 @@ impl<F: Future<Output = Result<(), Status>>> Stream for Serving<F> {
     }
 }
 
+/// See [`Node::collections`]. An Envoy that has its clusters by another stream asks this one for endpoints or routes first.
+fn carries_collections<V: Variant>(only: Option<&str>, first: &V::Request) -> bool {
+    let first = ResourceType::from_url(V::ask(first).type_url);
+    V::serves(ResourceType::LbEndpoint)
+        && match only {
+            Some(only) => only == ResourceType::LbEndpoint.url(),
+            None => matches!(first, Some(ResourceType::Cluster | ResourceType::Listener)),
+        }
+}
+
 /// Serves a stream until the client leaves (Ok) or it must end with a status.
 async fn serve_stream<V: Serve, B: Incoming>(
     mut requests: Requests<V::Request, B>,
@@ -242,7 +252,8 @@ async fn serve_stream<V: Serve, B: Incoming>(
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
     let node = Node::of(V::node(&mut first.message), peer, &shared.config).map_err(status)?;
-    let node = Node { only, ..node };
+    let collections = carries_collections::<V>(only, &first.message);
+    let node = Node { only, collections, ..node };
     let Admitted { feed, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));

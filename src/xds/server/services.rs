@@ -1,5 +1,5 @@
-//! Which gRPC services and methods there are (rules G1, G2). What is not here is answered with UNIMPLEMENTED: SRDS, RTDS, ECDS and
-//! LEDS are types that Disco does not generate, and the `Fetch…` methods belong to REST. Nor does it generate secrets yet; those
+//! Which gRPC services and methods there are (rules G1, G2). What is not here is answered with UNIMPLEMENTED: SRDS, RTDS and
+//! ECDS are types that Disco does not generate, and the `Fetch…` methods belong to REST. Nor does it generate secrets yet; those
 //! that are asked for do not exist (rules K3, C1).
 
 use std::marker::PhantomData;
@@ -42,6 +42,8 @@ services! {
         Sotw "StreamClusters", Delta "DeltaClusters";
     Endpoints "envoy.service.endpoint.v3.EndpointDiscoveryService" Some(ResourceType::Endpoints.url()),
         Sotw "StreamEndpoints", Delta "DeltaEndpoints";
+    LbEndpoints "envoy.service.endpoint.v3.LocalityEndpointDiscoveryService" Some(ResourceType::LbEndpoint.url()),
+        Delta "DeltaLocalityEndpoints";
     Listeners "envoy.service.listener.v3.ListenerDiscoveryService" Some(ResourceType::Listener.url()),
         Sotw "StreamListeners", Delta "DeltaListeners";
     Routes "envoy.service.route.v3.RouteDiscoveryService" Some(ResourceType::Route.url()),

@@ -420,6 +420,45 @@ async fn g2_g3_a_service_per_type_and_its_type_url_may_be_empty() {
     }
 }
 
+/// Delta only: a collection needs it (rule L4).
+#[tokio::test]
+async fn g2_l4_members_of_collections_by_a_service_of_their_own() {
+    let glob = "xdstp:///envoy.config.endpoint.v3.LbEndpoint/a/*";
+    let member = put(ResourceType::LbEndpoint, &glob.replace('*', "1"), "x");
+    let server = start(Some(one_of_each().apply(Revision(2), [member]))).await;
+    let path = "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints";
+    let (requests, responses) = server.stream::<_, DeltaDiscoveryResponse>(path).await;
+    let request =
+        DeltaDiscoveryRequest { node: Some(node("n")), ..delta(ResourceType::LbEndpoint, &[glob], &[]) };
+    requests.send(request).await.unwrap();
+    let response = within(responses.unwrap()).await.unwrap();
+    let names: Vec<_> = response.resources.iter().map(|resource| resource.name.as_str()).collect();
+    assert_eq!(names, [glob.replace('*', "1")]);
+}
+
+/// An Envoy that has its clusters by another stream could not be sent members anew after a change of a cluster.
+#[test]
+fn l4_a_stream_carries_collections_if_all_that_refers_to_them_comes_by_it() {
+    let first = |kind| delta(kind, &[], &[]);
+    for (only, kind, want) in [
+        (None, CDS, true),
+        (None, ResourceType::Listener, true),
+        (None, EDS, false),
+        (None, ResourceType::Route, false),
+        (None, ResourceType::LbEndpoint, false),
+        (Some(ResourceType::LbEndpoint), ResourceType::LbEndpoint, true),
+        (Some(EDS), EDS, false),
+    ] {
+        assert_eq!(
+            carries_collections::<Delta>(only.map(ResourceType::url), &first(kind)),
+            want,
+            "{only:?} {kind:?}"
+        );
+        let sotw = DiscoveryRequest { type_url: kind.url().into(), ..Default::default() };
+        assert!(!carries_collections::<Sotw>(only.map(ResourceType::url), &sotw), "SotW {only:?} {kind:?}");
+    }
+}
+
 #[tokio::test]
 async fn g3_k2_another_type_on_a_service_of_one_type_is_an_error() {
     let server = start(Some(one_of_each())).await;
@@ -492,7 +531,7 @@ async fn g2_k2_services_of_types_that_are_not_generated_are_unimplemented() {
         "/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/StreamScopedRoutes",
         "/envoy.service.route.v3.ScopedRoutesDiscoveryService/DeltaScopedRoutes",
-        "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/DeltaLocalityEndpoints",
+        "/envoy.service.endpoint.v3.LocalityEndpointDiscoveryService/StreamLocalityEndpoints",
         "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
         "/envoy.service.runtime.v3.RuntimeDiscoveryService/DeltaRuntime",
         "/envoy.service.extension.v3.ExtensionConfigDiscoveryService/DeltaExtensionConfigs",

@@ -39,9 +39,9 @@ impl Variant for Sotw {
         }
     }
 
-    /// Rule G2: virtual hosts are incremental only.
+    /// Rule G2: virtual hosts are incremental only. Rule L4: so are collections; Envoy crashes on their members.
     fn serves(kind: ResourceType) -> bool {
-        kind != ResourceType::VirtualHost
+        !matches!(kind, ResourceType::VirtualHost | ResourceType::LbEndpoint)
     }
 
     fn tells_removals(kind: ResourceType) -> bool {

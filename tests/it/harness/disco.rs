@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use super::{Answer, PATIENCE, Process, eventually, request, sibling};
@@ -35,12 +36,22 @@ impl Disco {
 
     /// Starts a `disco serve` on ports of its own, with this configuration.
     pub(crate) fn serve(folder: &Path, configuration: &str) -> anyhow::Result<Self> {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self::serve_on(folder, configuration, any, any)
+    }
+
+    /// Likewise, on these addresses.
+    pub(crate) fn serve_on(
+        folder: &Path,
+        configuration: &str,
+        grpc: SocketAddr,
+        http: SocketAddr,
+    ) -> anyhow::Result<Self> {
         let file = folder.join("disco.yaml");
         fs::write(&file, configuration)?;
         let mut command = disco_command()?;
         command.arg("serve").arg("--config").arg(file);
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self::run(folder, command, any, any)
+        Self::run(folder, command, grpc, http)
     }
 
     fn run(folder: &Path, mut command: Command, grpc: SocketAddr, http: SocketAddr) -> anyhow::Result<Self> {
@@ -61,6 +72,11 @@ impl Disco {
     /// `kill -9`.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
+    }
+
+    /// Stops or continues it, say.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        self.process.signal(signal)
     }
 
     /// Starts it again, with the same data and on the same ports.

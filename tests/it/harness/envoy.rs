@@ -148,6 +148,14 @@ impl Envoy {
         Ok(names.map(|(name, _)| name.to_owned()).collect())
     }
 
+    /// The addresses of the hosts of a cluster.
+    pub(crate) fn hosts(&self, cluster: &str) -> anyhow::Result<BTreeSet<String>> {
+        let clusters = request(self.admin, "GET", "/clusters", b"")?.body;
+        let lines = clusters.lines().filter_map(|line| line.strip_prefix(cluster)?.strip_prefix("::"));
+        let hosts = lines.filter_map(|line| line.strip_suffix("::health_flags::healthy"));
+        Ok(hosts.map(str::to_owned).collect())
+    }
+
     /// Calls the greeter once, addressed as `authority`: what it says, or else why it failed.
     pub(crate) fn call(&self, authority: &str) -> anyhow::Result<Result<String, String>> {
         let mut command = Command::new(sibling("examples/greeter-client")?);

@@ -11,7 +11,8 @@ use tokio::{
 use crate::{
     cli::run::process::{Exit, Process},
     client::{Acknowledged, SessionState},
-    model::{Revision, format_duration},
+    health::{Machine, Outcome},
+    model::{Revision, Verdict, format_duration},
 };
 
 /// Longest time that an ended command's deregistration may hold up the exit. With a server there it takes
@@ -43,9 +44,10 @@ pub(super) struct Plan {
 
 /// The instance's place in the registry.
 pub(super) trait Registrar {
-    /// Starts to register the instance as serving; where it is registered, it is first removed and comes back as a new
-    /// incarnation.
+    /// Starts to register the instance.
     async fn register(&mut self);
+    /// Says whether it works, to whatever server there is, now or later.
+    fn report(&mut self, verdict: Verdict, seen: String);
     /// Returns with each news of the registration. Cancel-safe.
     async fn news(&mut self) -> SessionState;
     /// Takes it out of load balancing; waits for a server if there is none.
@@ -58,8 +60,8 @@ pub(super) trait Registrar {
 
 /// Asks the command whether it works.
 pub(super) trait Check {
-    /// The error says what was seen.
-    async fn check(&mut self) -> Result<(), String>;
+    /// Asks once.
+    async fn check(&mut self) -> Outcome;
 }
 
 /// Everything that a life touches.
@@ -167,21 +169,9 @@ impl<P: Process, R: Registrar, C: Check, L: Fn(&str)> Life<P, R, C, L> {
                         *registered |= matches!(state, SessionState::Connected { .. });
                     }
                 },
-                verdict = watch.verdict(&mut self.check) => {
-                    // Both wait for a server; the command may end meanwhile.
-                    let change = async {
-                        match &verdict {
-                            Verdict::Fails(_) => timeout(DEREGISTER, self.registrar.drain()).await.map(drop),
-                            Verdict::Works => { self.registrar.register().await; Ok(()) }
-                        }
-                    };
-                    (self.log)(&verdict.line(&self.plan));
-                    tokio::select! {
-                        biased;
-                        exit = self.process.wait() => return Served::Exited(exit),
-                        // A drain that takes longer goes on by itself.
-                        _ = change => {}
-                    }
+                (verdict, seen) = watch.verdict(&mut self.check) => {
+                    self.say(&line_of(verdict, &seen, &self.plan));
+                    self.registrar.report(verdict, seen);
                 }
             }
         }
@@ -269,7 +259,7 @@ impl<P: Process, R: Registrar, C: Check, L: Fn(&str)> Life<P, R, C, L> {
 /// Returns when the check passes; `seen` holds what the last failed one saw.
 async fn passes(check: &mut impl Check, pause: Duration, seen: &mut String) {
     seen.push_str("nothing, the first check did not end");
-    while let Err(error) = check.check().await {
+    while let Err(error) = check.check().await.passed() {
         *seen = error;
         sleep(pause).await;
     }
@@ -330,31 +320,24 @@ impl Complaints {
     }
 }
 
-/// What the checks after registration say, each time that it changes.
-#[derive(Debug)]
-enum Verdict {
-    /// So many failed in a row; what the last one saw.
-    Fails(String),
-    /// One passed again.
-    Works,
-}
-
-impl Verdict {
-    fn line(&self, plan: &Plan) -> String {
-        match self {
-            Self::Fails(seen) => {
-                format!("{} checks in a row have failed ({seen}): draining {}", plan.failures, plan.name)
-            }
-            Self::Works => format!("the check passes again: registering {} anew", plan.name),
+fn line_of(verdict: Verdict, seen: &str, plan: &Plan) -> String {
+    let (name, failures) = (&plan.name, plan.failures);
+    match verdict {
+        Verdict::Unhealthy => {
+            format!("{failures} checks in a row have failed ({seen}): {name} gets no calls")
         }
+        Verdict::Degraded => {
+            format!("{name} is degraded ({seen}): it gets calls when no healthy instance is left")
+        }
+        Verdict::Healthy | Verdict::Unknown => format!("the check passes again: {name} gets calls"),
     }
 }
 
+/// The checks after registration.
 #[derive(Debug)]
 struct Watch {
     interval: Option<Interval>,
-    limit: u32,
-    failed: u32,
+    machine: Machine,
 }
 
 impl Watch {
@@ -364,28 +347,21 @@ impl Watch {
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             interval
         });
-        Self { interval, limit: plan.failures, failed: 0 }
+        Self { interval, machine: Machine::new(1, plan.failures, plan.interval, Verdict::Healthy, true) }
     }
 
-    /// Returns when the verdict changes. When cancelled, a check that is under way is not counted.
-    async fn verdict(&mut self, check: &mut Option<impl Check>) -> Verdict {
+    /// Returns when the verdict changes, with what was seen. When cancelled, a check that is under way is not counted.
+    async fn verdict(&mut self, check: &mut Option<impl Check>) -> (Verdict, String) {
         let (Some(interval), Some(check)) = (&mut self.interval, check) else {
             return std::future::pending().await;
         };
         loop {
             interval.tick().await;
-            match check.check().await {
-                Ok(()) => {
-                    if std::mem::take(&mut self.failed) >= self.limit {
-                        return Verdict::Works;
-                    }
-                }
-                Err(seen) => {
-                    self.failed = self.failed.saturating_add(1);
-                    if self.failed == self.limit {
-                        return Verdict::Fails(seen);
-                    }
-                }
+            let outcome = check.check().await;
+            let now = Instant::now();
+            if let Some(verdict) = outcome.verdict().and_then(|seen| self.machine.observe(seen, now)) {
+                self.machine.accept(verdict, now);
+                return (verdict, outcome.seen());
             }
         }
     }

@@ -98,6 +98,10 @@ impl Registrar for FakeRegistrar {
         self.clock.note("register");
     }
 
+    fn report(&mut self, verdict: Verdict, seen: String) {
+        self.clock.note(format!("{verdict} {seen}").trim());
+    }
+
     async fn news(&mut self) -> SessionState {
         match self.states.recv().await {
             Some(state) => state,
@@ -127,9 +131,13 @@ impl Registrar for FakeRegistrar {
 struct FakeCheck(VecDeque<Result<(), &'static str>>);
 
 impl Check for FakeCheck {
-    async fn check(&mut self) -> Result<(), String> {
+    async fn check(&mut self) -> Outcome {
         let result = if self.0.len() > 1 { self.0.pop_front() } else { self.0.front().copied() };
-        result.unwrap().map_err(str::to_owned)
+        match result.unwrap() {
+            Ok(()) => Outcome::Passed,
+            Err("slow") => Outcome::Degraded("slow".to_owned()),
+            Err(seen) => Outcome::Failed(seen.to_owned()),
+        }
     }
 }
 
@@ -316,18 +324,29 @@ async fn refused_registrations() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn failing_checks_drain_and_a_passing_one_registers_anew() {
+async fn verdicts_of_the_checks_are_reported() {
     let script = Script {
         // The first passes; two misses are forgiven, three are not.
-        checks: vec![Ok(()), Err("x"), Err("x"), Ok(()), Err("x"), Err("x"), Err("slow"), Err("x"), Ok(())],
+        checks: vec![
+            Ok(()),
+            Err("x"),
+            Err("x"),
+            Ok(()),
+            Err("x"),
+            Err("x"),
+            Err("y"),
+            Err("x"),
+            Err("slow"),
+            Ok(()),
+        ],
         events: vec![(1, connected()), (60_000, Exits(Exit::Code(0)))],
         ..Script::default()
     };
     check(
         script,
         0,
-        &["0 register", "30000 drain", "40000 register", "60000 deregister"],
-        &["3 checks in a row have failed (slow)", "the check passes again"],
+        &["0 register", "30000 unhealthy y", "40000 degraded slow", "45000 healthy", "60000 deregister"],
+        &["3 checks in a row have failed (y)", "is degraded (slow)", "the check passes again"],
     )
     .await;
 }

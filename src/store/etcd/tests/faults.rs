@@ -166,6 +166,27 @@ async fn a_process_that_stood_still_loses_its_session_and_learns_of_it() {
 }
 
 #[tokio::test]
+async fn a_session_that_holds_again_is_told() {
+    let nowhere = EtcdConfig { endpoints: vec!["http://127.0.0.1:1".into()], ..EtcdConfig::default() };
+    let store = EtcdStore::open(&nowhere).unwrap();
+    let mut status = store.status();
+    let told = |status: &mut latest::Receiver<Status>| {
+        let changed = status.has_changed().unwrap();
+        status.mark_unchanged();
+        changed
+    };
+    let now = Instant::now();
+    store.inner.holds(5, now - Duration::from_secs(9), 10);
+    assert!(told(&mut status), "a session");
+    store.inner.holds(5, now - Duration::from_secs(11), 10);
+    assert!(!told(&mut status), "moved on");
+    store.inner.holds(5, now, 10);
+    assert!(told(&mut status), "back after it was over");
+    store.inner.holds(6, now, 10);
+    assert!(told(&mut status), "another one");
+}
+
+#[tokio::test]
 async fn revisions_go_on_when_etcd_is_restored_from_an_older_backup() {
     let mut cluster = Cluster::start(1);
     let (one, two) = (cluster.store().await, cluster.store().await);

@@ -1,5 +1,6 @@
 //! Scripts for delta streams, named after the rules that they hold.
 
+mod leds;
 mod order;
 mod virtual_hosts;
 

@@ -1,3 +1,5 @@
+mod leds;
+
 use std::{collections::BTreeMap, time::SystemTime};
 
 use envoy_types::pb::envoy::{
@@ -20,7 +22,7 @@ use prost::Message;
 use super::*;
 use crate::{
     catalog::{self, catalog},
-    model::{Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
+    model::{Check, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State, Verdict},
 };
 
 /// `id, address, zone or region/zone, weight, state` of an instance of `greeter`.
@@ -39,9 +41,12 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         weight: weight.try_into().unwrap(),
         metadata: BTreeMap::new(),
         state,
+        check: None,
+        health: Health::unchecked(SystemTime::UNIX_EPOCH),
         lease: Lease::Session,
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
+        stale: None,
         owner: None,
     }
 }
@@ -232,6 +237,80 @@ fn what_is_near_comes_first() {
     }
 }
 
+/// What a letter says of an instance: serving, degraded, unhealthy, draining, not checked yet.
+fn judged(letter: char, port: u16) -> Instance {
+    let (id, address) = (format!("i{port}"), format!("10.0.0.1:{port}"));
+    let state = if letter == 'D' { Draining } else { Serving };
+    let (verdict, passed) = match letter {
+        's' => (Verdict::Healthy, true),
+        'd' => (Verdict::Degraded, true),
+        'u' | 'D' => (Verdict::Unhealthy, true),
+        'n' => (Verdict::Unhealthy, false),
+        _ => (Verdict::Unknown, false),
+    };
+    let unchecked = instance("greeter", (&id, &address, "", 1, state));
+    let health = Health { verdict, passed, ..unchecked.health };
+    Instance { check: Some(Check::Owner.into()), health, ..unchecked }
+}
+
+#[test]
+fn verdicts_by_case() {
+    // Each instance on the port of its place; what Envoy is told (the letter after a port: degraded, unhealthy, draining) and gRPC.
+    for (case, envoy, grpc) in [
+        ("ss", "1 2", "1 2"),
+        ("su", "1 2u", "1"),
+        ("sd", "1 2d", "1"),
+        ("sduD", "1 2d 3u 4D", "1"),
+        // None is healthy: the degraded serve.
+        ("du", "1 2u", "1"),
+        ("dD", "1 2D", "1"),
+        // All fail: never is a service emptied by its checks.
+        ("uu", "1 2", "1 2"),
+        ("uD", "1 2D", "1"),
+        ("D", "1D", ""),
+        // What has never passed is nobody's last resort.
+        ("?", "", ""),
+        ("n", "", ""),
+        ("?s", "2", "2"),
+        ("nu", "2", "2"),
+    ] {
+        let instances = case.chars().zip(1..).map(|(letter, port)| judged(letter, port));
+        let snapshot = Snapshot::default().apply(Revision(1), instances.map(catalog::Change::PutInstance));
+        let shown = |view: &View| {
+            let sent = load_assignment(&render(&snapshot, view), "greeter");
+            let all = sent.endpoints.iter().flat_map(|locality| &locality.lb_endpoints);
+            let all: Vec<_> = all
+                .map(|endpoint| {
+                    let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
+                        panic!("no host")
+                    };
+                    let Some(address::Address::SocketAddress(socket)) =
+                        &host.address.as_ref().and_then(|address| address.address.as_ref())
+                    else {
+                        panic!("no address")
+                    };
+                    let Some(PortSpecifier::PortValue(port)) = socket.port_specifier else {
+                        panic!("no port")
+                    };
+                    let health = match endpoint.health_status() {
+                        HealthStatus::Unknown => "",
+                        HealthStatus::Degraded => "d",
+                        HealthStatus::Unhealthy => "u",
+                        HealthStatus::Draining => "D",
+                        other => panic!("{other:?}"),
+                    };
+                    format!("{port}{health}")
+                })
+                .collect();
+            let sick = all.iter().any(|endpoint| endpoint.ends_with(['d', 'u']));
+            assert_eq!(sent.policy.is_some(), sick, "{case}");
+            all.join(" ")
+        };
+        assert_eq!(shown(&View::envoy(1)), envoy, "{case}: Envoy");
+        assert_eq!(shown(&View::grpc()), grpc, "{case}: gRPC");
+    }
+}
+
 #[test]
 fn places_that_see_the_same_get_the_same_bytes() {
     let snapshot =
@@ -257,7 +336,9 @@ fn only_upstreams_are_sent() {
         assert_eq!(names(&envoy, ResourceType::Cluster), want);
         assert_eq!(names(&envoy, ResourceType::Endpoints), want);
         assert_eq!(names(&only(upstreams, on_demand()), ResourceType::Cluster), want);
-        for kind in ResourceType::ALL.into_iter().filter(|kind| *kind != ResourceType::VirtualHost) {
+        for kind in
+            [ResourceType::Cluster, ResourceType::Endpoints, ResourceType::Listener, ResourceType::Route]
+        {
             assert_eq!(names(&only(upstreams, View::grpc()), kind), want, "{kind:?}");
         }
         let routes: RouteConfiguration = decode(&render(&snapshot, &envoy), ResourceType::Route, OUTBOUND);

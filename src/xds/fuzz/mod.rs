@@ -1,6 +1,8 @@
 //! Clients that do not know the protocol, or want to do harm: whatever comes, nothing panics, nothing grows, and the stream
-//! either ends with an error or serves a client that behaves from then on. `DISCO_FUZZ_SECONDS=600 cargo test --lib fuzz`
-//! goes on for longer.
+//! either ends with an error or serves a client that behaves from then on. `make fuzz` goes on for longer.
+
+mod corpus;
+mod script;
 
 use std::collections::BTreeMap;
 
@@ -12,90 +14,19 @@ use envoy_types::pb::{
 use futures_util::{FutureExt as _, stream};
 use http_body::Frame;
 use http_body_util::StreamBody;
-use proptest::{collection::vec, option, prelude::*};
 use prost::Message as _;
 
 use super::{
-    Config, ProtocolError, ResourceType, StreamPolicy,
+    Config, Heard, ProtocolError, ResourceType, StreamPolicy,
     delta::Delta,
     sotw::Sotw,
-    testing::{Bench, NO_HOST, Sent, Speak, node, put, random, remove, strings, version},
+    testing::{Bench, NO_HOST, Sent, Speak, node, put, remove, strings, version},
     wire::Requests,
 };
+use corpus::{Trace, fuzz};
+use script::{Odd, Script, Step, kind, name, there, url};
 
-/// A request of any kind, in the words of both forms.
-#[derive(Debug, Clone)]
-struct Odd {
-    url: u8,
-    names: Vec<u8>,
-    gives_up: Vec<u8>,
-    /// Of the type's newest response, of any earlier one, or invented.
-    nonce: Option<u8>,
-    error: bool,
-    holds: Vec<(u8, u8)>,
-    node: Option<u8>,
-    /// Bytes to change in the encoded request.
-    flips: Vec<(u16, u8)>,
-}
-
-#[derive(Debug, Clone)]
-enum Step {
-    Request(Odd),
-    Put(u8, u8, u8),
-    Remove(u8, u8),
-    Emit,
-    Wait(u8),
-}
-
-const NAMES: [&str; 6] = ["a", "b", "c", "x", "*", ""];
 const NEVER: &str = "never";
-
-fn name(n: u8) -> String {
-    if n == 63 { "x".repeat(3000) } else { NAMES[usize::from(n) % NAMES.len()].to_owned() }
-}
-
-fn kind(n: u8) -> ResourceType {
-    ResourceType::ALL[usize::from(n) % ResourceType::ALL.len()]
-}
-
-fn url(n: u8) -> String {
-    match n {
-        60 => String::new(),
-        61 => "x".repeat(600),
-        50.. => format!("type.googleapis.com/unknown.{}", n % 4),
-        n => kind(n).url().to_owned(),
-    }
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let flips = prop_oneof![6 => Just(vec![]), 1 => vec(any::<(u16, u8)>(), 1..4)];
-    let error = prop_oneof![3 => Just(false), 1 => Just(true)];
-    let node = prop_oneof![80 => Just(None), 40 => Just(Some(0)), 1 => Just(Some(1))];
-    // What is an error comes seldom: it ends the script.
-    let url = prop_oneof![100 => 0..50_u8, 20 => 50..60_u8, 1 => 60..62_u8];
-    let asked = prop_oneof![200 => 0..6_u8, 1 => Just(63_u8)];
-    let request = (
-        url,
-        vec(asked, 0..4),
-        vec(0..8_u8, 0..3),
-        option::of(0..12_u8),
-        error,
-        vec((0..6_u8, 0..4_u8), 0..4),
-        node,
-        flips,
-    );
-    let request = request.prop_map(|(url, names, gives_up, nonce, error, holds, node, flips)| {
-        Step::Request(Odd { url, names, gives_up, nonce, error, holds, node, flips })
-    });
-    let step = prop_oneof![
-        6 => request,
-        3 => (0..4_u8, 0..4_u8, 0..3_u8).prop_map(|(kind, name, text)| Step::Put(kind, name, text)),
-        2 => (0..4_u8, 0..4_u8).prop_map(|(kind, name)| Step::Remove(kind, name)),
-        4 => Just(Step::Emit),
-        1 => (0..100_u8).prop_map(Step::Wait),
-    ];
-    vec(step, 0..60)
-}
 
 trait Fuzz: Speak {
     fn make(odd: &Odd, nonce: String, policy_version: Option<&String>) -> Self::Request;
@@ -163,6 +94,17 @@ impl Fuzz for Sotw {
 struct World<V: Fuzz> {
     server: Bench<V>,
     nonces: Vec<String>,
+    trace: Trace,
+}
+
+/// The kind of an error, without what it is about.
+fn variant(error: &ProtocolError) -> String {
+    let text = format!("{error:?}");
+    text.split([' ', '{', '(']).next().unwrap_or_default().to_owned()
+}
+
+fn few(count: usize) -> usize {
+    count.min(2)
 }
 
 impl<V: Fuzz> World<V> {
@@ -172,13 +114,19 @@ impl<V: Fuzz> World<V> {
         if synced {
             server.apply([]);
         }
-        Self { server, nonces: vec![String::new(), "zz".into(), "ffffffffffffffffff".into()] }
+        Self {
+            server,
+            nonces: vec![String::new(), "zz".into(), "ffffffffffffffffff".into()],
+            trace: Trace::default(),
+        }
     }
 
     fn step(&mut self, step: &Step) -> Result<(), ProtocolError> {
         match step {
-            Step::Put(k, n, text) => self.server.apply([put(kind(*k), &name(*n), &text.to_string())]),
-            Step::Remove(k, n) => self.server.apply([remove(kind(*k), &name(*n))]),
+            Step::Put(k, n, text) => {
+                self.server.apply([put(kind(*k), &there(kind(*k), *n), &text.to_string())]);
+            }
+            Step::Remove(k, n) => self.server.apply([remove(kind(*k), &there(kind(*k), *n))]),
             Step::Emit => drop(self.emit()),
             Step::Wait(seconds) => self.server.wait(std::time::Duration::from_secs((*seconds).into())),
             Step::Request(odd) => {
@@ -200,7 +148,7 @@ impl<V: Fuzz> World<V> {
                     let Ok(other) = V::Request::decode(bytes.as_slice()) else { return Ok(()) };
                     request = other;
                 }
-                self.server.try_request(request)?;
+                self.hear(request)?;
             }
         }
         // Names that this script knows, of things that it has, and the few that flips invent.
@@ -213,14 +161,34 @@ impl<V: Fuzz> World<V> {
         Ok(())
     }
 
+    fn hear(&mut self, request: V::Request) -> Result<(), ProtocolError> {
+        let heard = self.server.try_request(request);
+        self.heard(heard)
+    }
+
+    fn heard(&mut self, heard: Result<Heard, ProtocolError>) -> Result<(), ProtocolError> {
+        self.trace.note(&match &heard {
+            Ok(Heard::Request) => "a request".to_owned(),
+            Ok(Heard::Acknowledged(kind, _)) => format!("acknowledged {kind:?}"),
+            Ok(Heard::Rejected(kind, _)) => format!("rejected {kind:?}"),
+            Err(error) => variant(error),
+        });
+        heard.map(drop)
+    }
+
     fn emit(&mut self) -> Option<Sent> {
-        let sent = self.server.next()?;
+        let Some(sent) = self.server.next() else {
+            self.trace.note("nothing to send");
+            return None;
+        };
+        let (resources, removed) = (few(sent.resources.len()), few(sent.removed.len()));
+        self.trace.note(&format!("sent {:?} {resources} {removed}", sent.kind));
         self.nonces.push(sent.nonce.clone());
         Some(sent)
     }
 
     /// From here on the client behaves, and is to end up with everything.
-    fn finish(mut self) -> Result<(), ProtocolError> {
+    fn finish(&mut self) -> Result<(), ProtocolError> {
         self.server.apply([put(ResourceType::Cluster, "a", "9")]);
         let mut view: BTreeMap<ResourceType, BTreeMap<String, String>> = BTreeMap::new();
         let rounds = V::begin_anew(ResourceType::Cluster, String::new()).len();
@@ -268,69 +236,66 @@ impl<V: Fuzz> World<V> {
     }
 }
 
-fn run<V: Fuzz>((steps, gentle, synced): (Vec<Step>, bool, bool)) {
-    let policy = if gentle { StreamPolicy::ENVOY } else { StreamPolicy::GRPC };
-    let mut world = World::<V>::new(policy, synced);
-    for step in &steps {
-        if world.step(step).is_err() {
-            return;
-        }
-    }
+fn run<V: Fuzz>(bytes: &[u8]) -> Trace {
+    let script = Script::read(bytes);
+    let policy = if script.envoy { StreamPolicy::ENVOY } else { StreamPolicy::GRPC };
+    let mut world = World::<V>::new(policy, script.synced);
     // Nothing but an error that a client can read is allowed to end a stream.
-    let _ = world.finish();
+    let ended = script.steps.iter().try_for_each(|step| world.step(step)).and_then(|()| world.finish());
+    world.trace.note(&ended.map_or_else(|error| variant(&error), |()| "it has everything".to_owned()));
+    world.trace
 }
 
 #[test]
 fn k2_delta_any_requests_end_in_an_error_or_the_truth() {
-    random(300, (steps(), any::<bool>(), any::<bool>()), run::<Delta>);
+    fuzz("delta", 300, run::<Delta>);
 }
 
 #[test]
 fn k2_sotw_any_requests_end_in_an_error_or_the_truth() {
-    random(300, (steps(), any::<bool>(), any::<bool>()), run::<Sotw>);
+    fuzz("sotw", 300, run::<Sotw>);
 }
 
 #[test]
 fn k5_any_bytes_in_any_pieces_are_requests_or_an_error() {
-    let frame = (any::<bool>(), option::of(0..40_u32), vec(any::<u8>(), 0..60));
-    let valid = (0..62_u8, vec(0..64_u8, 0..4), vec(any::<(u16, u8)>(), 0..2));
-    random(500, (vec(frame, 0..4), vec(valid, 0..4), 1..64_usize), |(frames, valid, piece)| {
-        let mut bytes = Vec::new();
-        for (compressed, len, body) in frames {
-            bytes.push(u8::from(compressed));
-            bytes.extend(len.unwrap_or(u32::try_from(body.len()).unwrap()).to_be_bytes());
-            bytes.extend(body);
-        }
-        for (type_url, names, flips) in valid {
-            let request = DeltaDiscoveryRequest {
-                type_url: url(type_url),
-                resource_names_subscribe: names.into_iter().map(name).collect(),
-                ..Default::default()
-            };
-            let mut body = request.encode_to_vec();
-            let len = body.len().max(1);
-            for (place, byte) in flips {
-                if let Some(there) = body.get_mut(usize::from(place) % len) {
-                    *there = byte;
+    fuzz("wire_delta", 500, wire::<Delta>);
+    fuzz("wire_sotw", 500, wire::<Sotw>);
+}
+
+/// The first byte says in pieces of which size the rest arrives. What can be decoded is asked of a server.
+fn wire<V: Fuzz>(bytes: &[u8]) -> Trace {
+    let (piece, bytes) = bytes.split_first().unwrap_or((&0, &[]));
+    // Each has a head of five bytes.
+    let most = bytes.len() / 5;
+    let pieces: Vec<_> = bytes
+        .chunks(usize::from(*piece).max(1))
+        .map(|part| Ok::<_, tonic::Status>(Frame::data(Bytes::copy_from_slice(part))))
+        .collect();
+    let mut requests = Requests::<V::Request, _>::new(StreamBody::new(stream::iter(pieces)), 20_000, 100);
+    let mut world = World::<V>::new(StreamPolicy::ENVOY, true);
+    world.server.apply([put(ResourceType::Cluster, "a", "1"), put(ResourceType::Endpoints, "a", "1")]);
+    let mut found = 0;
+    loop {
+        match requests.next().now_or_never().expect("nothing to wait for") {
+            Ok(Some(request)) => {
+                found += 1;
+                assert!(found <= most, "{found} requests in {} bytes", bytes.len());
+                let heard = world.server.hear(request);
+                if world.heard(heard).is_err() {
+                    return world.trace;
                 }
+                while world.emit().is_some() {}
             }
-            let mut framed = vec![0];
-            framed.extend(u32::try_from(body.len()).unwrap().to_be_bytes());
-            framed.extend(body);
-            // Before and after what is broken.
-            bytes = if piece % 2 == 0 { [bytes, framed].concat() } else { [framed, bytes].concat() };
+            Ok(None) => {
+                world.trace.note("the client is done");
+                return world.trace;
+            }
+            Err(status) => {
+                // What it says of the place is about this input only.
+                let about: String = status.message().chars().filter(|c| !c.is_ascii_digit()).collect();
+                world.trace.note(&format!("{:?} {about}", status.code()));
+                return world.trace;
+            }
         }
-        let most = bytes.len() / 5;
-        let pieces: Vec<_> = bytes
-            .chunks(piece)
-            .map(|part| Ok::<_, tonic::Status>(Frame::data(Bytes::copy_from_slice(part))))
-            .collect();
-        let body = StreamBody::new(stream::iter(pieces));
-        let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 20_000, 100);
-        let mut found = 0;
-        while let Ok(Some(_)) = requests.next().now_or_never().expect("nothing to wait for") {
-            found += 1;
-            assert!(found <= most, "{found} requests in {} bytes", bytes.len());
-        }
-    });
+    }
 }

@@ -1,0 +1,258 @@
+//! Instances that are held: asked again until they refuse, or until somebody vouches for them or lets them go.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, stream};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric as _},
+    metrics::gauge::ConstGauge,
+};
+use tokio::{sync::Notify, time::Instant};
+
+use super::{
+    Error, Inner, Registry,
+    ask::{Answer, ask},
+    batch::{Edit, Note, Run, Written},
+    history::What,
+    leases::Holder,
+    leave::BY,
+};
+use crate::{
+    catalog,
+    model::{Incarnation, InstanceKey, Revision, ServiceId},
+};
+
+/// When an instance that was just held is asked again; each time after that it is twice as long.
+const FIRST: Duration = Duration::from_millis(50);
+
+/// Connections to held instances that are being opened at the same time.
+const QUESTIONS: usize = 64;
+
+/// Instances that are asked before those of them that refuse are removed.
+const ROUND: usize = 4 * QUESTIONS;
+
+/// Wait before a mark that could not be taken off is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// The work that held instances make.
+#[derive(Debug, Default)]
+pub(super) struct Held {
+    schedule: Mutex<Schedule>,
+    scheduled: Notify,
+    /// Those that were renewed, whose mark has to go. Each is here once: it has a lease from then on.
+    revived: Mutex<Vec<Run>>,
+    renewed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Schedule {
+    /// When each is asked, and how long it was waited for that.
+    queue: BTreeMap<(Instant, InstanceKey), (Incarnation, Duration)>,
+    known: HashSet<InstanceKey>,
+}
+
+impl Schedule {
+    fn add(&mut self, (key, incarnation): Run, wait: Duration) {
+        // Spread, so that those that were held together are not asked together for ever.
+        let at = Instant::now() + wait.mul_f64(0.75 + 0.5 * fastrand::f64());
+        self.known.insert(key.clone());
+        self.queue.insert((at, key), (incarnation, wait));
+    }
+}
+
+impl Held {
+    fn schedule(&self) -> MutexGuard<'_, Schedule> {
+        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has held instances asked soon, unless that is planned.
+    pub(super) fn soon(&self, runs: impl IntoIterator<Item = Run>) {
+        let mut schedule = self.schedule();
+        for run in runs {
+            if !schedule.known.contains(&run.0) {
+                schedule.add(run, FIRST);
+            }
+        }
+        drop(schedule);
+        self.scheduled.notify_one();
+    }
+
+    fn due(&self, now: Instant) -> Vec<(Run, Duration)> {
+        let mut schedule = self.schedule();
+        let mut due = Vec::new();
+        while let Some(first) = schedule.queue.first_entry()
+            && first.key().0 <= now
+            && due.len() < ROUND
+        {
+            let ((_, key), (incarnation, wait)) = first.remove_entry();
+            due.push(((key, incarnation), wait));
+        }
+        due
+    }
+
+    fn next(&self) -> Option<Instant> {
+        self.schedule().queue.keys().next().map(|(at, _)| *at)
+    }
+}
+
+impl Registry {
+    /// Removes the stale instances of a service, whatever they answer. Returns the revision and how many there were.
+    ///
+    /// # Errors
+    /// [`Error::NoService`], [`Error::Store`].
+    pub async fn release(&self, service: ServiceId) -> Result<(Revision, usize), Error> {
+        let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
+        self.count(self.detached(async move { inner.release(&service, &by).await }).await)
+    }
+
+    /// Asks held instances again and again.
+    pub(super) async fn ask_held(self) {
+        let inner = &self.inner;
+        let interval = inner.config.guards.ask_interval;
+        let mut look = Instant::now();
+        loop {
+            let now = Instant::now();
+            if now >= look {
+                // Those that another node holds, or held before it ended.
+                look = now + interval;
+                inner.find_held();
+            }
+            inner.ask_due(now).await;
+            let next = inner.held.next().map_or(look, |next| next.min(look));
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                () = inner.held.scheduled.notified() => {}
+            }
+        }
+    }
+
+    /// Takes the mark off instances that were renewed.
+    pub(super) async fn free_renewed(self) {
+        let held = &self.inner.held;
+        loop {
+            held.renewed.notified().await;
+            loop {
+                let runs = std::mem::take(&mut *held.revived.lock().unwrap_or_else(PoisonError::into_inner));
+                if runs.is_empty() {
+                    break;
+                }
+                let Written { done, failed, error, .. } = self.inner.free(runs).await;
+                tracing::info!(instances = done.len(), "no longer stale: they were renewed");
+                if let Some(error) = error {
+                    tracing::warn!(%error, instances = failed.len(), "were renewed, but are still marked as stale; trying again");
+                    held.revived.lock().unwrap_or_else(PoisonError::into_inner).extend(failed);
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// The owner of a held instance vouches for it again.
+    pub(super) fn revive(&self, key: InstanceKey, incarnation: Incarnation, ttl: Duration) {
+        // The lease first: a removal under way sees it.
+        if !self.leases.hold(key.clone(), incarnation, Holder::Ttl(ttl), Instant::now()) {
+            self.held.revived.lock().unwrap_or_else(PoisonError::into_inner).push((key, incarnation));
+            self.held.renewed.notify_one();
+        }
+    }
+
+    async fn free(&self, runs: Vec<Run>) -> Written {
+        self.write_each(runs, |present| {
+            present.stale.as_ref()?;
+            let mut next = (**present).clone();
+            next.stale = None;
+            let why = "it was renewed".to_owned();
+            Some((Edit::Put(Box::new(next)), Note { what: What::Returned, by: BY.into(), why }))
+        })
+        .await
+    }
+
+    async fn release(&self, service: &ServiceId, by: &Arc<str>) -> Result<(Revision, usize), Error> {
+        let snapshot = self.catalog.latest();
+        let found = snapshot.service(service).ok_or_else(|| Error::NoService(service.clone()))?;
+        let stale = found.instances().filter(|it| it.stale.is_some());
+        let runs: Vec<Run> = stale.map(|it| (it.key.clone(), it.incarnation)).collect();
+        let written = self
+            .write_each(runs, |present| {
+                let why = present.stale.as_ref()?.reason.clone();
+                Some((Edit::Remove, Note { what: What::Released, by: Arc::clone(by), why }))
+            })
+            .await;
+        for instance in &written.done {
+            self.released(&instance.key, instance.incarnation);
+        }
+        let removed = written.done.len();
+        tracing::info!(%service, removed, "stale instances were released");
+        match written.error {
+            Some(error) => Err(error),
+            None => Ok((written.revision.max(snapshot.revision()), removed)),
+        }
+    }
+
+    fn find_held(&self) {
+        let snapshot = self.catalog.latest();
+        if snapshot.stale() == 0 {
+            return;
+        }
+        let services = snapshot.services().filter(|service| service.stale() > 0);
+        let instances = services.flat_map(|service| service.instances());
+        let stale = instances.filter(|it| it.stale.is_some() && self.keeps(it));
+        self.held.soon(stale.map(|it| (it.key.clone(), it.incarnation)));
+    }
+
+    async fn ask_due(&self, now: Instant) {
+        let settings = &self.config.guards;
+        let snapshot = self.catalog.latest();
+        let questions = self.held.due(now).into_iter().map(async |(run, wait)| {
+            let present = snapshot.instance(&run.0).filter(|it| it.incarnation == run.1);
+            let present = present.filter(|it| it.stale.is_some() && self.is_over(it));
+            let answer = match present {
+                Some(it) => Some(ask(SocketAddr::new(it.address, it.port.get()), settings.ask_timeout).await),
+                None => None,
+            };
+            (run, wait, answer)
+        });
+        let mut answers = stream::iter(questions).buffer_unordered(QUESTIONS);
+        let mut refused = Vec::new();
+        while let Some((run, wait, answer)) = answers.next().await {
+            let mut schedule = self.held.schedule();
+            match answer {
+                None => {
+                    schedule.known.remove(&run.0);
+                }
+                Some(Answer::Unsure(_)) => schedule.add(run, (wait * 2).min(settings.ask_interval)),
+                Some(Answer::Refused) => {
+                    schedule.known.remove(&run.0);
+                    refused.push(run);
+                }
+            }
+        }
+        if !refused.is_empty() {
+            self.remove_unheld(refused, What::Expired, &|instance| {
+                let reason = instance.stale.as_ref().map(|stale| stale.reason.as_str()).unwrap_or_default();
+                format!("{reason}; by now it refuses connections")
+            })
+            .await;
+        }
+    }
+}
+
+/// How many instances are held, as a metric.
+#[derive(Debug)]
+pub(super) struct HeldMetric(pub(super) catalog::Reader);
+
+impl Collector for HeldMetric {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let held = ConstGauge::new(i64::try_from(self.0.latest().stale()).unwrap_or(i64::MAX));
+        let help = "Instances that are kept although their lease is over";
+        held.encode(encoder.encode_descriptor("registry_held", help, None, held.metric_type())?)
+    }
+}
