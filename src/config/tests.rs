@@ -204,7 +204,7 @@ fn every_problem_names_its_place() {
         ),
         (
             "roles: [xds]\nstore:\n  etcd: {endpoints: ['http://a:1/x']}\n",
-            "3:21 store.etcd.endpoints: \"http://a:1/x\" is not an endpoint",
+            "3:22 store.etcd.endpoints: \"http://a:1/x\" is not an endpoint",
         ),
         (
             "roles: [xds]\nstore:\n  etcd: {endpoints: ['https://a:1']}\n",
