@@ -171,7 +171,9 @@ impl Running {
             LoadReports::new(loads.clone(), known, settings::xds(config), edges.clone()).service()
         });
         let ads = has(Role::Xds).then(|| {
-            let views = Arc::new(Views::new(reader.clone(), core.clone(), &metrics, config.xds.leds_from));
+            let views =
+                Views::new(reader.clone(), proxies.clone(), core.clone(), &metrics, config.xds.leds_from);
+            let views = Arc::new(views);
             let observer = Arc::new(observe::StreamMetrics::new(&metrics));
             AdsServer::observed(views, proxies.clone(), settings::xds(config), edges.clone(), observer)
         });
