@@ -14,6 +14,7 @@
 mod ageing;
 mod bad_input;
 mod guards;
+mod ha;
 mod harness;
 mod health;
 mod ledger;

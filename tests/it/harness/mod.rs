@@ -4,17 +4,23 @@
 
 mod disco;
 mod envoy;
+mod etcd;
 mod greeter;
 mod http;
 mod load;
+mod nodes;
+mod place;
 pub(crate) mod process;
 
 pub(crate) use self::{
     disco::Disco,
     envoy::{Envoy, Protocol},
+    etcd::Etcd,
     greeter::Greeter,
     http::{Answer, request},
     load::{Client, Load},
+    nodes::{Nodes, example_files},
+    place::Place,
     process::{Process, free_port, sibling, tool},
 };
 
