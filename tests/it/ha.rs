@@ -233,6 +233,9 @@ impl Stage {
         last.terminate()?;
         let status = last.ended()?;
         ensure!(status.success(), "disco run ended with {status} after a drain\n{}", last.output());
+        // Whoever serves it.
+        let told = "acknowledged revision ";
+        ensure!(last.output().contains(told), "no {told:?} in\n{}", last.output());
         let disco = nodes.all.iter().find(|disco| !disco.name().starts_with('x')).context("no node")?;
         disco.wait_serving(&["g2", "g3"])?;
         self.none_failed("by the drain")?;

@@ -13,6 +13,7 @@
 
 mod ageing;
 mod bad_input;
+mod chaos;
 mod guards;
 mod ha;
 mod harness;

@@ -49,6 +49,11 @@ impl Greeter {
         Ok(kill_process(server, Signal::KILL)?)
     }
 
+    /// Stops or continues `disco run`, and not the server.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        self.process.signal(signal)
+    }
+
     /// What it and `disco run` wrote.
     pub(crate) fn output(&self) -> String {
         self.process.output()

@@ -8,6 +8,7 @@ mod etcd;
 mod greeter;
 mod http;
 mod load;
+mod network;
 mod nodes;
 mod place;
 pub(crate) mod process;
@@ -17,8 +18,9 @@ pub(crate) use self::{
     envoy::{Envoy, Protocol},
     etcd::Etcd,
     greeter::Greeter,
-    http::{Answer, request},
+    http::{Answer, request, request_within},
     load::{Client, Load},
+    network::Network,
     nodes::{Nodes, example_files},
     place::Place,
     process::{Process, free_port, sibling, tool},

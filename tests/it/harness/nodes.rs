@@ -50,13 +50,15 @@ impl Nodes {
         Ok(nodes)
     }
 
-    /// Tells what is started by one of them of the others that do the same: those whose names begin alike.
+    /// Tells what is started by one of them of the others that do the same, those whose names begin alike, and then of those
+    /// that serve proxies: they know who has acknowledged a drain.
     fn introduce(&mut self) {
         let known: Vec<_> = self.all.iter().map(|disco| (disco.name().to_owned(), disco.own())).collect();
         for disco in &mut self.all {
             let group = disco.name().chars().next();
-            let alike = known.iter().filter(|(name, _)| name.chars().next() == group);
-            disco.introduce(alike.map(|(_, addresses)| *addresses));
+            let of = |wanted| known.iter().filter(move |(name, _)| name.chars().next() == wanted);
+            let others: Vec<_> = of(group).chain(of(Some('x')).filter(|_| group != Some('x'))).collect();
+            disco.introduce(others.into_iter().map(|(_, addresses)| *addresses));
         }
     }
 
@@ -71,20 +73,6 @@ impl Nodes {
     /// Waits until all say that they are ready.
     pub(crate) fn wait_ready(&self) -> anyhow::Result<()> {
         self.all.iter().try_for_each(Disco::wait_ready)
-    }
-
-    /// How many responses proxies were sent over the streams that there are, and over how many.
-    pub(crate) fn responses(&self) -> anyhow::Result<(u64, usize)> {
-        let (mut responses, mut streams) = (0, 0);
-        for disco in &self.all {
-            let Ok(proxies) = disco.get("/v1/proxies") else { continue };
-            for proxy in proxies["proxies"].as_array().context("no proxies")? {
-                streams += 1;
-                let types = proxy["types"].as_array().context("no types")?;
-                responses += types.iter().filter_map(|of_type| of_type["responses"].as_u64()).sum::<u64>();
-            }
-        }
-        Ok((responses, streams))
     }
 
     /// The node that serves the one proxy, once it has all that there is.
