@@ -13,7 +13,9 @@
 
 mod ageing;
 mod bad_input;
+mod chaos;
 mod guards;
+mod ha;
 mod harness;
 mod health;
 mod ledger;
