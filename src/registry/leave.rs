@@ -12,7 +12,7 @@ use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     Inner, Registry,
-    ask::{Answer, ask},
+    ask::Answer,
     batch::{Edit, Note, Run},
     guard::{Count, Guard, Guards, Verdict},
     history::What,
@@ -237,7 +237,7 @@ impl Inner {
                 return None;
             }
             let address = SocketAddr::new(instance.address, instance.port.get());
-            let answer = ask(address, PATIENCE).await;
+            let answer = self.ask.ask(address, PATIENCE).await;
             Some((instance, answer))
         });
         let (mut refused, mut unsure) = (Vec::new(), Vec::new());

@@ -31,6 +31,8 @@ mod record;
 mod sessions;
 mod snapshot;
 #[cfg(test)]
+mod sim;
+#[cfg(test)]
 mod tests;
 mod write;
 
@@ -106,6 +108,7 @@ struct Inner {
     forward: Option<Arc<dyn Forward>>,
     leases: Leases<InstanceKey>,
     door: leave::Door,
+    ask: Arc<dyn ask::Ask>,
     held: held::Held,
     history: history::History,
     said: live::Said,
@@ -153,9 +156,22 @@ impl Registry {
         metrics: &Metrics,
         tasks: &Tasks,
     ) -> Self {
+        Self::start_asking(Arc::new(ask::Tcp), config, store, catalog, members, metrics, tasks)
+    }
+
+    fn start_asking(
+        ask: Arc<dyn ask::Ask>,
+        config: Config,
+        store: Arc<dyn Store>,
+        catalog: catalog::Reader,
+        members: watch::Receiver<Members>,
+        metrics: &Metrics,
+        tasks: &Tasks,
+    ) -> Self {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
             door: leave::Door::new(config.guards.clone()),
+            ask,
             held: held::Held::default(),
             history: history::History::new(config.history.clone()),
             said: live::Said::default(),

@@ -356,7 +356,7 @@ async fn a_service_is_not_removed_under_a_registration() {
     assert_eq!(refused(removed), "conflict service");
     assert_eq!(ids(registry.catalog()), ["b"]);
     registry.deregister(key("b"), None).await.unwrap();
-    assert!(store.list("instances/").await.unwrap().entries.is_empty());
+    assert!(store.list(record::INSTANCES).await.unwrap().entries.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -556,7 +556,7 @@ async fn what_is_said_many_times_a_second_reaches_watchers_and_no_snapshot() {
     n2.deregister(key("a"), None).await.unwrap();
     assert!(n2.catalog().live().get(&key("a")).is_none());
     cluster.settled().await;
-    assert!(n1.inner.store.list("live/").await.unwrap().entries.is_empty(), "nothing is left behind");
+    assert!(n1.inner.store.list(record::LIVE).await.unwrap().entries.is_empty(), "nothing is left behind");
 }
 
 fn checked(id: &str, incarnation: u64) -> Registration {

@@ -29,7 +29,7 @@ use tokio::sync::watch;
 
 use crate::model::Revision;
 
-/// A key: `/`-separated path segments without a leading slash, e.g. `instances/greeter/a`.
+/// A key: `/`-separated path segments without a leading slash, e.g. `catalog/instances/greeter/a`.
 pub type Key = Arc<str>;
 
 /// What must hold of a key for an operation on it to be accepted.
