@@ -11,7 +11,7 @@ use crate::{
     proto::v1::{
         DeregisterRequest, DeregisterResponse, DrainRequest, DrainResponse, ListInstancesRequest,
         ListInstancesResponse, ListServicesRequest, ListServicesResponse, PublishRequest, PublishResponse,
-        RegisterRequest, RegisterResponse, ReleaseRequest, ReleaseResponse, RenewRequest, RenewResponse,
+        RegisterRequest, RegisterResponse, ReleaseRequest, ReleaseResponse, RenewManyRequest, RenewManyResponse, RenewRequest, RenewResponse,
         SessionError, SessionRequest, SessionResponse, UpdateRequest, UpdateResponse, WatchLiveRequest,
         WatchLiveResponse, WatchRequest, WatchResponse,
         registry_server::{Registry, RegistryServer},
@@ -124,6 +124,13 @@ impl Registry for Scripted {
     }
 
     async fn renew(&self, _: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
+        unused()
+    }
+
+    async fn renew_many(
+        &self,
+        _: Request<RenewManyRequest>,
+    ) -> Result<Response<RenewManyResponse>, Status> {
         unused()
     }
 
