@@ -94,7 +94,7 @@ impl Forward for GrpcForward {
 impl Registry {
     /// Has the process that counts the lease renew it.
     pub(super) async fn renew_elsewhere(&self, instance: &Instance) -> Option<Duration> {
-        let forward = self.inner.forward.as_ref()?;
+        let forward = self.inner.network.forward.as_ref()?;
         let owner = instance.owner.as_ref()?;
         let fresh = instance.stale.is_none() && matches!(instance.lease, Lease::Ttl(_));
         if !fresh || self.inner.keeps(instance) || !self.inner.members.borrow().live.contains(owner) {

@@ -217,7 +217,7 @@ impl Inner {
             let answer = match present {
                 Some(it) => {
                     let address = SocketAddr::new(it.address, it.port.get());
-                    Some(self.ask.ask(address, settings.ask_timeout).await)
+                    Some(self.network.ask.ask(address, settings.ask_timeout).await)
                 }
                 None => None,
             };

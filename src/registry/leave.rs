@@ -237,7 +237,7 @@ impl Inner {
                 return None;
             }
             let address = SocketAddr::new(instance.address, instance.port.get());
-            let answer = self.ask.ask(address, PATIENCE).await;
+            let answer = self.network.ask.ask(address, PATIENCE).await;
             Some((instance, answer))
         });
         let (mut refused, mut unsure) = (Vec::new(), Vec::new());

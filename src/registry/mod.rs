@@ -29,9 +29,9 @@ mod membership;
 mod mirror;
 mod record;
 mod sessions;
-mod snapshot;
 #[cfg(test)]
 mod sim;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -104,16 +104,23 @@ struct Inner {
     store: Arc<dyn Store>,
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
-    /// The way to the other processes, if there are any.
-    forward: Option<Arc<dyn Forward>>,
     leases: Leases<InstanceKey>,
     door: leave::Door,
-    ask: Arc<dyn ask::Ask>,
+    network: Network,
     held: held::Held,
     history: history::History,
     said: live::Said,
     metrics: RegistryMetrics,
     tasks: Tasks,
+}
+
+/// The way to others.
+#[derive(Debug)]
+struct Network {
+    /// To instances that may be gone.
+    ask: Arc<dyn ask::Ask>,
+    /// To the other processes, if there are any.
+    forward: Option<Arc<dyn Forward>>,
 }
 
 #[derive(Debug)]
@@ -156,11 +163,12 @@ impl Registry {
         metrics: &Metrics,
         tasks: &Tasks,
     ) -> Self {
-        Self::start_asking(Arc::new(ask::Tcp), config, store, catalog, members, metrics, tasks)
+        let network = Network { ask: Arc::new(ask::Tcp), forward };
+        Self::start_over(network, config, store, catalog, members, metrics, tasks)
     }
 
-    fn start_asking(
-        ask: Arc<dyn ask::Ask>,
+    fn start_over(
+        network: Network,
         config: Config,
         store: Arc<dyn Store>,
         catalog: catalog::Reader,
@@ -171,7 +179,7 @@ impl Registry {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
             door: leave::Door::new(config.guards.clone()),
-            ask,
+            network,
             held: held::Held::default(),
             history: history::History::new(config.history.clone()),
             said: live::Said::default(),
@@ -179,7 +187,6 @@ impl Registry {
             store,
             catalog,
             members,
-            forward,
             metrics: RegistryMetrics::new(metrics),
             tasks: tasks.clone(),
         });

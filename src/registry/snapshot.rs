@@ -31,6 +31,9 @@ pub struct Restored {
     pub revision: Revision,
 }
 
+/// The prefix of all keys.
+const EVERYTHING: &str = "";
+
 /// Whether an entry of a store is kept in backups: those of the processes themselves go with them.
 pub fn kept(entry: &Entry) -> bool {
     !entry.key.starts_with(membership::MEMBERS)
@@ -43,7 +46,7 @@ impl Registry {
     /// [`Error::Store`].
     pub async fn backup(&self) -> Result<Backup, Error> {
         let Listing { revision, mut entries } =
-            self.inner.store.list(record::ALL).await.map_err(Error::Store)?;
+            self.inner.store.list(EVERYTHING).await.map_err(Error::Store)?;
         entries.retain(kept);
         Ok(Backup { taken_at: rt::now(), listing: Listing { revision, entries } })
     }
@@ -63,7 +66,7 @@ impl Registry {
 /// # Errors
 /// [`Error::NotEmpty`], [`Error::Store`].
 pub async fn restore(store: &dyn Store, backup: Backup, replace: bool) -> Result<Restored, Error> {
-    let Listing { revision, entries: mut present } = store.list(record::ALL).await.map_err(Error::Store)?;
+    let Listing { revision, entries: mut present } = store.list(EVERYTHING).await.map_err(Error::Store)?;
     present.retain(kept);
     if !present.is_empty() && !replace {
         return Err(Error::NotEmpty(present.len()));

@@ -45,7 +45,7 @@ use crate::{
 };
 
 /// Entries that one call of a listing asks for.
-const PAGE: i64 = 5_000;
+const PAGE: i64 = 20_000;
 
 /// Which etcd, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
