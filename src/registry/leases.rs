@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeSet, BinaryHeap, HashMap},
+    collections::{BTreeSet, BinaryHeap, HashMap, HashSet},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -37,12 +37,14 @@ pub(super) struct Leases {
     table: Mutex<Table>,
     /// A deadline came up that is earlier than those before.
     earlier: Notify,
+    /// A session lost a lease to another process.
+    displaced: Notify,
     grace: Duration,
 }
 
 impl Leases {
     pub(super) fn new(grace: Duration) -> Self {
-        Self { table: Mutex::default(), earlier: Notify::new(), grace }
+        Self { table: Mutex::default(), earlier: Notify::new(), displaced: Notify::new(), grace }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -70,7 +72,24 @@ impl Leases {
 
     /// Stops to count a lease that another process counts from now on.
     pub(super) fn cede(&self, key: &InstanceKey) {
-        self.table().forget(key);
+        let mut table = self.table();
+        if let Some(Holder::Session(session)) = table.held.get(key).map(|held| held.holder) {
+            table.displaced.insert(session);
+            self.displaced.notify_waiters();
+        }
+        table.forget(key);
+    }
+
+    /// Returns when another process counts a lease of the session.
+    pub(super) async fn displaced(&self, session: SessionId) {
+        loop {
+            let mut displaced = std::pin::pin!(self.displaced.notified());
+            displaced.as_mut().enable();
+            if self.table().displaced.contains(&session) {
+                return;
+            }
+            displaced.await;
+        }
     }
 
     /// A session begins.
@@ -94,6 +113,9 @@ impl Leases {
             Holder::Session(session) if table.sessions.contains_key(&session) => (holder, None),
             Holder::Session(_) | Holder::Nobody => (Holder::Nobody, Some(now + self.grace)),
         };
+        if let Holder::Session(session) = holder {
+            table.displaced.remove(&session);
+        }
         let first = table.hold(key, incarnation, holder, deadline);
         drop(table);
         if first {
@@ -178,7 +200,7 @@ impl Leases {
     /// A session was lost: its instances are held by nobody, and returned.
     pub(super) fn session_lost(&self, session: SessionId, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
         let mut table = self.table();
-        let keys = table.sessions.remove(&session).unwrap_or_default();
+        let keys = table.session_ends(session);
         let deadline = now + self.grace;
         let mut over = Vec::with_capacity(keys.len());
         for key in keys {
@@ -198,7 +220,7 @@ impl Leases {
     pub(super) fn session_closed(&self, session: SessionId) -> Vec<(InstanceKey, Incarnation)> {
         let mut table = self.table();
         let mut over = Vec::new();
-        for key in table.sessions.remove(&session).unwrap_or_default() {
+        for key in table.session_ends(session) {
             if let Some(held) = table.held.remove(&key) {
                 over.push((key, held.incarnation));
             }
@@ -240,6 +262,8 @@ impl Leases {
 struct Table {
     held: HashMap<InstanceKey, Held>,
     sessions: HashMap<SessionId, BTreeSet<InstanceKey>>,
+    /// Of these, those that lost a lease to another process.
+    displaced: HashSet<SessionId>,
     /// One entry per lease with a deadline; a renewal leaves it and the entry is put back when it comes up too early.
     queue: BinaryHeap<Reverse<(Instant, InstanceKey)>>,
     /// When deadlines are looked at again at the latest.
@@ -256,6 +280,11 @@ struct Held {
 }
 
 impl Table {
+    fn session_ends(&mut self, session: SessionId) -> BTreeSet<InstanceKey> {
+        self.displaced.remove(&session);
+        self.sessions.remove(&session).unwrap_or_default()
+    }
+
     /// Returns whether its deadline is now the next of all.
     fn hold(
         &mut self,

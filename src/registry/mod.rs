@@ -23,6 +23,7 @@ mod keeper;
 mod leases;
 mod leave;
 mod live;
+mod losses;
 mod membership;
 mod mirror;
 mod record;
