@@ -389,7 +389,7 @@ impl registry_server::Registry for RegistryService {
                     request = requests.next() => request,
                     // The owner is alive; it comes back to the next server, within the grace.
                     () = shutdown.wait() => break Ended::Lost,
-                    () = service.registry.left() => break Ended::Lost,
+                    () = session.displaced() => break Ended::Lost,
                 };
                 match request {
                     Some(Ok(request)) => {

@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeSet, BinaryHeap, HashMap},
+    collections::{BTreeSet, BinaryHeap, HashMap, HashSet},
     hash::Hash,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -39,12 +39,14 @@ pub(super) struct Leases<K> {
     table: Mutex<Table<K>>,
     /// A deadline came up that is earlier than those before.
     earlier: Notify,
+    /// A session lost a lease to another process.
+    displaced: Notify,
     grace: Duration,
 }
 
 impl<K: Clone + Ord + Hash> Leases<K> {
     pub(super) fn new(grace: Duration) -> Self {
-        Self { table: Mutex::default(), earlier: Notify::new(), grace }
+        Self { table: Mutex::default(), earlier: Notify::new(), displaced: Notify::new(), grace }
     }
 
     fn table(&self) -> MutexGuard<'_, Table<K>> {
@@ -72,7 +74,24 @@ impl<K: Clone + Ord + Hash> Leases<K> {
 
     /// Stops to count a lease that another process counts from now on.
     pub(super) fn cede(&self, key: &K) {
-        self.table().forget(key);
+        let mut table = self.table();
+        if let Some(Holder::Session(session)) = table.held.get(key).map(|held| held.holder) {
+            table.displaced.insert(session);
+            self.displaced.notify_waiters();
+        }
+        table.forget(key);
+    }
+
+    /// Returns when another process counts a lease of the session.
+    pub(super) async fn displaced(&self, session: SessionId) {
+        loop {
+            let mut displaced = std::pin::pin!(self.displaced.notified());
+            displaced.as_mut().enable();
+            if self.table().displaced.contains(&session) {
+                return;
+            }
+            displaced.await;
+        }
     }
 
     /// A session begins.
@@ -90,6 +109,9 @@ impl<K: Clone + Ord + Hash> Leases<K> {
             Holder::Session(session) if table.sessions.contains_key(&session) => (holder, None),
             Holder::Session(_) | Holder::Nobody => (Holder::Nobody, Some(now + self.grace)),
         };
+        if let Holder::Session(session) = holder {
+            table.displaced.remove(&session);
+        }
         let first = table.hold(key, incarnation, holder, deadline);
         drop(table);
         if first {
@@ -155,7 +177,7 @@ impl<K: Clone + Ord + Hash> Leases<K> {
     /// A session was lost: its instances are held by nobody, and returned.
     pub(super) fn session_lost(&self, session: SessionId, now: Instant) -> Vec<(K, Incarnation)> {
         let mut table = self.table();
-        let keys = table.sessions.remove(&session).unwrap_or_default();
+        let keys = table.session_ends(session);
         let deadline = now + self.grace;
         let mut over = Vec::with_capacity(keys.len());
         for key in keys {
@@ -175,7 +197,7 @@ impl<K: Clone + Ord + Hash> Leases<K> {
     pub(super) fn session_closed(&self, session: SessionId) -> Vec<(K, Incarnation)> {
         let mut table = self.table();
         let mut over = Vec::new();
-        for key in table.sessions.remove(&session).unwrap_or_default() {
+        for key in table.session_ends(session) {
             if let Some(held) = table.held.remove(&key) {
                 over.push((key, held.incarnation));
             }
@@ -236,6 +258,8 @@ impl Leases<InstanceKey> {
 struct Table<K> {
     held: HashMap<K, Held>,
     sessions: HashMap<SessionId, BTreeSet<K>>,
+    /// Of these, those that lost a lease to another process.
+    displaced: HashSet<SessionId>,
     /// One entry per lease with a deadline; a renewal leaves it and the entry is put back when it comes up too early.
     queue: BinaryHeap<Reverse<(Instant, K)>>,
     /// When deadlines are looked at again at the latest.
@@ -256,11 +280,22 @@ where
     K: Ord,
 {
     fn default() -> Self {
-        Self { held: HashMap::new(), sessions: HashMap::new(), queue: BinaryHeap::new(), wakes: None }
+        Self {
+            held: HashMap::new(),
+            sessions: HashMap::new(),
+            displaced: HashSet::new(),
+            queue: BinaryHeap::new(),
+            wakes: None,
+        }
     }
 }
 
 impl<K: Clone + Ord + Hash> Table<K> {
+    fn session_ends(&mut self, session: SessionId) -> BTreeSet<K> {
+        self.displaced.remove(&session);
+        self.sessions.remove(&session).unwrap_or_default()
+    }
+
     /// Returns whether its deadline is now the next of all.
     fn hold(&mut self, key: K, incarnation: Incarnation, holder: Holder, deadline: Option<Instant>) -> bool {
         let before = self.held.get(&key);

@@ -38,12 +38,14 @@ pub struct Mirror {
     catalog: Reader,
     /// The store lost what it had accepted.
     heal: bool,
+    /// The catalog came from the store, not from a copy.
+    followed: bool,
 }
 
 impl Mirror {
     /// A mirror of what `store` holds, as the catalog of `writer` and `catalog`.
     pub fn new(store: Arc<dyn Store>, writer: Writer, catalog: Reader) -> Self {
-        Self { store, writer, catalog, heal: false }
+        Self { store, writer, catalog, heal: false, followed: false }
     }
 
     /// Reads the store into the catalog and starts the task that keeps it so. `synced` opens as soon as the catalog holds
@@ -84,6 +86,7 @@ impl Mirror {
         let feed = self.store.watch(record::CATALOG, revision).await.map_err(Error::Store)?;
         instances_first(&mut all);
         self.writer.apply(revision, all);
+        self.followed = true;
         Ok(feed)
     }
 
@@ -216,7 +219,14 @@ impl Mirror {
 
     /// Lists the store again and publishes what became different, as one change.
     async fn resync(&mut self) -> Result<Box<dyn Watch>, StoreError> {
-        if self.heal {
+        // It may have gone back while nobody followed it.
+        let seen = self.catalog.latest().revision();
+        if self.followed && matches!(self.store.watch(record::CATALOG, seen).await, Err(StoreError::Reset(_)))
+        {
+            self.heal = true;
+        }
+        let heals = self.heal;
+        if heals {
             self.heal().await?;
             self.heal = false;
         }
@@ -245,7 +255,12 @@ impl Mirror {
         }
         instances_first(&mut different);
         let feed = self.store.watch(record::CATALOG, revision).await?;
-        self.writer.apply(revision, different);
+        if heals {
+            self.writer.start_over(revision, different);
+        } else {
+            self.writer.apply(revision, different);
+        }
+        self.followed = true;
         Ok(feed)
     }
 }

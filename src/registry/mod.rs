@@ -25,6 +25,7 @@ mod leases;
 mod leave;
 mod live;
 mod locks;
+mod losses;
 mod membership;
 mod mirror;
 mod record;

@@ -421,7 +421,13 @@ impl Inner {
     ) -> Result<Revision, Error> {
         for _ in 0..ATTEMPTS {
             let snapshot = self.catalog.latest();
-            let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
+            let Some(present) = snapshot.instance(key) else {
+                // This process may be behind; what is answered must be true of the store.
+                let stored = self.store.get(&record::instance_key(key)).await.map_err(Error::Store)?;
+                let Some(stored) = stored else { return Ok(snapshot.revision()) };
+                self.catalog.reached(stored.revision).await;
+                continue;
+            };
             expect_incarnation(present, incarnation)?;
             let mut ops = removal(present);
             ops.extend(self.unsay(key));

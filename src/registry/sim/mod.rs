@@ -180,4 +180,11 @@ fn no_accepted_write_is_lost_and_all_nodes_agree() {
     for seed in seeds {
         check(seed, script(seed));
     }
+    if let Some(seeds) = number("DISCO_SIM_SURVEY") {
+        for seed in 0..seeds {
+            if let Err(problem) = play(seed, &script(seed)) {
+                eprintln!("SURVEY {seed}: {problem:.300}");
+            }
+        }
+    }
 }

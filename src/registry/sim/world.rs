@@ -18,7 +18,7 @@ use super::{
         Config, Ended, Error, Guards, Member, Membership, Mirror, Network, Patience, Registry, Session,
         ask::{Answer, Ask},
     },
-    Step,
+    OWNERS, Step,
     store::{Client, Disk, Link, Shared, Wire},
 };
 use crate::{
@@ -228,8 +228,8 @@ impl World {
             Step::Crash(n) => self.crash(n),
             Step::Freeze(n) => self.freeze(n),
             Step::Thaw(n) => self.thaw(n),
-            Step::FreezeAll => (0..self.owners().len()).for_each(|n| self.freeze(n)),
-            Step::ThawAll => (0..self.owners().len()).for_each(|n| self.thaw(n)),
+            Step::FreezeAll => (0..OWNERS).for_each(|n| self.freeze(n)),
+            Step::ThawAll => (0..OWNERS).for_each(|n| self.thaw(n)),
             Step::Deregister(n) => self.deregister(n),
             Step::CutStore(n) => self.wires[n].send_modify(|wire| wire.cut = true),
             Step::SlowStore(n) => {
@@ -350,15 +350,10 @@ impl World {
                 sleep(Duration::from_millis(200)).await;
                 continue;
             }
-            if let Some(at) = holds {
-                let left = match self.reach(at) {
-                    Some(registry) => timeout(Duration::from_millis(200), registry.left()).await.is_ok(),
-                    None => {
-                        sleep(Duration::from_millis(200)).await;
-                        false
-                    }
-                };
-                if left {
+            if holds.is_some() {
+                let displaced = self.owners()[n].holds.as_ref().map(|(_, session)| session.displaced());
+                let Some(displaced) = displaced else { continue };
+                if timeout(Duration::from_millis(200), displaced).await.is_ok() {
                     let mut owners = self.owners();
                     (owners[n].holds, owners[n].vouched) = (None, None);
                 }
@@ -408,7 +403,7 @@ impl World {
                     Duration::from_millis(200)
                 }
             };
-            if is_session {
+            if self.owners()[n].holds.is_some() {
                 continue;
             }
             // Looks up now and then: a crash and a new run do not wait.
@@ -466,7 +461,7 @@ impl World {
         for n in 0..self.wires.len() {
             self.start_node(n).await;
         }
-        for n in 0..self.owners().len() {
+        for n in 0..OWNERS {
             self.thaw(n);
         }
     }
