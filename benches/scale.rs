@@ -48,7 +48,7 @@ const RESTARTS: usize = 5;
 const ROUND: Duration = Duration::from_secs(2);
 
 fn main() {
-    common::guard::start(Duration::from_secs(400));
+    common::guard::start(Duration::from_secs(480));
     let has = |word: &str| env::args().any(|argument| argument == word);
     let (file, etcd) = (!has("--etcd"), !has("--file"));
     let share = if has("--quick") { 10 } else { 1 };
@@ -84,7 +84,8 @@ fn in_process(instances: usize) {
         let mirror = Mirror::new(store.clone(), writer, reader.clone());
         mirror.start(Patience::None, &tasks, gate).await.unwrap();
         let members = watch::channel(Members::alone("n1".parse().unwrap())).1;
-        let registry = Registry::start(Config::default(), store, reader, members, &Metrics::default(), &tasks);
+        let registry =
+            Registry::start(Config::default(), store, reader, members, &Metrics::default(), &tasks);
         let mut keys: Vec<InstanceKey> = Vec::with_capacity(instances);
         let mut registrations = JoinSet::new();
         for n in 0..instances {
@@ -267,7 +268,7 @@ async fn send(channels: Vec<Channel>, instances: usize, call: Call) -> usize {
 
 /// Ready again after `kill -9`, beside reading the files.
 async fn restart(file: &Path, store: &Path, instances: usize) {
-    let (mut starts, mut reads, mut bytes, mut memory) = (vec![], vec![], 0, 0);
+    let (mut starts, mut cpu, mut reads, mut bytes, mut memory) = (vec![], vec![], vec![], 0, 0);
     for _ in 0..RESTARTS {
         let start = Instant::now();
         let files = fs::read_dir(store).unwrap();
@@ -279,11 +280,13 @@ async fn restart(file: &Path, store: &Path, instances: usize) {
         let (status, _) = http.raw(Method::GET, "/readyz", None, Duration::from_secs(5)).await.unwrap();
         assert!(status.is_success());
         starts.push(start.elapsed().as_secs_f64() * 1000.0);
+        cpu.push(disco.cpu() * 1000.0);
         memory = disco.memory();
     }
     println!(
-        "  restart: serving after {:.0} ms; reading the {:.0} MiB of the store {:.0} ms; {:.0} bytes of memory an instance",
+        "  restart: serving after {:.0} ms ({:.0} ms of CPU); reading the {:.0} MiB of the store {:.0} ms; {:.0} bytes of memory an instance",
         median(starts),
+        median(cpu),
         bytes as f64 / 1_048_576.0,
         median(reads),
         memory as f64 * 1024.0 / instances as f64,
@@ -340,7 +343,8 @@ async fn over_etcd(instances: usize) {
                     count
                 });
             }
-            limits.push(f64::from(count.join_all().await.iter().sum::<u32>()) / start.elapsed().as_secs_f64());
+            limits
+                .push(f64::from(count.join_all().await.iter().sum::<u32>()) / start.elapsed().as_secs_f64());
         }
         let (rate, limit) = (median(rates), median(limits));
         println!(
@@ -369,7 +373,10 @@ async fn etcd_counters(address: &str) -> (f64, f64) {
         let lines = text.lines().filter(|line| line.starts_with(start));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     };
-    (value("etcd_server_proposals_applied_total "), value("grpc_server_msg_received_total{grpc_method=\"LeaseKeepAlive\""))
+    (
+        value("etcd_server_proposals_applied_total "),
+        value("grpc_server_msg_received_total{grpc_method=\"LeaseKeepAlive\""),
+    )
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

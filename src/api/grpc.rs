@@ -142,7 +142,8 @@ impl RegistryService {
         let count = request.instances.len();
         if count > RENEWALS {
             let mut problems = Problems::default();
-            problems.add("instances", format!("{count} are too many: want at most {RENEWALS} in one request"));
+            problems
+                .add("instances", format!("{count} are too many: want at most {RENEWALS} in one request"));
             return Err(problems.into());
         }
         let renew = async |instance| {

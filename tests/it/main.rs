@@ -25,6 +25,7 @@ mod on_demand;
 mod per_type;
 mod plain_http;
 mod real_clients;
+mod renew_many;
 mod tidy;
 mod validate;
 mod views;
