@@ -297,7 +297,11 @@ async fn over_etcd(instances: usize) {
     let etcd = common::etcd::Etcd::start();
     let dir = directory();
     let file = dir.path().join("disco.yaml");
-    let store = format!("store: {{etcd: {{endpoints: [\"{}\"]}}}}", etcd.address);
+    let store = format!(
+        "data_dir: {}\nstore: {{etcd: {{endpoints: [\"{}\"]}}}}",
+        dir.path().join("data").display(),
+        etcd.address
+    );
     fs::write(&file, settings(&store, 100_000)).unwrap();
     println!("{instances} instances over one etcd, a history of 100000 entries");
     let disco = common::Disco::serve(&file);
