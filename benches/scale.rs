@@ -85,7 +85,7 @@ fn in_process(instances: usize) {
         mirror.start(Patience::None, &tasks, gate).await.unwrap();
         let members = watch::channel(Members::alone("n1".parse().unwrap())).1;
         let registry =
-            Registry::start(Config::default(), store, reader, members, &Metrics::default(), &tasks);
+            Registry::start(Config::default(), store, reader, members, None, &Metrics::default(), &tasks);
         let mut keys: Vec<InstanceKey> = Vec::with_capacity(instances);
         let mut registrations = JoinSet::new();
         for n in 0..instances {

@@ -15,7 +15,9 @@ use crate::{
         Revision, ServiceId, Update, Verdict,
     },
     proto::v1::{self, registry_server, session_request, session_response},
-    registry::{Accepted, Ended, Registry, Session, instance_to_proto, raw_check, verdict_from_proto},
+    registry::{
+        Accepted, Ended, FORWARDED, Registry, Session, instance_to_proto, raw_check, verdict_from_proto,
+    },
     rt::{Fate, Hangup, Tasks},
 };
 
@@ -252,8 +254,14 @@ impl registry_server::Registry for RegistryService {
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Answer<v1::RenewResponse> {
         let called = self.called_by(&request);
+        let forwarded = request.metadata().contains_key(FORWARDED);
         let (key, incarnation) = require_ref(request.into_inner().instance)?;
-        let (ttl, revision) = called.registry.renew(key, incarnation).await.map_err(ApiError::from)?;
+        let renewed = if forwarded {
+            called.registry.renew_here(key, incarnation).await
+        } else {
+            called.registry.renew(key, incarnation).await
+        };
+        let (ttl, revision) = renewed.map_err(ApiError::from)?;
         Ok(Response::new(v1::RenewResponse { revision: revision.0, ttl: ttl.try_into().ok() }))
     }
 

@@ -17,7 +17,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::{
     Error, Inner, Registry,
-    ask::{Answer, ask},
+    ask::Answer,
     batch::{Edit, Note, Run, Written},
     history::What,
     leases::Holder,
@@ -170,7 +170,7 @@ impl Inner {
             let mut next = (**present).clone();
             next.stale = None;
             let why = "it was renewed".to_owned();
-            Some((Edit::Put(next), Note { what: What::Returned, by: BY.into(), why }))
+            Some((Edit::Put(Box::new(next)), Note { what: What::Returned, by: BY.into(), why }))
         })
         .await
     }
@@ -215,7 +215,10 @@ impl Inner {
             let present = snapshot.instance(&run.0).filter(|it| it.incarnation == run.1);
             let present = present.filter(|it| it.stale.is_some() && self.is_over(it));
             let answer = match present {
-                Some(it) => Some(ask(SocketAddr::new(it.address, it.port.get()), settings.ask_timeout).await),
+                Some(it) => {
+                    let address = SocketAddr::new(it.address, it.port.get());
+                    Some(self.network.ask.ask(address, settings.ask_timeout).await)
+                }
                 None => None,
             };
             (run, wait, answer)

@@ -309,6 +309,14 @@ impl Store for EtcdStore {
         })
     }
 
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            self.inner.refuse_closed()?;
+            let advanced = self.inner.advance(self.inner.client.deadline(), to).await;
+            advanced.map_err(|failure| self.inner.failed(failure, "the revisions may not have moved on"))
+        })
+    }
+
     fn status(&self) -> latest::Receiver<Status> {
         self.inner.status.subscribe()
     }

@@ -250,6 +250,14 @@ impl Store for FileStore {
         Box::pin(async move { self.readable.watch(prefix, after) })
     }
 
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            let (answer, answered) = oneshot::channel();
+            self.queue.send(Request::Advance { to, answer }).await.map_err(|_| StoreError::Closed)?;
+            answered.await.unwrap_or(Err(StoreError::Closed))
+        })
+    }
+
     fn close(&self) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
             // Refused when it is closing already; either way it is closed in the end.

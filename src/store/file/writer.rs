@@ -33,7 +33,15 @@ const BATCH_COMMITS: usize = 1024;
 /// What is asked of the writer.
 #[derive(Debug)]
 pub(super) enum Request {
-    Commit { ops: Vec<Op>, answer: Answer },
+    Commit {
+        ops: Vec<Op>,
+        answer: Answer,
+    },
+    /// The revisions up to this one are taken from now on.
+    Advance {
+        to: Revision,
+        answer: oneshot::Sender<Result<(), StoreError>>,
+    },
     Close,
 }
 
@@ -164,6 +172,16 @@ impl Writer {
                 }
                 continue;
             }
+            if let Some(Request::Advance { to, answer }) =
+                waiting.pop_front_if(|next| matches!(next, Request::Advance { .. }))
+            {
+                if let Some(batch) = durable.take() {
+                    batch.show(&self.readable);
+                }
+                // Nobody listens when the caller gave up; it stands.
+                let _ = answer.send(self.advance(&mut frame, to));
+                continue;
+            }
             let batch = self.gather(&mut frame, &mut waiting, &mut queue, durable.as_mut());
             let begun = durable.take().map(|before| self.shower.begin(before));
             let appended = self.append(&mut frame);
@@ -211,14 +229,15 @@ impl Writer {
         };
         frame.begin_commits(Revision(batch.revision.0 + 1));
         while frame.len() < format::FULL {
-            let (ops, answer) = match waiting.pop_front() {
+            let is_advance = |next: &mut Request| matches!(next, Request::Advance { .. });
+            let (ops, answer) = match waiting.pop_front_if(|next| !is_advance(next)) {
                 Some(Request::Commit { ops, answer }) => (ops, answer),
                 Some(Request::Close) => {
                     // What is queued is still taken; nothing new comes in.
                     queue.close();
                     continue;
                 }
-                None => break,
+                Some(Request::Advance { .. }) | None => break,
             };
             let outcome = state.check(&ops, &batch.ahead).map(|()| {
                 batch.revision.0 += 1;
@@ -242,6 +261,18 @@ impl Writer {
         for (answer, _) in batch.answers {
             let _ = answer.send(Err(failed.clone()));
         }
+    }
+
+    fn advance(&mut self, frame: &mut Frame, to: Revision) -> Result<(), StoreError> {
+        if to <= self.readable.state().revision() {
+            return Ok(());
+        }
+        let bytes = frame.skip(to);
+        self.log
+            .append(bytes)
+            .map_err(|error| StoreError::Failed(format!("cannot write the change: {error}")))?;
+        self.logged += bytes.len() as u64;
+        self.readable.advance(to)
     }
 
     fn append(&mut self, frame: &mut Frame) -> Result<(), FileError> {
