@@ -48,7 +48,7 @@ const RESTARTS: usize = 5;
 const ROUND: Duration = Duration::from_secs(2);
 
 fn main() {
-    common::guard::start(Duration::from_secs(400));
+    common::guard::start(Duration::from_secs(480));
     let has = |word: &str| env::args().any(|argument| argument == word);
     let (file, etcd) = (!has("--etcd"), !has("--file"));
     let share = if has("--quick") { 10 } else { 1 };
@@ -268,7 +268,7 @@ async fn send(channels: Vec<Channel>, instances: usize, call: Call) -> usize {
 
 /// Ready again after `kill -9`, beside reading the files.
 async fn restart(file: &Path, store: &Path, instances: usize) {
-    let (mut starts, mut reads, mut bytes, mut memory) = (vec![], vec![], 0, 0);
+    let (mut starts, mut cpu, mut reads, mut bytes, mut memory) = (vec![], vec![], vec![], 0, 0);
     for _ in 0..RESTARTS {
         let start = Instant::now();
         let files = fs::read_dir(store).unwrap();
@@ -280,11 +280,13 @@ async fn restart(file: &Path, store: &Path, instances: usize) {
         let (status, _) = http.raw(Method::GET, "/readyz", None, Duration::from_secs(5)).await.unwrap();
         assert!(status.is_success());
         starts.push(start.elapsed().as_secs_f64() * 1000.0);
+        cpu.push(disco.cpu() * 1000.0);
         memory = disco.memory();
     }
     println!(
-        "  restart: serving after {:.0} ms; reading the {:.0} MiB of the store {:.0} ms; {:.0} bytes of memory an instance",
+        "  restart: serving after {:.0} ms ({:.0} ms of CPU); reading the {:.0} MiB of the store {:.0} ms; {:.0} bytes of memory an instance",
         median(starts),
+        median(cpu),
         bytes as f64 / 1_048_576.0,
         median(reads),
         memory as f64 * 1024.0 / instances as f64,
@@ -295,7 +297,11 @@ async fn over_etcd(instances: usize) {
     let etcd = common::etcd::Etcd::start();
     let dir = directory();
     let file = dir.path().join("disco.yaml");
-    let store = format!("store: {{etcd: {{endpoints: [\"{}\"]}}}}", etcd.address);
+    let store = format!(
+        "data_dir: {}\nstore: {{etcd: {{endpoints: [\"{}\"]}}}}",
+        dir.path().join("data").display(),
+        etcd.address
+    );
     fs::write(&file, settings(&store, 100_000)).unwrap();
     println!("{instances} instances over one etcd, a history of 100000 entries");
     let disco = common::Disco::serve(&file);

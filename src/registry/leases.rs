@@ -54,6 +54,14 @@ impl<K: Clone + Ord + Hash> Leases<K> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Makes room for so many leases in all, so that a start does not make it again and again.
+    pub(super) fn reserve(&self, leases: usize) {
+        let mut table = self.table();
+        let more = leases.saturating_sub(table.held.len());
+        table.held.reserve(more);
+        table.queue.reserve(more);
+    }
+
     /// Begins to count a lease that another process counted, or this one before a restart: its owner has the time to come
     /// back. A lease that is counted already stays as it is.
     pub(super) fn adopt(&self, key: &K, incarnation: Incarnation, ttl: Option<Duration>, now: Instant) {

@@ -192,6 +192,7 @@ impl Registry {
             tasks: tasks.clone(),
         });
         let known = inner.catalog.latest();
+        inner.leases.reserve(known.instances());
         inner.settle_all(&known);
         metrics.collect(held::HeldMetric(inner.catalog.clone()));
 

@@ -28,6 +28,7 @@ mod on_demand;
 mod per_type;
 mod plain_http;
 mod real_clients;
+mod renew_many;
 mod snapshot;
 mod tidy;
 mod validate;
