@@ -7,7 +7,6 @@ use tokio::time::Instant;
 
 use super::{
     super::record,
-    SESSION,
     world::{Phase, SHARE, TTL, WINDOW, World},
 };
 use crate::{
@@ -88,6 +87,8 @@ impl Checks {
             // What was there at each commit is unknown.
             self.epoch = epoch;
             self.present.clear();
+            // With the store, what is written down of removals went back.
+            self.lost.clear();
             for key in world.shared.disk().records.keys() {
                 if let Some(service) = service_of(key) {
                     self.present.entry(service.to_owned()).or_default().push(key.clone());
@@ -165,7 +166,6 @@ impl Checks {
                 return Err(format!("n{node} has {known:#?}, and the store {stored:#?}"));
             }
         }
-        let _ = SESSION;
         Ok(())
     }
 }
