@@ -226,7 +226,8 @@ mod tests {
         ] {
             let mut guard = Guard::new(Guards { min_share: share, ..Guards::default() });
             let all = if share < 1.0 { count(1000, leaving, silent) } else { count(1000, 0, 0) };
-            let verdict = guard.judge(Instant::now(), &service(0), here(count(present, leaving, silent)), here(all));
+            let verdict =
+                guard.judge(Instant::now(), &service(0), here(count(present, leaving, silent)), here(all));
             let want = if goes { Verdict::Go } else { Verdict::Ask { trips: true } };
             assert_eq!(verdict, want, "{leaving} and {silent} of {present} at {share}");
         }
@@ -267,7 +268,9 @@ mod tests {
             verdict == Verdict::Go
         };
         // Of 30 the others let go 10, which are still shown; then of 40.
-        for (lost, going, goes) in [(0, 0, true), (10, 10, true), (11, 11, false), (20, 0, true), (21, 0, false)] {
+        for (lost, going, goes) in
+            [(0, 0, true), (10, 10, true), (11, 11, false), (20, 0, true), (21, 0, false)]
+        {
             assert_eq!(judge(lost, going), goes, "{lost} {going}");
         }
     }

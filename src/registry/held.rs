@@ -164,9 +164,8 @@ impl Inner {
     /// The owner of a held instance vouches for it again.
     pub(super) fn revive(&self, key: InstanceKey, incarnation: Incarnation, ttl: Duration) {
         // The lease first: a removal under way sees it.
-        if !self.leases.hold(key.clone(), incarnation, Holder::Ttl(ttl), Instant::now()) {
-            self.held.revived((key, incarnation));
-        }
+        self.leases.hold(key.clone(), incarnation, Holder::Ttl(ttl), Instant::now());
+        self.held.revived((key, incarnation));
     }
 
     async fn free(&self, runs: Vec<Run>) -> Written {

@@ -221,7 +221,8 @@ impl Mirror {
     async fn resync(&mut self) -> Result<Box<dyn Watch>, StoreError> {
         // It may have gone back while nobody followed it.
         let seen = self.catalog.latest().revision();
-        if self.followed && matches!(self.store.watch(record::CATALOG, seen).await, Err(StoreError::Reset(_))) {
+        if self.followed && matches!(self.store.watch(record::CATALOG, seen).await, Err(StoreError::Reset(_)))
+        {
             self.heal = true;
         }
         let heals = self.heal;

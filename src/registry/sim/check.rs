@@ -44,7 +44,10 @@ impl Checks {
                 }
             }
             let epoch = world.shared.disk().epoch;
-            for removed in world.deregistered.lock().unwrap().iter().filter(|it| it.epoch == epoch) {
+            // A process that was cut off while the store went back writes what it knew, also what was removed since then; that
+            // goes when its lease is over, which the end shows.
+            let removed = world.deregistered.lock().unwrap();
+            for removed in removed.iter().filter(|it| it.epoch == epoch && epoch == 0) {
                 let run = (removed.owner, removed.incarnation);
                 let key = world.owners()[removed.owner].key.clone();
                 let seen = snapshot.instance(&key);

@@ -256,7 +256,8 @@ impl Link {
                 drop(disk);
                 let next = Status { fault: None, session: Some(Session { id, until: Some(now + SESSION) }) };
                 self.status.send_if_modified(|status| {
-                    let same = status.session.is_some_and(|s| s.id == id && s.holds()) && status.fault.is_none();
+                    let same =
+                        status.session.is_some_and(|s| s.id == id && s.holds()) && status.fault.is_none();
                     *status = next;
                     !same
                 });
@@ -294,7 +295,8 @@ impl Store for Client {
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>, StoreError>> {
         Box::pin(async move {
             self.0.call().await?;
-            let found = self.0.shared.disk().records.get_key_value(key).map(|(key, record)| entry(key, record));
+            let found =
+                self.0.shared.disk().records.get_key_value(key).map(|(key, record)| entry(key, record));
             self.0.call().await?;
             Ok(found)
         })
@@ -379,8 +381,7 @@ impl Follower {
 impl Watch for Follower {
     fn next(&mut self) -> BoxFuture<'_, Result<Event, StoreError>> {
         Box::pin(async move {
-            let (mut wire, mut changed) =
-                (self.link.wire.subscribe(), self.link.shared.changed.subscribe());
+            let (mut wire, mut changed) = (self.link.wire.subscribe(), self.link.shared.changed.subscribe());
             loop {
                 if self.link.reaches()
                     && let Some(event) = self.look()?
