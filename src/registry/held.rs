@@ -83,6 +83,12 @@ impl Held {
         self.scheduled.notify_one();
     }
 
+    /// Has the mark taken off one that has a lease.
+    pub(super) fn revived(&self, run: Run) {
+        self.revived.lock().unwrap_or_else(PoisonError::into_inner).push(run);
+        self.renewed.notify_one();
+    }
+
     fn due(&self, now: Instant) -> Vec<(Run, Duration)> {
         let mut schedule = self.schedule();
         let mut due = Vec::new();
@@ -158,10 +164,8 @@ impl Inner {
     /// The owner of a held instance vouches for it again.
     pub(super) fn revive(&self, key: InstanceKey, incarnation: Incarnation, ttl: Duration) {
         // The lease first: a removal under way sees it.
-        if !self.leases.hold(key.clone(), incarnation, Holder::Ttl(ttl), Instant::now()) {
-            self.held.revived.lock().unwrap_or_else(PoisonError::into_inner).push((key, incarnation));
-            self.held.renewed.notify_one();
-        }
+        self.leases.hold(key.clone(), incarnation, Holder::Ttl(ttl), Instant::now());
+        self.held.revived((key, incarnation));
     }
 
     async fn free(&self, runs: Vec<Run>) -> Written {

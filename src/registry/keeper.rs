@@ -34,7 +34,8 @@ impl Inner {
         self.leases.adopt(&instance.key, instance.incarnation, ttl, Instant::now());
     }
 
-    /// Counts the leases that it keeps, and no others. That of a stale instance is over.
+    /// Counts the leases that it keeps, and no others. That of a stale instance is over, unless a store that went back does not
+    /// know that its owner vouches for it again.
     pub(super) fn settle_all(&self, snapshot: &Snapshot) {
         let members = self.members.borrow().clone();
         for instance in snapshot.services().flat_map(|service| service.instances()) {
@@ -42,6 +43,8 @@ impl Inner {
                 self.leases.cede(&instance.key);
             } else if instance.stale.is_none() {
                 self.adopt(instance);
+            } else if self.leases.held(&instance.key, instance.incarnation) {
+                self.held.revived((instance.key.clone(), instance.incarnation));
             }
         }
     }

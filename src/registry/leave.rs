@@ -164,7 +164,8 @@ impl Inner {
     /// As [`Inner::judge`], and has it written down where other processes judge as well.
     async fn judge_in_turn(&self, over: &[Run], more: usize) -> Vec<Leaving> {
         for _ in 0..ATTEMPTS {
-            if self.members.borrow().live.len() <= 1 {
+            let own_store = self.store.status().borrow().session.is_some_and(|it| it.until.is_none());
+            if own_store && self.members.borrow().live.len() <= 1 {
                 return self.judge(over, more, Some(&Written::default()));
             }
             let listing = match self.store.list(LOSSES).await {

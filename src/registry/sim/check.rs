@@ -7,7 +7,6 @@ use tokio::time::Instant;
 
 use super::{
     super::record,
-    SESSION,
     world::{Phase, SHARE, TTL, WINDOW, World},
 };
 use crate::{
@@ -45,7 +44,10 @@ impl Checks {
                 }
             }
             let epoch = world.shared.disk().epoch;
-            for removed in world.deregistered.lock().unwrap().iter().filter(|it| it.epoch == epoch) {
+            // A process that was cut off while the store went back writes what it knew, also what was removed since then; that
+            // goes when its lease is over, which the end shows.
+            let removed = world.deregistered.lock().unwrap();
+            for removed in removed.iter().filter(|it| it.epoch == epoch && epoch == 0) {
                 let run = (removed.owner, removed.incarnation);
                 let key = world.owners()[removed.owner].key.clone();
                 let seen = snapshot.instance(&key);
@@ -88,6 +90,8 @@ impl Checks {
             // What was there at each commit is unknown.
             self.epoch = epoch;
             self.present.clear();
+            // With the store, what is written down of removals went back.
+            self.lost.clear();
             for key in world.shared.disk().records.keys() {
                 if let Some(service) = service_of(key) {
                     self.present.entry(service.to_owned()).or_default().push(key.clone());
@@ -165,7 +169,6 @@ impl Checks {
                 return Err(format!("n{node} has {known:#?}, and the store {stored:#?}"));
             }
         }
-        let _ = SESSION;
         Ok(())
     }
 }

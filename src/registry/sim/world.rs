@@ -123,7 +123,7 @@ impl World {
     pub(super) async fn start(nodes: usize, owners: usize) -> Arc<Self> {
         let owner = |n: usize| Owner {
             key: InstanceKey {
-                service: if n % 3 == 0 { "small" } else { "large" }.parse().unwrap(),
+                service: if n.is_multiple_of(3) { "small" } else { "large" }.parse().unwrap(),
                 id: format!("i{n}").parse().unwrap(),
             },
             port: 1000 + n as u16,
