@@ -55,9 +55,9 @@ fn nodes_and_etcds(world: &mut World, table: &mut Table) {
             world.nodes.node_mut(name)?.start_again()
         }));
     }
-    table.add(world.fault("kill -9 of all Discos", |world| {
+    table.add(world.fault("kill -9 of all Discos, 15 s", |world| {
         world.nodes.all.iter_mut().for_each(Disco::kill);
-        thread::sleep(DEAD);
+        thread::sleep(FAULT);
         world.nodes.all.iter_mut().try_for_each(Disco::start_again)
     }));
     for name in DISCOS {
@@ -72,20 +72,20 @@ fn nodes_and_etcds(world: &mut World, table: &mut Table) {
         thread::sleep(FAULT);
         world.nodes.all.iter().try_for_each(|disco| disco.signal(Signal::CONT))
     }));
-    for n in 0..ETCDS.len() {
-        table.add(world.fault(&format!("kill -9 of etcd {}", ETCDS[n]), |world| {
+    for (n, name) in ETCDS.into_iter().enumerate() {
+        table.add(world.fault(&format!("kill -9 of etcd {name}"), |world| {
             world.nodes.etcd.kill(n);
             thread::sleep(DEAD);
             world.nodes.etcd.begin(n)
         }));
     }
-    table.add(world.fault("kill -9 of all etcds", |world| {
+    table.add(world.fault("kill -9 of all etcds, 15 s", |world| {
         (0..ETCDS.len()).for_each(|n| world.nodes.etcd.kill(n));
-        thread::sleep(DEAD);
+        thread::sleep(FAULT);
         (0..ETCDS.len()).try_for_each(|n| world.nodes.etcd.begin(n))
     }));
-    for n in 0..ETCDS.len() {
-        table.add(world.fault(&format!("SIGSTOP of etcd {}, 15 s", ETCDS[n]), |world| {
+    for (n, name) in ETCDS.into_iter().enumerate() {
+        table.add(world.fault(&format!("SIGSTOP of etcd {name}, 15 s"), |world| {
             world.nodes.etcd.signal(n, Signal::STOP)?;
             thread::sleep(FAULT);
             world.nodes.etcd.signal(n, Signal::CONT)
@@ -115,7 +115,7 @@ fn cuts(world: &mut World, table: &mut Table) {
         for a in one {
             pairs.extend(other.iter().filter(|b| a != *b).map(|b| (*a, *b)));
         }
-        table.add(world.fault(&format!("cut {what}, 15 s"), |world| {
+        let mut row = world.fault(&format!("cut {what}, 15 s"), |world| {
             for (a, b) in &pairs {
                 world.network.cut(&[a], &[b])?;
             }
@@ -124,7 +124,10 @@ fn cuts(world: &mut World, table: &mut Table) {
                 world.network.mend(&[a], &[b])?;
             }
             Ok(())
-        }));
+        });
+        // An owner that hears nothing gives its connection up; that this is its end, and not that of the process, cannot be seen.
+        row.may_remove = if other == [INSTANCES] { world.instances() } else { 0 };
+        table.add(row);
     }
 }
 
@@ -138,11 +141,16 @@ fn instances(world: &mut World, table: &mut Table) {
         table.add(world.deaths(what, &[kind]));
     }
     table.add(world.deaths("30 % of the instances die at once", &[Kind::Session, Kind::Orphan, Kind::Ttl]));
-    table.add(world.fault("all renewals stop for 40 s, processes live", |world| {
-        world.silence(true)?;
+    table.add(world.unrenewed());
+    // Their ends are spread over half a minute, so the guard lets half go before it doubts.
+    let half = world.instances() / 2;
+    let mut row = world.fault("all `disco run` frozen, no renewals, 40 s; processes live", |world| {
+        world.freeze_owners(true)?;
         thread::sleep(Duration::from_secs(40));
-        world.silence(false)
-    }));
+        world.freeze_owners(false)
+    });
+    row.may_remove = half;
+    table.add(row);
 }
 
 /// The embedded store on a file system of 2 MiB, filled up under it.

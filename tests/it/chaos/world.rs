@@ -39,6 +39,7 @@ pub(super) enum Kind {
 struct Plain {
     id: String,
     kind: Kind,
+    port: u16,
     _process: Process,
 }
 
@@ -107,8 +108,8 @@ impl World {
                 let process = Process::start(&id, &self.folder, &mut command)?;
                 let address = SocketAddr::new(self.place.ip, port);
                 eventually("a greeter", PATIENCE, || std::net::TcpStream::connect(address).ok())?;
-                self.renewer.keep(&id, port, kind);
-                self.plain.push(Plain { id, kind, _process: process });
+                self.renewer.keep(&format!("greeter/instances/{id}"), port, kind);
+                self.plain.push(Plain { id, kind, port, _process: process });
             }
         }
         self.wait_whole()
@@ -120,6 +121,7 @@ impl World {
 
     /// Waits until every node shows exactly the instances that there are, none of them stale, and the proxy calls all.
     fn wait_whole(&self) -> anyhow::Result<()> {
+        self.nodes.etcd.wait_well()?;
         let wanted = self.expected();
         let mut seen = String::new();
         let whole = eventually("all that lives, at every node and in the proxy", 2 * PATIENCE, || {
@@ -151,9 +153,12 @@ impl World {
 
     /// Does something to it that kills no instance, and waits until everything is as it was.
     pub(super) fn fault(&mut self, what: &str, act: impl FnOnce(&mut Self) -> anyhow::Result<()>) -> Row {
-        self.measure(what, |world, _| {
+        self.measure(what, |world, row| {
             act(world)?;
-            world.wait_whole()
+            let end = Instant::now();
+            world.wait_whole()?;
+            row.seconds = end.elapsed().as_secs_f64();
+            Ok(())
         })
     }
 
@@ -171,9 +176,7 @@ impl World {
     ) -> anyhow::Result<()> {
         let (calls, updates, removals) = (self.load.stats(), self.updates()?, self.removals()?);
         let living = self.expected();
-        let start = Instant::now();
         let result = act(self, row);
-        row.seconds = start.elapsed().as_secs_f64();
         let end = self.load.wait_more(100);
         let stats = self.load.stats();
         row.calls = stats.ok + stats.failed - calls.ok - calls.failed;
@@ -244,7 +247,7 @@ impl World {
                     Dying::Run(greeter, _) => drop(greeter),
                     Dying::Plain(plain) => {
                         if plain.kind == Kind::Ttl {
-                            world.renewer.forget(&id);
+                            world.renewer.forget(&format!("greeter/instances/{id}"));
                         }
                         drop(plain);
                     }
@@ -254,11 +257,12 @@ impl World {
                 world.envoy.hosts("greeter").ok()?.is_disjoint(&victims).then_some(())
             })?;
             row.left = Some(start.elapsed().as_secs_f64());
+            row.seconds = start.elapsed().as_secs_f64();
             // One that is checked stays registered as unhealthy, until somebody removes it.
             for id in hosts.keys().filter(|id| !world.expected().contains(*id)) {
-                world.renewer.forget(id);
-                let path = format!("/v1/services/greeter/instances/{id}");
-                let _ = world.nodes.all[0].request("DELETE", &path, b"");
+                let path = format!("greeter/instances/{id}");
+                world.renewer.forget(&path);
+                let _ = world.nodes.all[0].request("DELETE", &format!("/v1/services/{path}"), b"");
             }
             world.replenish()
         })
@@ -275,10 +279,51 @@ impl World {
     }
 
     /// Stops or continues all renewals and every `disco run`; the processes themselves go on.
-    pub(super) fn silence(&self, silent: bool) -> anyhow::Result<()> {
+    pub(super) fn freeze_owners(&self, silent: bool) -> anyhow::Result<()> {
         self.renewer.paused.store(silent, Ordering::Relaxed);
         let signal = if silent { Signal::STOP } else { Signal::CONT };
         self.runs.values().try_for_each(|greeter| greeter.signal(signal))
+    }
+
+    pub(super) fn instances(&self) -> usize {
+        self.expected().len()
+    }
+
+    /// Twelve instances of another service with a TTL of 3 s: their renewals stop, they themselves do not.
+    pub(super) fn unrenewed(&mut self) -> Row {
+        let mut row = self.fault("all renewals of a service stop for 15 s, its processes live", |world| {
+            let port = world.plain.first().context("no instance")?.port;
+            let paths: Vec<_> = (0..12).map(|n| format!("payments/instances/t{n}")).collect();
+            paths.iter().for_each(|path| world.renewer.keep(path, port, Kind::Ttl));
+            world.wait_payments(12, 0)?;
+            world.renewer.paused.store(true, Ordering::Relaxed);
+            let held = world.wait_payments(12, 12);
+            thread::sleep(super::FAULT);
+            let still = world.wait_payments(12, 12);
+            world.renewer.paused.store(false, Ordering::Relaxed);
+            held.and(still)?;
+            world.wait_payments(12, 0)?;
+            paths.iter().for_each(|path| world.renewer.forget(path));
+            Ok(())
+        });
+        // Those of the greeter with a TTL are few beside its others: they are believed to be gone.
+        row.may_remove = 2;
+        if row.problem.is_none() {
+            row.note = "12 of 12 held".to_owned();
+        }
+        row
+    }
+
+    fn wait_payments(&self, all: usize, held: usize) -> anyhow::Result<()> {
+        let mut seen = String::new();
+        let done = eventually(&format!("{all} instances, {held} of them held"), PATIENCE, || {
+            let read = self.nodes.all[0].get("/v1/services/payments/instances").ok()?;
+            seen = read.to_string();
+            let instances = read["instances"].as_array()?;
+            let stale = instances.iter().filter(|it| it.get("stale").is_some()).count();
+            (instances.len() == all && stale == held).then_some(())
+        });
+        done.context(seen)
     }
 
     /// Waits for the last registration, looks for all of them, and ends. Returns how many there were.
@@ -320,13 +365,13 @@ impl Renewer {
                     continue;
                 }
                 let all = of_thread.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                for (id, (port, kind)) in all {
+                for (path, (port, kind)) in all {
                     let body = match kind {
                         Kind::Checked => json!({"address": address, "port": port, "ttl": "1h",
                                                 "health": {"kind": "grpc", "interval": "1s", "timeout": "500ms"}}),
                         _ => json!({"address": address, "port": port, "ttl": "3s"}),
                     };
-                    let path = format!("/v1/services/greeter/instances/{id}");
+                    let path = format!("/v1/services/{path}");
                     // The same server as long as it answers: a lease is counted there.
                     for _ in 0..servers.len() {
                         let body = body.to_string();
@@ -348,12 +393,13 @@ impl Renewer {
         Self { kept, paused, ended }
     }
 
-    fn keep(&self, id: &str, port: u16, kind: Kind) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned(), (port, kind));
+    /// `path` is that of the instance under `/v1/services/`.
+    fn keep(&self, path: &str, port: u16, kind: Kind) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), (port, kind));
     }
 
-    fn forget(&self, id: &str) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+    fn forget(&self, path: &str) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
     }
 }
 
