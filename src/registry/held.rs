@@ -174,7 +174,7 @@ impl Inner {
             let mut next = (**present).clone();
             next.stale = None;
             let why = "it was renewed".to_owned();
-            Some((Edit::Put(next), Note { what: What::Returned, by: BY.into(), why }))
+            Some((Edit::Put(Box::new(next)), Note { what: What::Returned, by: BY.into(), why }))
         })
         .await
     }
@@ -221,7 +221,7 @@ impl Inner {
             let answer = match present {
                 Some(it) => {
                     let address = SocketAddr::new(it.address, it.port.get());
-                    Some(self.ask.ask(address, settings.ask_timeout).await)
+                    Some(self.network.ask.ask(address, settings.ask_timeout).await)
                 }
                 None => None,
             };

@@ -302,7 +302,7 @@ impl Inner {
                 return None;
             }
             let address = SocketAddr::new(instance.address, instance.port.get());
-            let answer = self.ask.ask(address, PATIENCE).await;
+            let answer = self.network.ask.ask(address, PATIENCE).await;
             Some((instance, answer))
         });
         let (mut refused, mut unsure) = (Vec::new(), Vec::new());
@@ -330,7 +330,7 @@ impl Inner {
                 let reason = format!("{}, too many others went, and {said}", self.text(cause, present));
                 let mut next = (**present).clone();
                 next.stale = Some(Box::new(Stale { since, reason: reason.clone() }));
-                Some((Edit::Put(next), Note { what: What::Held, by: BY.into(), why: reason }))
+                Some((Edit::Put(Box::new(next)), Note { what: What::Held, by: BY.into(), why: reason }))
             })
             .await;
         self.held.soon(written.done.iter().map(|it| (it.key.clone(), it.incarnation)));

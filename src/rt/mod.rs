@@ -1,11 +1,13 @@
 //! Small general things: named tasks with an owner, backoff, readiness, connections that note a hang-up, the wall clock.
 
 mod backoff;
+mod boot;
 mod hangup;
 mod ready;
 mod task;
 
 pub use backoff::Backoff;
+pub use boot::{boot_time, sleep_until_boot};
 pub use hangup::{Fate, Hangup, Watched};
 pub use ready::{Gate, Readiness};
 pub use task::{Leave, Shutdown, Tasks};

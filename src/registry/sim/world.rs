@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{
     super::{
-        Config, Ended, Error, Guards, Member, Membership, Mirror, Patience, Registry, Session,
+        Config, Ended, Error, Guards, Member, Membership, Mirror, Network, Patience, Registry, Session,
         ask::{Answer, Ask},
     },
     OWNERS, Step,
@@ -195,8 +195,15 @@ impl World {
         };
         let config = Config { session_grace: GRACE, guards, ..Config::default() };
         let answers = Arc::new(Answers(Arc::clone(self)));
-        let registry =
-            Registry::start_asking(answers, config, store, reader, members, &Metrics::default(), &tasks);
+        let registry = Registry::start_over(
+            Network { ask: answers, forward: None },
+            config,
+            store,
+            reader,
+            members,
+            &Metrics::default(),
+            &tasks,
+        );
         self.nodes.lock().unwrap()[n] = Some(Node { registry, tasks });
     }
 

@@ -101,7 +101,7 @@ async fn leader(cluster: &Cluster) -> usize {
 #[tokio::test]
 async fn leaders_that_die_or_stand_still_cost_no_commit_and_no_event() {
     let mut cluster = Cluster::start(3);
-    let patient = EtcdConfig { timeout: Duration::from_secs(6), ..cluster.config() };
+    let patient = EtcdConfig { timeout: Duration::from_secs(15), ..cluster.config() };
     let store = Arc::new(EtcdStore::open(&patient).unwrap());
     let start = store.commit(vec![put("start", "")]).await.unwrap();
     let mut watch = store.watch("k/", start).await.unwrap();
