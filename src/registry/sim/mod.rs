@@ -191,7 +191,7 @@ fn no_accepted_write_is_lost_and_all_nodes_agree() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seeds = match number("DISCO_SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..number("DISCO_SIM_SEEDS").unwrap_or(200),
+        None => 0..number("DISCO_SIM_SEEDS").unwrap_or(60),
     };
     check(seeds.map(|seed| (seed, script(seed))).collect());
 }
