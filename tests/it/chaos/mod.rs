@@ -35,9 +35,14 @@ fn chaos() {
         let network = Network::new(&[&DISCOS[..], &ETCDS, &[INSTANCES]].concat())?;
         let mut world = World::new(folder, network)?;
         eprintln!("{}", Table::HEAD);
-        nodes_and_etcds(&mut world, &mut table);
-        cuts(&mut world, &mut table);
-        instances(&mut world, &mut table);
+        let scenes: [(&str, fn(&mut World, &mut Table)); 3] =
+            [("processes", processes), ("network", cuts), ("instances", instances)];
+        let wanted = std::env::var("DISCO_CHAOS").unwrap_or_default();
+        for (name, scene) in scenes {
+            if wanted.is_empty() || wanted == name {
+                scene(&mut world, &mut table);
+            }
+        }
         let registered = world.finish()?;
         let disk = folder.join("disk");
         fs::create_dir(&disk)?;
@@ -47,7 +52,7 @@ fn chaos() {
     });
 }
 
-fn nodes_and_etcds(world: &mut World, table: &mut Table) {
+fn processes(world: &mut World, table: &mut Table) {
     for name in DISCOS {
         table.add(world.fault(&format!("kill -9 of Disco {name}"), |world| {
             world.nodes.node_mut(name)?.kill();
