@@ -27,6 +27,8 @@ const DISCOS: [&str; 3] = ["n1", "n2", "n3"];
 const ETCDS: [&str; 3] = ["e1", "e2", "e3"];
 const INSTANCES: &str = "services";
 
+type Scene = fn(&mut World, &mut Table);
+
 #[test]
 #[ignore = "takes ten minutes and a network namespace: make chaos"]
 fn chaos() {
@@ -35,7 +37,7 @@ fn chaos() {
         let network = Network::new(&[&DISCOS[..], &ETCDS, &[INSTANCES]].concat())?;
         let mut world = World::new(folder, network)?;
         eprintln!("{}", Table::HEAD);
-        let scenes: [(&str, fn(&mut World, &mut Table)); 3] =
+        let scenes: [(&str, Scene); 3] =
             [("processes", processes), ("network", cuts), ("instances", instances)];
         let wanted = std::env::var("DISCO_CHAOS").unwrap_or_default();
         for (name, scene) in scenes {
