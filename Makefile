@@ -37,9 +37,10 @@ check: requirements ## Formatting, lints and documentation, as CI checks them
 	$(CARGO) clippy --profile $(PROFILE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile $(PROFILE) --no-deps --quiet
 
-bench: requirements ## All benchmarks in ten minutes, with a table and a plot
+bench: requirements ## All benchmarks in a quarter of an hour, with a table and a plot
 	@$(CARGO) bench --profile fast --no-run
 	@$(CARGO) bench --profile fast --bench registrations
+	@$(CARGO) bench --profile fast --bench scale -- --file
 	@$(CARGO) bench --profile fast --bench propagation
 	@PYTHON=$(PYTHON) $(CARGO) bench --profile fast --bench fanout -- --json=benches/fanout.json
 	@$(PYTHON) benches/plot.py benches/fanout.json benches/fanout.svg

@@ -141,7 +141,7 @@ mod tests {
     #[tokio::test]
     async fn a_port_is_listened_on_once() {
         let first = Incoming::bind(([127, 0, 0, 1], 0).into()).unwrap();
-        let again = Incoming::bind(first.address().unwrap()).err().expect("the port is taken");
+        let again = Incoming::bind(first.address().unwrap()).expect_err("the port is taken");
         assert_eq!(again.kind(), io::ErrorKind::AddrInUse);
     }
 }

@@ -8,10 +8,7 @@ use std::{
 };
 
 use prometheus_client::metrics::histogram::Histogram;
-use tokio::{
-    sync::{Notify, watch},
-    time::Instant,
-};
+use tokio::{sync::Notify, time::Instant};
 
 use crate::{
     catalog::{Changes, Reader, Snapshot},
@@ -19,7 +16,7 @@ use crate::{
     resources::{ClientKind, Places, View, update_beside},
     rt::{self, Tasks},
     telemetry::{Metrics, Stage},
-    xds::{Admit, Admitted, Code, Node, Refusal, ResourceSet, StreamPolicy},
+    xds::{Admit, Admitted, Code, Feed, Node, Proxies, Publisher, Refusal, ResourceSet, StreamPolicy},
 };
 
 /// Views of all services that may be in use at once. Each costs a rendering of the whole catalog, and a node may ask for one.
@@ -28,10 +25,10 @@ const MOST: usize = 256;
 /// Likewise of some services, which cost what they name.
 const MOST_SCOPED: usize = 4096;
 
-/// The least time between two publications of a view, for each receiver of it, of which a stream has two: together about what
-/// it costs to bring a change to a stream. Under a storm of changes this leaves the writers half the machine, and what is
-/// superseded meanwhile is never sent.
-const PACE: Duration = Duration::from_micros(10);
+/// The least time between two publications of a view, for each stream that the first concerned: about what it costs to bring
+/// a change to a stream. Under a storm of changes this leaves the writers half the machine, and what is superseded meanwhile
+/// is never sent.
+const PACE: Duration = Duration::from_micros(20);
 
 /// The longest such time.
 const SLOWEST: Duration = Duration::from_millis(50);
@@ -39,12 +36,11 @@ const SLOWEST: Duration = Duration::from_millis(50);
 /// How long a view that no stream holds any more is kept at most.
 const IDLE: Duration = Duration::from_secs(10);
 
-pub(super) type Set = Option<Arc<ResourceSet>>;
-
 /// The resource sets in use: one a view, kept up as long as a stream holds it.
 #[derive(Debug, Clone)]
 pub(super) struct Views {
     catalog: Reader,
+    proxies: Proxies,
     tasks: Tasks,
     families: Arc<Mutex<HashMap<View, Family>>>,
     /// From a durable change to its resources.
@@ -59,16 +55,23 @@ pub(super) struct Views {
 /// have one and the same set.
 #[derive(Debug, Default)]
 struct Family {
-    members: HashMap<Locality, Arc<watch::Sender<Set>>>,
+    members: HashMap<Locality, Arc<Publisher>>,
     joined: Arc<Notify>,
 }
 
 impl Views {
-    pub(super) fn new(catalog: Reader, tasks: Tasks, metrics: &Metrics, leds_from: usize) -> Self {
+    pub(super) fn new(
+        catalog: Reader,
+        proxies: Proxies,
+        tasks: Tasks,
+        metrics: &Metrics,
+        leds_from: usize,
+    ) -> Self {
         let start = rt::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let origin = u64::try_from(start.as_nanos()).unwrap_or_default();
         Self {
             catalog,
+            proxies,
             tasks,
             families: Arc::default(),
             published: metrics.propagation(Stage::Published),
@@ -79,7 +82,7 @@ impl Views {
 
     /// The set of a view, now and as it changes; `None` when too many views are in use. Where something runs only decides what
     /// is preferred, so views that differ in nothing else give way to wider ones before any is refused.
-    fn subscribe(&self, view: View) -> Option<watch::Receiver<Set>> {
+    fn subscribe(&self, view: View) -> Option<Feed> {
         let most = if view.upstreams.is_some() { MOST_SCOPED } else { MOST };
         let here = view.locality.clone();
         let in_region = Locality { zone: "".into(), ..here.clone() };
@@ -89,10 +92,10 @@ impl Views {
     }
 
     /// The set of exactly this view, unless that makes more than `most` of its sort.
-    fn subscribe_within(&self, family: &View, place: Locality, most: usize) -> Option<watch::Receiver<Set>> {
+    fn subscribe_within(&self, family: &View, place: Locality, most: usize) -> Option<Feed> {
         let mut families = self.families();
-        if let Some(set) = families.get(family).and_then(|family| family.members.get(&place)) {
-            return Some(set.subscribe());
+        if let Some(publisher) = families.get(family).and_then(|family| family.members.get(&place)) {
+            return Some(publisher.feed());
         }
         let of_sort = |view: &View| view.upstreams.is_some() == family.upstreams.is_some();
         let count = |families: &HashMap<View, Family>| {
@@ -107,14 +110,15 @@ impl Views {
         }
         let known = families.contains_key(family);
         let members = families.entry(family.clone()).or_default();
-        let (sender, receiver) = watch::channel(None);
-        members.members.insert(place, Arc::new(sender));
+        let publisher = Publisher::new(&self.proxies);
+        let feed = publisher.feed();
+        members.members.insert(place, Arc::new(publisher));
         members.joined.notify_one();
         if !known {
             let joined = Arc::clone(&members.joined);
             self.tasks.spawn_until_shutdown("views", self.clone().project(family.clone(), joined));
         }
-        Some(receiver)
+        Some(feed)
     }
 
     /// Follows the catalog until no stream holds a view of the family any more.
@@ -129,7 +133,7 @@ impl Views {
         loop {
             let Some(members) = self.members(&family) else { return };
             sets.retain(|place, _| members.contains_key(place));
-            for (place, sender) in members.iter().filter(|(_, sender)| sender.borrow().is_none()) {
+            for (place, publisher) in members.iter().filter(|(_, publisher)| publisher.latest().is_none()) {
                 let widest = places.widest(place);
                 let same = sets.iter().find(|(other, _)| places.widest(other) == widest);
                 let set = same.map(|(_, set)| Arc::clone(set)).unwrap_or_else(|| {
@@ -139,7 +143,7 @@ impl Views {
                     Arc::new(set.with_published(Instant::now()))
                 });
                 sets.insert(place.clone(), Arc::clone(&set));
-                sender.send_replace(Some(set));
+                publisher.publish(set);
                 tokio::task::yield_now().await;
             }
             let newer = tokio::select! {
@@ -154,6 +158,7 @@ impl Views {
             let before: Vec<_> = sets.drain().collect();
             let mut done: HashMap<(usize, Locality), Arc<ResourceSet>> = HashMap::new();
             let mut last: Option<Arc<ResourceSet>> = None;
+            let mut concerned = 0;
             for (place, set) in &before {
                 let widest = places.widest(place);
                 let view = at(&widest);
@@ -166,15 +171,14 @@ impl Views {
                     Arc::new(next.with_published(Instant::now()))
                 });
                 last = Some(Arc::clone(next));
-                if let Some(sender) = members.get(place) {
-                    sender.send_replace(Some(Arc::clone(next)));
+                if let Some(publisher) = members.get(place) {
+                    concerned += publisher.publish(Arc::clone(next));
                 }
                 sets.insert(place.clone(), Arc::clone(next));
                 tokio::task::yield_now().await;
             }
-            let receivers: usize = members.values().map(|sender| sender.receiver_count()).sum();
             calm = Instant::now()
-                + PACE.saturating_mul(u32::try_from(receivers).unwrap_or(u32::MAX)).min(SLOWEST);
+                + PACE.saturating_mul(u32::try_from(concerned).unwrap_or(u32::MAX)).min(SLOWEST);
         }
     }
 
@@ -186,7 +190,7 @@ impl Views {
     }
 
     /// Who is in the family; `None`, and the family is gone, when nobody is.
-    fn members(&self, family: &View) -> Option<HashMap<Locality, Arc<watch::Sender<Set>>>> {
+    fn members(&self, family: &View) -> Option<HashMap<Locality, Arc<Publisher>>> {
         let mut families = self.families();
         let members = families.get_mut(family)?;
         // Nobody can have subscribed since: that needs the same lock.
@@ -206,7 +210,7 @@ impl Views {
 
 impl Family {
     fn forget_unused(&mut self) {
-        self.members.retain(|_, set| set.receiver_count() > 0);
+        self.members.retain(|_, publisher| publisher.is_followed());
     }
 }
 
@@ -221,14 +225,14 @@ impl Admit for Views {
             ClientKind::Envoy => StreamPolicy::OTHER,
             ClientKind::Grpc => StreamPolicy::GRPC,
         };
-        let set = self.subscribe(view).ok_or_else(|| Refusal {
+        let feed = self.subscribe(view).ok_or_else(|| Refusal {
             code: Code::ResourceExhausted,
             message: format!(
                 "too many different views are in use ({MOST} of all services, {MOST_SCOPED} of some): let proxies share \
                  disco.outbound_port and disco.upstreams"
             ),
         })?;
-        Ok(Admitted { set, policy })
+        Ok(Admitted { feed, policy })
     }
 }
 
@@ -255,7 +259,13 @@ mod tests {
             let (writer, reader) = catalog();
             Self {
                 writer,
-                views: Views::new(reader, Tasks::new(Shutdown::default()), &Metrics::default(), 0),
+                views: Views::new(
+                    reader,
+                    Proxies::default(),
+                    Tasks::new(Shutdown::default()),
+                    &Metrics::default(),
+                    0,
+                ),
                 revision: 0,
             }
         }
@@ -290,14 +300,19 @@ mod tests {
             self.writer.apply(Revision(self.revision), vec![change]);
         }
 
-        fn subscribe(&self, zone: &str) -> Option<watch::Receiver<Set>> {
+        fn subscribe(&self, zone: &str) -> Option<Feed> {
             self.views.subscribe(View { locality: place(zone), ..View::envoy(1) })
         }
 
         /// What the stream is to be served, once it is up to date.
-        async fn set(&self, stream: &mut watch::Receiver<Set>) -> Arc<ResourceSet> {
-            let now = |set: &Set| set.as_ref().is_some_and(|set| set.revision().0 == self.revision);
-            stream.wait_for(now).await.unwrap().clone().unwrap()
+        async fn set(&self, feed: &Feed) -> Arc<ResourceSet> {
+            for _ in 0..1000 {
+                match feed.latest().filter(|set| set.revision().0 == self.revision) {
+                    Some(set) => return set,
+                    None => tokio::time::sleep(Duration::from_millis(1)).await,
+                }
+            }
+            panic!("revision {} does not come", self.revision);
         }
 
         fn members(&self) -> usize {
@@ -340,8 +355,8 @@ mod tests {
             bench.put("one", zone);
             bench.put("two", zone);
         }
-        let [mut a, mut b, mut c] = ["a", "b", "c"].map(|zone| bench.subscribe(zone).unwrap());
-        let (at_a, at_b, at_c) = (bench.set(&mut a).await, bench.set(&mut b).await, bench.set(&mut c).await);
+        let [a, b, c] = ["a", "b", "c"].map(|zone| bench.subscribe(zone).unwrap());
+        let (at_a, at_b, at_c) = (bench.set(&a).await, bench.set(&b).await, bench.set(&c).await);
         assert!(Arc::ptr_eq(&at_b, &at_c));
         assert_ne!(digest(&at_a), digest(&at_b));
         let bytes = |set: &ResourceSet| {
@@ -352,7 +367,7 @@ mod tests {
         // What b has so far leads on to what it has now.
         let before = bench.revision;
         bench.put("two", "b");
-        let (at_b, at_c) = (bench.set(&mut b).await, bench.set(&mut c).await);
+        let (at_b, at_c) = (bench.set(&b).await, bench.set(&c).await);
         assert_ne!(digest(&at_b), digest(&at_c));
         let changed = |set: &ResourceSet| {
             let names = set.changed_since(ResourceType::Endpoints, Revision(before)).unwrap();
@@ -361,10 +376,10 @@ mod tests {
         assert_eq!((changed(&at_b), changed(&at_c)), (vec!["two".to_owned()], vec!["two".to_owned()]));
 
         bench.remove("two", "b");
-        let (at_b, at_c) = (bench.set(&mut b).await, bench.set(&mut c).await);
+        let (at_b, at_c) = (bench.set(&b).await, bench.set(&c).await);
         assert_eq!(digest(&at_b), digest(&at_c));
-        let mut d = bench.subscribe("d").unwrap();
-        let at_d = bench.set(&mut d).await;
+        let d = bench.subscribe("d").unwrap();
+        let at_d = bench.set(&d).await;
         assert!(Arc::ptr_eq(&at_d, &at_b) || Arc::ptr_eq(&at_d, &at_c));
     }
 
@@ -385,15 +400,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_view_that_nobody_holds_is_forgotten() {
         let bench = Bench::new();
-        let (mut here, there) = (bench.subscribe("a").unwrap(), bench.subscribe("b").unwrap());
-        bench.set(&mut here).await;
+        let (here, there) = (bench.subscribe("a").unwrap(), bench.subscribe("b").unwrap());
+        bench.set(&here).await;
         drop(there);
         tokio::time::sleep(IDLE * 2).await;
         assert_eq!(bench.members(), 1);
         drop(here);
         tokio::time::sleep(IDLE * 2).await;
         assert!(bench.views.families().is_empty());
-        let mut again = bench.subscribe("a").unwrap();
-        bench.set(&mut again).await;
+        let again = bench.subscribe("a").unwrap();
+        bench.set(&again).await;
     }
 }

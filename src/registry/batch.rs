@@ -25,7 +25,7 @@ pub(super) type Run = (InstanceKey, Incarnation);
 /// What becomes of an instance.
 #[derive(Debug)]
 pub(super) enum Edit {
-    Put(Instance),
+    Put(Box<Instance>),
     Remove,
 }
 

@@ -1,4 +1,4 @@
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{fmt, net::SocketAddr};
 
 use envoy_types::pb::{
     envoy::config::core::v3 as core,
@@ -6,9 +6,8 @@ use envoy_types::pb::{
 };
 use prost::Message as _;
 use serde_json::{Map, Value};
-use tokio::sync::watch;
 
-use super::{Code, Config, ProtocolError, ResourceSet};
+use super::{Code, Config, Feed, ProtocolError};
 
 /// The longest `node.id` and `node.cluster`, in bytes: they are shown in tables and logs.
 const MAX_ID: usize = 1024;
@@ -144,8 +143,8 @@ impl StreamPolicy {
 /// What a stream that was let in is served.
 #[derive(Debug, Clone)]
 pub struct Admitted {
-    /// Everything that it may be sent. `None` until it is known: answers wait (rule K4).
-    pub set: watch::Receiver<Option<Arc<ResourceSet>>>,
+    /// Everything that it may be sent. While nothing is known, answers wait (rule K4).
+    pub feed: Feed,
     /// How it is treated.
     pub policy: StreamPolicy,
 }

@@ -4,7 +4,9 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::{
-    Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, TypeStatus,
+    Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, Subscription,
+    TypeStatus,
+    asked::{Asked, Decode},
     response::Head,
     subscription::Terms,
     track::{Outstanding, Track},
@@ -48,9 +50,9 @@ pub enum Heard {
 }
 
 /// What differs between delta and SotW.
-pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
+pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
     const PROTOCOL: Protocol;
-    type Request: prost::Message + Default + 'static;
+    type Request: Decode;
 
     fn ask(request: &Self::Request) -> Ask<'_>;
 
@@ -65,7 +67,7 @@ pub(super) trait Variant: fmt::Debug + Default + Send + 'static {
     /// Takes the names of a request into the track.
     fn subscribe(
         track: &mut Track,
-        request: Self::Request,
+        asked: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
     ) -> Result<(), ProtocolError>;
@@ -116,7 +118,7 @@ pub(super) struct Built {
 /// drives it passes the time in.
 ///
 /// Types are served in the order of [`ResourceType::ALL`] (rule O1), at most one unanswered response each.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Engine<V> {
     config: Arc<Config>,
     policy: StreamPolicy,
@@ -165,11 +167,11 @@ impl<V: Variant> Engine<V> {
     /// Takes a request in. `set` is what the stream is served, if it is known yet.
     pub(super) fn on_request(
         &mut self,
-        request: V::Request,
+        asked: Asked<V::Request>,
         set: Option<&Arc<ResourceSet>>,
         now: Instant,
     ) -> Result<Heard, ProtocolError> {
-        let ask = V::ask(&request);
+        let ask = V::ask(&asked.message);
         if let Some(id) = ask.node_id.filter(|id| !id.is_empty() && *id != self.node_id) {
             return Err(ProtocolError::NodeChanged { was: self.node_id.clone(), now: id.to_owned() });
         }
@@ -187,7 +189,7 @@ impl<V: Variant> Engine<V> {
         };
         let Some(kind) = ResourceType::from_url(url).filter(|kind| V::serves(*kind)) else {
             let url = url.to_owned();
-            self.variant.on_unknown(&url, request);
+            self.variant.on_unknown(&url, asked.message);
             return Ok(Heard::Request);
         };
 
@@ -205,13 +207,26 @@ impl<V: Variant> Engine<V> {
         let first = !mem::replace(&mut track.seen, true);
         // Rule S1: a nonce of an earlier stream means nothing.
         let heard = if first { Heard::Request } else { answer(track, &ask, config, now) };
-        V::subscribe(track, request, first, terms)?;
+        V::subscribe(track, asked, first, terms)?;
         Ok(heard)
     }
 
-    /// Notes that there is a newer set, for the measured latency.
-    pub(super) fn on_resources(&mut self, set: &ResourceSet, now: Instant) {
-        self.published.get_or_insert(set.published().unwrap_or(now));
+    /// Notes when the first set was published that has news, for the measured latency.
+    pub(super) fn on_news(&mut self, since: Instant) {
+        self.published.get_or_insert(since);
+    }
+
+    /// Nothing up to `revision` concerns the stream that it has not looked at, so that it need not look.
+    pub(super) fn skip(&mut self, revision: Revision) {
+        for track in self.tracks.iter_mut().flatten() {
+            track.skip(self.current, revision);
+        }
+    }
+
+    /// What the stream asked for, by type.
+    pub(super) fn subscriptions(&self) -> impl Iterator<Item = (ResourceType, &Subscription)> {
+        let seen = self.tracks.iter().flatten().filter(|track| track.seen);
+        seen.map(|track| (track.kind, &track.subscription))
     }
 
     /// The next response, if anything is due and may be sent. Call until `None`.
@@ -432,8 +447,8 @@ impl<V: Variant> Engine<V> {
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
         let released = self.release_members(set)?;
-        let keeps = |track: &Box<Track>| track.kind != ResourceType::LbEndpoint && !track.held.is_empty();
-        if !self.tracks.iter().flatten().any(keeps) {
+        let mut others = self.tracks.iter().flatten().filter(|track| track.kind != ResourceType::LbEndpoint);
+        if others.all(|track| track.held.is_empty()) {
             return Ok(released);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);

@@ -96,12 +96,18 @@ impl<'a> Relevant<'a> {
         Self { revision, concern, known: BTreeMap::new() }
     }
 
-    /// What a stream with these types, served from `set`, lacks; `None` if the revision does not concern it.
-    pub(super) fn lacks(&mut self, types: &[TypeStatus], set: Option<&Arc<ResourceSet>>) -> Option<Lacks> {
+    /// What a stream with these types, served from `set`, which nothing concerned up to `quiet` since, lacks; `None` if the
+    /// revision does not concern it.
+    pub(super) fn lacks(
+        &mut self,
+        types: &[TypeStatus],
+        set: Option<&Arc<ResourceSet>>,
+        quiet: Revision,
+    ) -> Option<Lacks> {
         let revision = self.revision;
         match self.concern {
             Concern::All => {
-                let behind = types.iter().filter(|of| !of.has(revision, None));
+                let behind = types.iter().filter(|of| !of.has(revision, None, quiet));
                 Some(behind.map(|of| (of.kind, of.why(None))).collect())
             }
             Concern::Endpoints(name) => {
@@ -109,13 +115,13 @@ impl<'a> Relevant<'a> {
                 if !of.subscription.covers(name) {
                     return None;
                 }
-                let mut lacks: Lacks = of.lack(revision, [name]).into_iter().collect();
+                let mut lacks: Lacks = of.lack(revision, [name], quiet).into_iter().collect();
                 // They may be in collections: then the change is in one of these.
                 let entry = set.and_then(|set| set.get(ResourceType::Endpoints, name));
                 let globs = entry.map(|entry| Arc::clone(&entry.resource.needs)).unwrap_or_default();
                 if let Some(of) = types.iter().find(|of| of.kind == ResourceType::LbEndpoint) {
                     let globs = globs.iter().filter(|glob| of.subscription.covers(glob));
-                    lacks.extend(of.lack(revision, globs));
+                    lacks.extend(of.lack(revision, globs, quiet));
                 }
                 Some(lacks)
             }
@@ -141,7 +147,7 @@ impl<'a> Relevant<'a> {
                         about.iter().filter(|(kind, _)| *kind == of.kind).flat_map(|(_, names)| names);
                     let names: Vec<_> = names.filter(|name| of.subscription.covers(name)).collect();
                     concerned |= !names.is_empty();
-                    lacks.extend(of.lack(revision, names));
+                    lacks.extend(of.lack(revision, names, quiet));
                 }
                 concerned.then_some(lacks)
             }
@@ -202,8 +208,10 @@ impl TypeStatus {
         &self,
         revision: Revision,
         names: impl IntoIterator<Item = &'a Arc<str>>,
+        quiet: Revision,
     ) -> Option<(ResourceType, Why)> {
-        let lacked: Vec<_> = names.into_iter().filter(|name| !self.has(revision, Some(name))).collect();
+        let lacked: Vec<_> =
+            names.into_iter().filter(|name| !self.has(revision, Some(name), quiet)).collect();
         let rejected = lacked.iter().find(|name| self.is_rejected(name)).copied();
         lacked.first().map(|first| (self.kind, self.why(Some(rejected.unwrap_or(first)))))
     }
@@ -385,8 +393,6 @@ impl<'a> Look<'a> {
 mod tests {
     use std::time::Duration;
 
-    use tokio::sync::watch;
-
     use super::*;
     use crate::xds::{
         Change, Node, Progress, Proxies,
@@ -407,8 +413,8 @@ mod tests {
             let seats = benches.iter().map(|(id, bench)| {
                 let node = Node { id: (*id).into(), ..Node::default() };
                 let seat = proxies.join(node, Protocol::Delta);
-                seat.serve(watch::channel(bench.set.clone()).1);
-                seat.update(|types| bench.engine.update_status(types));
+                seat.serve(bench.served.follower().standing());
+                bench.served.report(&seat);
                 seat
             });
             Self { seats: seats.collect(), proxies }
@@ -582,7 +588,8 @@ mod tests {
     async fn silence_lasts_since_the_first_response_without_an_answer() {
         let mut bench = endpoints(&["a"], [put(EDS, "a", "1")]);
         bench.next();
-        let since = |bench: &Bench<Delta>| bench.engine.status()[0].flight.unanswered.as_ref().unwrap().0;
+        let since =
+            |bench: &Bench<Delta>| bench.served.engine.status()[0].flight.unanswered.as_ref().unwrap().0;
         let first = since(&bench);
         bench.wait(Duration::from_secs(3600));
         bench.apply([put(EDS, "a", "2")]);
@@ -590,6 +597,6 @@ mod tests {
         assert_eq!(since(&bench), first);
         bench.ack(EDS);
         bench.settle();
-        assert!(bench.engine.status()[0].unanswered_since().is_none());
+        assert!(bench.served.engine.status()[0].unanswered_since().is_none());
     }
 }

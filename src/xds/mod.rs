@@ -1,5 +1,8 @@
 //! The xDS protocol: subscriptions, versions, ACKs and NACKs, order, for SotW and delta. It knows names and bytes, not
-//! services: [`ResourceSet`]s come in through a `watch`, and who a stream belongs to through [`Admit`].
+//! services: [`ResourceSet`]s come in through a [`Publisher`], and who a stream belongs to through [`Admit`].
+//!
+//! A change wakes the streams that asked for what changed, and no others (`feed`); these count as having it, because for them
+//! there is nothing to have.
 //!
 //! [`AdsServer`] runs each stream, in the task that writes its responses, around a state machine (`engine`, with what
 //! differs in `delta` and `sotw`), which is plain code without IO or clock. The machine keeps no list of what its client
@@ -12,12 +15,14 @@
 //! `RULES.md` has the whole table. Random ones are the same each time; `DISCO_FUZZ_SECONDS` has them go on with others.
 
 mod admit;
+mod asked;
 mod config;
 #[cfg(test)]
 mod convergence;
 mod delta;
 mod engine;
 mod error;
+mod feed;
 #[cfg(test)]
 mod fuzz;
 mod ledger;
@@ -30,6 +35,7 @@ mod resource;
 mod response;
 #[cfg(test)]
 mod rules;
+mod served;
 mod server;
 mod sotw;
 mod status;
@@ -43,6 +49,7 @@ pub use admit::{Admit, Admitted, Locality, Node, Refusal, StreamPolicy};
 pub use config::Config;
 pub use engine::{Heard, Protocol};
 pub use error::{Code, ProtocolError};
+pub use feed::{Feed, Publisher};
 pub use ledger::{Concern, Delivery, Held, Lack, Why};
 pub use load::{Load, LoadReports, Loads, Reportable, Traffic};
 pub use observe::{Observer, Unobserved};

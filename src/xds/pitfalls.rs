@@ -302,7 +302,7 @@ fn pitfall_21_a_resource_is_encoded_once_for_all_streams() {
     let set = std::sync::Arc::new(ResourceSet::default().apply(Revision(1), start()));
     let at = |mut s: Bench<Delta>| {
         s.request(delta(EDS, &["a"], &[]));
-        let response = s.engine.next_response(&set, s.now).unwrap().unwrap();
+        let response = s.served.engine.next_response(&set, s.now).unwrap().unwrap();
         response.body[0].as_ptr()
     };
     let stream = || Bench::<Delta>::on(StreamPolicy::ENVOY, Config::default(), Some(set.clone()));
@@ -467,7 +467,7 @@ fn s12_a_long_reason_is_kept_in_part() {
     s.apply([put(EDS, "a", "bad")]);
     s.out();
     s.answer(EDS, Some(&"é".repeat(5000)));
-    let status = s.engine.status();
+    let status = s.served.engine.status();
     let reason = &status[1].rejections[0].reason;
     assert!(reason.starts_with('é') && reason.len() <= 2048, "{}", reason.len());
 }

@@ -1,6 +1,7 @@
 use std::{fmt, ops::Bound, sync::Arc};
 
 use bytes::{BufMut, Bytes, BytesMut};
+use imbl::OrdSet;
 use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
@@ -184,7 +185,7 @@ pub(super) fn field_len(tag: u32, len: usize) -> usize {
     key_len(tag) + encoded_len_varint(len as u64) + len
 }
 
-fn put_head(buffer: &mut BytesMut, tag: u32, len: usize) {
+pub(super) fn put_head(buffer: &mut BytesMut, tag: u32, len: usize) {
     encode_key(tag, WireType::LengthDelimited, buffer);
     encode_varint(len as u64, buffer);
 }
@@ -245,7 +246,7 @@ struct TypeSet {
     /// The names in `live`, which streams that subscribe to all of them share.
     names: NameSet,
     /// What changed, oldest first, so that a stream finds what is new to it without looking at everything.
-    log: imbl::Vector<(Revision, Arc<str>)>,
+    log: imbl::Vector<Logged>,
     /// The log holds every change after this.
     log_from: Revision,
     /// Removals, oldest first, to forget them in order. May name some that came back.
@@ -256,6 +257,15 @@ struct TypeSet {
     digest: u64,
     /// What the digest was since when, oldest first.
     digests: imbl::Vector<(Revision, u64)>,
+}
+
+/// A change that a set remembers.
+#[derive(Debug, Clone)]
+struct Logged {
+    at: Revision,
+    name: Arc<str>,
+    /// By so much it changed the digest, wrapping.
+    digest: u64,
 }
 
 /// Changes, and digests, that a set remembers, per type. A stream further behind looks at everything instead.
@@ -321,6 +331,23 @@ impl ResourceSet {
         self.of(kind).live.get(name)
     }
 
+    /// Each of these names, in order, with its resource.
+    pub(super) fn get_each<'a>(
+        &'a self,
+        kind: ResourceType,
+        names: &'a OrdSet<Arc<str>>,
+    ) -> impl Iterator<Item = (&'a Arc<str>, Option<&'a Entry>)> {
+        let live = &self.of(kind).live;
+        // Both are in order: where most is asked for, going along costs less than looking up.
+        let mut along = (live.len() / 8 <= names.len()).then(|| live.iter().peekable());
+        names.iter().map(move |name| {
+            let Some(along) = &mut along else { return (name, live.get(name)) };
+            while along.next_if(|(there, _)| !Arc::ptr_eq(there, name) && *there < name).is_some() {}
+            let found = along.next_if(|(there, _)| Arc::ptr_eq(there, name) || *there == name);
+            (name, found.map(|(_, entry)| entry))
+        })
+    }
+
     /// A resource that was removed and not yet forgotten.
     pub fn gone(&self, kind: ResourceType, name: &str) -> Option<&Gone> {
         self.of(kind).gone.get(name)
@@ -377,11 +404,22 @@ impl ResourceSet {
         kind: ResourceType,
         since: Revision,
     ) -> Option<impl Iterator<Item = &Arc<str>>> {
+        Some(self.logged_since(kind, since)?.map(|logged| &logged.name))
+    }
+
+    /// Likewise, each change by itself, with the difference that it made to the sum of [`ResourceSet::digest_of`].
+    pub(super) fn digests_since(
+        &self,
+        kind: ResourceType,
+        since: Revision,
+    ) -> Option<impl Iterator<Item = (&Arc<str>, u64)>> {
+        Some(self.logged_since(kind, since)?.map(|logged| (&logged.name, logged.digest)))
+    }
+
+    fn logged_since(&self, kind: ResourceType, since: Revision) -> Option<impl Iterator<Item = &Logged>> {
         let set = self.of(kind);
-        if since < set.log_from {
-            return None;
-        }
-        Some(set.log.iter().rev().take_while(move |(at, _)| *at > since).map(|(_, name)| name))
+        let known = since >= set.log_from;
+        known.then(|| set.log.iter().rev().take_while(move |logged| logged.at > since))
     }
 
     /// Whether every removal after `since` is still known. If not, a stream that far behind must start anew.
@@ -444,22 +482,20 @@ impl TypeSet {
         if before.is_some_and(|entry| entry.resource.version == resource.version) {
             return;
         }
-        if let Some(before) = before {
-            self.digest = self.digest.wrapping_sub(ResourceSet::digest_of(&before.resource));
-        }
-        self.digest = self.digest.wrapping_add(ResourceSet::digest_of(&resource));
+        let part_before = before.map_or(0, |before| ResourceSet::digest_of(&before.resource));
+        let digest = ResourceSet::digest_of(&resource).wrapping_sub(part_before);
         self.gone.remove(&name);
         let entry = Entry { resource: Arc::new(resource), changed: revision, since, first };
         if self.live.insert(Arc::clone(&name), entry).is_none() {
             self.names.insert(Arc::clone(&name));
         }
-        self.note(revision, name);
+        self.note(revision, name, digest);
     }
 
     fn remove(&mut self, revision: Revision, name: &Arc<str>) {
         let Some(before) = self.live.remove(name) else { return };
         self.names.remove(name);
-        self.digest = self.digest.wrapping_sub(ResourceSet::digest_of(&before.resource));
+        let digest = 0_u64.wrapping_sub(ResourceSet::digest_of(&before.resource));
         let gone = Gone { last: before.resource, removed: revision, first: before.first };
         self.gone.insert(Arc::clone(name), gone);
         self.removals.push_back((revision, Arc::clone(name)));
@@ -470,7 +506,7 @@ impl TypeSet {
                 self.gone.remove(&oldest);
             }
         }
-        self.note(revision, Arc::clone(name));
+        self.note(revision, Arc::clone(name), digest);
     }
 
     fn note_digest(&mut self, revision: Revision) {
@@ -482,11 +518,12 @@ impl TypeSet {
         }
     }
 
-    fn note(&mut self, revision: Revision, name: Arc<str>) {
-        self.log.push_back((revision, name));
+    fn note(&mut self, at: Revision, name: Arc<str>, digest: u64) {
+        self.digest = self.digest.wrapping_add(digest);
+        self.log.push_back(Logged { at, name, digest });
         while self.log.len() > LOG {
-            if let Some((dropped, _)) = self.log.pop_front() {
-                self.log_from = dropped;
+            if let Some(dropped) = self.log.pop_front() {
+                self.log_from = dropped.at;
             }
         }
     }

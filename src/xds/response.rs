@@ -1,6 +1,6 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::resource::{field_len, put_field};
+use super::resource::{field_len, put_field, put_head};
 use super::{Protocol, ResourceType};
 use crate::model::Revision;
 
@@ -64,9 +64,8 @@ impl Head<'_> {
         put_field(&mut buffer, 1, self.version.as_bytes());
         put_field(&mut buffer, 4, self.type_url.as_bytes());
         put_field(&mut buffer, 5, self.nonce.as_bytes());
-        let mut identifier = BytesMut::with_capacity(identifier_len);
-        put_field(&mut identifier, 1, self.identifier.as_bytes());
-        put_field(&mut buffer, control_plane, &identifier);
+        put_head(&mut buffer, control_plane, identifier_len);
+        put_field(&mut buffer, 1, self.identifier.as_bytes());
         buffer.freeze()
     }
 }

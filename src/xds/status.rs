@@ -10,13 +10,11 @@ use std::{
 
 use dashmap::DashMap;
 use imbl::OrdSet;
-use tokio::{
-    sync::{Notify, watch},
-    time::Instant,
-};
+use tokio::{sync::Notify, time::Instant};
 
 use super::{
     Node, Protocol, ResourceSet, ResourceType, Subscription,
+    feed::Standing,
     ledger::{Concern, Flight, Lack, Relevant},
 };
 use crate::{model::Revision, rt};
@@ -69,8 +67,8 @@ struct Stream {
     protocol: Protocol,
     connected_at: SystemTime,
     types: Mutex<Vec<TypeStatus>>,
-    /// What it is served.
-    set: OnceLock<watch::Receiver<Option<Arc<ResourceSet>>>>,
+    /// What it is served, and what of it the status does not know.
+    standing: OnceLock<Standing>,
 }
 
 /// A connected xDS client, as of when it was asked for.
@@ -131,10 +129,32 @@ pub struct TypeStatus {
     pub unaccepted: Vec<OrdSet<Arc<str>>>,
     /// The last rejections, oldest first.
     pub rejections: Vec<Arc<Rejection>>,
+    /// Nothing is wanting or on its way: what comes that does not concern the stream, it has.
+    pub(super) rests: bool,
     pub(super) flight: Flight,
 }
 
 impl TypeStatus {
+    /// Nothing concerns the stream up to `quiet` that is not in the status.
+    pub(super) fn skip(&mut self, quiet: Revision) {
+        (self.acknowledged, self.settled) = (self.acknowledged_at(quiet), self.settled_at(quiet));
+        if let Some(considered) = self.flight.considered.as_mut().filter(|_| self.rests) {
+            *considered = quiet.max(*considered);
+        }
+    }
+
+    fn settled_at(&self, quiet: Revision) -> Revision {
+        if self.rests { self.settled.max(quiet) } else { self.settled }
+    }
+
+    fn acknowledged_at(&self, quiet: Revision) -> Revision {
+        if self.rests && self.unaccepted.is_empty() {
+            self.acknowledged.max(quiet)
+        } else {
+            self.acknowledged
+        }
+    }
+
     /// Why the client rejected what it still lacks; empty if there is no such thing.
     pub fn last_error(&self) -> &str {
         match self.rejections.last() {
@@ -148,10 +168,11 @@ impl TypeStatus {
         self.flight.unanswered.as_ref().map(|(since, _)| rt::at(*since))
     }
 
-    pub(super) fn has(&self, revision: Revision, name: Option<&str>) -> bool {
+    /// Whether it has a revision, or a name as of it, when nothing concerned the stream up to `quiet` since.
+    pub(super) fn has(&self, revision: Revision, name: Option<&str>, quiet: Revision) -> bool {
         match name {
-            None => self.acknowledged >= revision && self.unaccepted.is_empty(),
-            Some(name) => self.settled >= revision && !self.is_rejected(name),
+            None => self.acknowledged_at(quiet) >= revision && self.unaccepted.is_empty(),
+            Some(name) => self.settled_at(quiet) >= revision && !self.is_rejected(name),
         }
     }
 }
@@ -193,12 +214,17 @@ impl Proxies {
         streams.sort_by(|a, b| (&a.node.id, a.id).cmp(&(&b.node.id, b.id)));
         streams
             .into_iter()
-            .map(|stream| ProxyStatus {
-                node: stream.node.clone(),
-                protocol: stream.protocol,
-                connected_at: stream.connected_at,
-                types: stream.types().clone(),
-                set: stream.set(),
+            .map(|stream| {
+                let quiet = stream.quiet();
+                let mut types = stream.types().clone();
+                types.iter_mut().for_each(|of| of.skip(quiet));
+                ProxyStatus {
+                    node: stream.node.clone(),
+                    protocol: stream.protocol,
+                    connected_at: stream.connected_at,
+                    types,
+                    set: stream.set(),
+                }
             })
             .collect()
     }
@@ -252,7 +278,8 @@ impl Proxies {
                 Concern::Endpoints(_) if collects() => stream.set(),
                 Concern::All | Concern::Endpoints(_) => None,
             };
-            let lacks = relevant.lacks(&stream.types(), set.as_ref());
+            let quiet = stream.quiet();
+            let lacks = relevant.lacks(&stream.types(), set.as_ref(), quiet);
             match lacks {
                 None => {}
                 Some(lacks) if lacks.is_empty() => acknowledged += 1,
@@ -280,6 +307,11 @@ impl Proxies {
         }
     }
 
+    /// Has those who wait look again.
+    pub(super) fn tell(&self) {
+        self.table.tell();
+    }
+
     /// Adds a stream; it leaves when the seat is dropped.
     pub(super) fn join(&self, node: Node, protocol: Protocol) -> Seat {
         let id = self.table.next.fetch_add(1, Ordering::Relaxed);
@@ -289,7 +321,7 @@ impl Proxies {
             protocol,
             connected_at: rt::now(),
             types: Mutex::default(),
-            set: OnceLock::new(),
+            standing: OnceLock::new(),
         });
         self.table.streams.insert(id, Arc::clone(&stream));
         Seat { table: Arc::clone(&self.table), stream }
@@ -307,7 +339,12 @@ impl Stream {
     }
 
     fn set(&self) -> Option<Arc<ResourceSet>> {
-        self.set.get().and_then(|set| set.borrow().clone())
+        self.standing.get().and_then(Standing::set)
+    }
+
+    /// To be read before the types.
+    fn quiet(&self) -> Revision {
+        self.standing.get().map_or(Revision(0), Standing::quiet)
     }
 }
 
@@ -323,9 +360,9 @@ impl Seat {
     }
 
     /// Says what the stream is served, once.
-    pub(super) fn serve(&self, set: watch::Receiver<Option<Arc<ResourceSet>>>) {
+    pub(super) fn serve(&self, standing: Standing) {
         // A second one would be a second admission, which there is not.
-        let _ = self.stream.set.set(set);
+        let _ = self.stream.standing.set(standing);
     }
 
     pub(super) fn update(&self, update: impl FnOnce(&mut Vec<TypeStatus>)) {
@@ -357,7 +394,7 @@ mod tests {
 
     fn join(proxies: &Proxies, id: &str, bench: &Bench<Delta>) -> Seat {
         let seat = proxies.join(Node { id: id.into(), ..Node::default() }, Protocol::Delta);
-        seat.update(|types| bench.engine.update_status(types));
+        seat.update(|types| bench.served.engine.update_status(types));
         seat
     }
 
@@ -407,7 +444,7 @@ mod tests {
         let started = Instant::now();
         let (progress, ()) = tokio::join!(wait(60), async {
             tokio::time::sleep(Duration::from_secs(3)).await;
-            first.update(|types| bench.engine.update_status(types));
+            first.update(|types| bench.served.engine.update_status(types));
             tokio::time::sleep(Duration::from_secs(3)).await;
             drop(second);
         });

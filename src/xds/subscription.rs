@@ -75,6 +75,19 @@ impl Terms<'_> {
         known.map_or_else(|| name.into(), |entry| Arc::clone(&entry.resource.name))
     }
 
+    /// All names of the set, if these are among the `wanted`.
+    fn all_of(&self, wanted: &[String]) -> Option<NameSet> {
+        let all = self.set?.names(self.kind);
+        if all.is_empty() || wanted.len() < all.len() {
+            return None;
+        }
+        let found = real(wanted).filter_map(|name| all.get(name));
+        let mut found: Vec<usize> = found.map(|name| Arc::as_ptr(name).addr()).collect();
+        found.sort_unstable();
+        found.dedup();
+        (found.len() == all.len()).then(|| all.clone())
+    }
+
     /// All names of the set are one and the same set for all streams, however many streams there are.
     fn share_all(&self, names: &mut NameSet) {
         if let Some(set) = self.set {
@@ -170,6 +183,10 @@ impl Subscription {
             self.wildcard = true;
             delta.everything = true;
         }
+        if let Some(all) = terms.all_of(subscribe).filter(|_| self.names.is_empty()) {
+            // What a proxy that comes back asks for: it costs little and shares its memory.
+            self.names = all;
+        }
         for name in real(subscribe) {
             terms.check(name)?;
             let shared = match self.names.get(name) {
@@ -208,6 +225,10 @@ fn real(names: &[String]) -> impl Iterator<Item = &String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        model::Revision,
+        xds::{Change, testing::resource},
+    };
 
     fn names(list: &[&str]) -> Vec<String> {
         list.iter().map(|name| (*name).to_owned()).collect()
@@ -323,5 +344,26 @@ mod tests {
         assert!(many.to_string().contains("names_per_stream"), "{many}");
         let long = Subscription::default().update(&names(&["123456789"]), &[], true, terms).unwrap_err();
         assert!(long.to_string().contains("name_bytes"), "{long}");
+    }
+    #[test]
+    fn whoever_asks_for_all_and_more_shares_the_memory_of_all() {
+        let put = |name: &str| Change::Put(resource(ResourceType::Endpoints, name, ""));
+        let all: Vec<String> = (0..200).map(|n| format!("name {n}")).collect();
+        let set = ResourceSet::default().apply(Revision(1), all.iter().map(|name| put(name)));
+        let config = Config::default();
+        let terms = Terms { set: Some(&set), ..terms(&config, ResourceType::Endpoints) };
+        let ask = |names: &[String]| {
+            let mut subscription = Subscription::default();
+            let delta = subscription.update(names, &[], true, terms).unwrap();
+            assert_eq!(delta.added.len(), names.len());
+            let want: OrdSet<Arc<str>> = names.iter().map(|name| Arc::from(name.as_str())).collect();
+            assert_eq!(*subscription.names(), want);
+            subscription.names().ptr_eq(set.names(ResourceType::Endpoints).as_set())
+        };
+        assert!(ask(&all));
+        assert!(!ask(&[all.clone(), names(&["one more"])].concat()));
+        assert!(!ask(&all[1..]));
+        // As many, but not all.
+        assert!(!ask(&[&all[1..], &all[1..2]].concat()));
     }
 }

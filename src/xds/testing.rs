@@ -17,6 +17,7 @@ use envoy_types::pb::{
     },
     google::rpc::Status,
 };
+use futures_util::FutureExt as _;
 use proptest::{
     strategy::Strategy,
     test_runner::{Config as ProptestConfig, RngSeed, TestError, TestRunner},
@@ -25,10 +26,13 @@ use prost::Message as _;
 use tokio::time::Instant;
 
 use super::{
-    Change, Config, Heard, ProtocolError, Resource, ResourceSet, ResourceType, Response, StreamPolicy,
-    TypeStatus,
+    Change, Config, Heard, ProtocolError, Proxies, Publisher, Resource, ResourceSet, ResourceType, Response,
+    StreamPolicy, TypeStatus,
+    asked::{Asked, Decode},
     delta::Delta,
     engine::{Engine, Variant},
+    feed::Grain,
+    served::Served,
     sotw::Sotw,
 };
 use crate::model::Revision;
@@ -281,7 +285,8 @@ pub(super) fn holding(
 
 /// A stream with a script's hand on everything around it.
 pub(super) struct Bench<V: Variant> {
-    pub engine: Engine<V>,
+    pub served: Served<V>,
+    publisher: Publisher,
     pub set: Option<Arc<ResourceSet>>,
     pub now: Instant,
     /// The newest response of each type.
@@ -316,8 +321,17 @@ impl<V: Speak> Bench<V> {
     }
 
     pub(super) fn on(policy: StreamPolicy, config: Config, set: Option<Arc<ResourceSet>>) -> Self {
+        Self::serving(Engine::new("n".into(), policy, None, Arc::new(config)), set)
+    }
+
+    fn serving(engine: Engine<V>, set: Option<Arc<ResourceSet>>) -> Self {
+        let publisher = Publisher::new(&Proxies::default());
+        set.iter().for_each(|set| _ = publisher.publish(Arc::clone(set)));
+        // By name however little there is, so that nothing is woken that need not be.
+        let follower = publisher.feed().follow_with(Grain { names: usize::MAX, share: 0 });
         Self {
-            engine: Engine::new("n".into(), policy, None, Arc::new(config)),
+            served: Served::new(engine, follower),
+            publisher,
             set,
             now: Instant::now(),
             last: BTreeMap::new(),
@@ -332,7 +346,7 @@ impl<V: Speak> Bench<V> {
     pub(super) fn only(kind: ResourceType, changes: impl IntoIterator<Item = Change>) -> Self {
         let engine =
             Engine::new("n".into(), StreamPolicy::ENVOY, Some(kind.url()), Arc::new(Config::default()));
-        Self { engine, ..Self::new(changes) }
+        Self::serving(engine, Some(Arc::new(ResourceSet::default().apply(Revision(1), changes))))
     }
 
     pub(super) fn request(&mut self, request: V::Request) -> Heard {
@@ -340,14 +354,19 @@ impl<V: Speak> Bench<V> {
     }
 
     pub(super) fn try_request(&mut self, request: V::Request) -> Result<Heard, ProtocolError> {
-        self.engine.on_request(request, self.set.as_ref(), self.now)
+        let asked: Asked<V::Request> = Decode::decode(request.encode_to_vec().into(), usize::MAX).unwrap();
+        self.hear(asked)
+    }
+
+    pub(super) fn hear(&mut self, asked: Asked<V::Request>) -> Result<Heard, ProtocolError> {
+        self.served.hear(asked, self.now)
     }
 
     /// The next revision.
     pub(super) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) {
         let set = self.set.as_deref().cloned().unwrap_or_default();
         let set = Arc::new(set.apply(Revision(set.revision().0 + 1), changes));
-        self.engine.on_resources(&set, self.now);
+        self.publisher.publish(Arc::new(set.as_ref().clone().with_published(self.now)));
         self.set = Some(set);
     }
 
@@ -357,9 +376,29 @@ impl<V: Speak> Bench<V> {
 
     pub(super) fn next(&mut self) -> Option<Sent> {
         let set = self.set.clone()?;
-        let response = self.engine.next_response(&set, self.now).unwrap();
-        self.engine.update_status(&mut self.status);
-        assert_eq!(format!("{:?}", self.status), format!("{:?}", self.engine.status()));
+        if self.served.news().now_or_never() == Some(true) {
+            self.served.wake();
+        }
+        if self.served.is_late(self.now) {
+            self.served.time_out();
+        }
+        if !self.served.is_due() {
+            let looked = self.served.engine.clone().next_response(&set, self.now).unwrap();
+            assert!(looked.is_none(), "it is not woken for {looked:?}");
+            return None;
+        }
+        let response = self.served.next(self.now).unwrap();
+        self.served.timer(None);
+        self.served.engine.update_status(&mut self.status);
+        // What rests is not kept up; the revision stands for it.
+        let [kept, now] = [self.status.clone(), self.served.engine.status()].map(|mut types| {
+            types.iter_mut().for_each(|of| of.skip(set.revision()));
+            format!("{types:?}")
+        });
+        assert_eq!(kept, now);
+        if response.is_none() {
+            self.served.follower().reported();
+        }
         let response: Response = response?;
         let mut bytes = Vec::new();
         response.encode(&mut bytes);
@@ -417,7 +456,11 @@ impl<V: Speak> Bench<V> {
 
     /// The acknowledged revision of a type.
     pub(super) fn acknowledged(&self, kind: ResourceType) -> u64 {
-        self.engine.track(kind).map_or(0, |track| track.report.acknowledged.0)
+        let status = self.served.engine.status().into_iter().find(|of| of.kind == kind);
+        status.map_or(0, |mut status| {
+            status.skip(self.served.follower().standing().quiet());
+            status.acknowledged.0
+        })
     }
 }
 

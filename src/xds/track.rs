@@ -1,6 +1,7 @@
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     mem,
+    ops::ControlFlow,
     sync::Arc,
 };
 
@@ -9,6 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     ProtocolError, Rejection, Resource, ResourceSet, ResourceType, Subscription, TypeStatus,
+    asked::Versions,
     ledger::Flight,
     names::{collection, is_glob},
     subscription::Delta,
@@ -17,7 +19,7 @@ use crate::model::Revision;
 
 /// Where a stream stands with one resource type: what it asked for, up to where changes have been considered, and what
 /// must be sent out of turn. There is no list of what the client holds: up to the cursor it holds what the set says.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Track {
     pub kind: ResourceType,
     /// What the client says that it holds is not believed (rule D10).
@@ -52,28 +54,28 @@ pub(super) struct Track {
     /// SotW: hash of the last list of names, and the version the client was last told.
     pub names_hash: Option<u64>,
     pub version: Option<String>,
-    pub digest: Option<(Arc<ResourceSet>, u64)>,
+    pub digest: Option<(Revision, u64)>,
     pub report: Report,
 }
 
 /// What a client says it holds, in its first request of a type.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Claim {
     pub held: Held,
     /// Names that are due whatever it holds.
     pub forced: BTreeSet<Arc<str>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Held {
     /// Versions by name (rule D9).
-    Each(HashMap<String, String>),
+    Each(Versions),
     /// One version for all (rule S9).
     All(String),
 }
 
 /// A response without an answer.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Outstanding {
     pub nonce: u64,
     /// What was in it, removals too.
@@ -92,7 +94,7 @@ pub(super) struct Outstanding {
 }
 
 /// What is told of a type.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Report {
     pub sent: Revision,
     /// Up to here everything was acknowledged or did not concern the stream.
@@ -225,6 +227,15 @@ impl Track {
         self.cursor = Some(at);
     }
 
+    /// What changed from `looked` to `revision` does not concern the stream. Whatever has not come as far as `looked` has
+    /// changes before that to consider.
+    pub(super) fn skip(&mut self, looked: Revision, revision: Revision) {
+        let digest = self.digest.as_mut().map(|(at, _)| at);
+        for at in self.cursor.as_mut().into_iter().chain(digest).filter(|at| **at == looked) {
+            *at = revision.max(*at);
+        }
+    }
+
     /// Whether there is something to send, or it takes a closer look to know.
     pub(super) fn pending(&mut self, set: &ResourceSet, removals: bool) -> Result<bool, ProtocolError> {
         if !self.seen {
@@ -237,44 +248,49 @@ impl Track {
             return Ok(true);
         }
         let at = set.revision();
-        if self.cursor.is_some_and(|cursor| cursor < at) && self.news(set, removals)?.next().is_some() {
+        if self.cursor.is_some_and(|cursor| cursor < at)
+            && self.news(set, removals, |_| ControlFlow::Break(()))?.is_break()
+        {
             return Ok(true);
         }
         self.cursor = Some(at);
         Ok(false)
     }
 
-    /// Names that changed after the cursor and concern the stream; with removals of what it holds, if it is told of them.
-    fn news<'a>(
-        &'a self,
-        set: &'a ResourceSet,
+    /// Looks at the names that changed after the cursor and concern the stream, newest first and some perhaps more than once,
+    /// until `found` says that it is enough; with removals of what it holds, if it is told of them.
+    fn news(
+        &self,
+        set: &ResourceSet,
         removals: bool,
-    ) -> Result<Box<dyn Iterator<Item = &'a Arc<str>> + 'a>, ProtocolError> {
-        let Some(cursor) = self.cursor else { return Ok(Box::new([].into_iter())) };
+        mut found: impl FnMut(&Arc<str>) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, ProtocolError> {
+        let Some(cursor) = self.cursor else { return Ok(ControlFlow::Continue(())) };
         if removals && !set.knows_removals_since(self.kind, cursor) {
             return Err(ProtocolError::Behind { at: cursor });
         }
-        let matters = move |name: &&Arc<str>| {
-            self.subscription.covers(name)
+        let mut look = |name: &Arc<str>| {
+            let matters = self.subscription.covers(name)
                 && match set.get(self.kind, name) {
                     Some(entry) => entry.changed > cursor,
                     None => set.gone(self.kind, name).is_some_and(|gone| {
                         let told = removals && gone.first <= cursor;
-                        let suspect = || self.rejected.iter().any(|group| group.contains(*name));
+                        let suspect = || self.rejected.iter().any(|group| group.contains(name));
                         gone.removed > cursor && (told || suspect())
                     }),
-                }
+                };
+            if matters { found(name) } else { ControlFlow::Continue(()) }
         };
-        if let Some(names) = set.changed_since(self.kind, cursor) {
-            return Ok(Box::new(names.filter(matters)));
-        }
-        // The name of a collection does not say what is in it.
-        if self.subscription.is_wildcard() || self.kind == ResourceType::LbEndpoint {
+        Ok(if let Some(mut names) = set.changed_since(self.kind, cursor) {
+            names.try_for_each(look)
+        } else if self.subscription.is_wildcard() || self.kind == ResourceType::LbEndpoint {
+            // The name of a collection does not say what is in it.
             let live = set.iter(self.kind).map(|(name, _)| name);
             let gone = set.iter_gone(self.kind).map(|(name, _)| name);
-            return Ok(Box::new(live.chain(gone).filter(matters)));
-        }
-        Ok(Box::new(self.subscription.names().iter().filter(matters)))
+            live.chain(gone).try_for_each(look)
+        } else {
+            self.subscription.names().iter().try_for_each(&mut look)
+        })
     }
 
     /// Takes all names that are to be sent now, and brings the cursor to the set. Removals that must wait are held.
@@ -285,22 +301,23 @@ impl Track {
         holds: bool,
     ) -> Result<Vec<Arc<str>>, ProtocolError> {
         let before = self.cursor;
-        let news: BTreeSet<Arc<str>> = self.news(set, removals)?.cloned().collect();
+        let mut news: Vec<Arc<str>> = Vec::new();
+        let _ = self.news(set, removals, |name| {
+            news.push(Arc::clone(name));
+            ControlFlow::Continue(())
+        })?;
+        news.sort_unstable();
+        news.dedup();
+        let alone = self.due.is_empty() && !self.everything && self.rejected.is_empty();
+        news.retain(|name| self.is_sent(set, name, removals && holds));
+        if alone {
+            self.cursor = Some(set.revision());
+            self.adds |= self.are_new(set, before, &news);
+            return Ok(news);
+        }
         for name in news {
             self.reopen(&name);
-            if set.get(self.kind, &name).is_some() {
-                self.held.remove(&name);
-                self.due.insert(name);
-            } else if removals && holds && self.is_referred_to(set, &name) {
-                let removed = set.gone(self.kind, &name).map_or(set.revision(), |gone| gone.removed);
-                self.due.remove(&name);
-                self.held.insert(name, removed);
-            } else {
-                if self.kind == ResourceType::VirtualHost {
-                    self.vanished.insert(Arc::clone(&name));
-                }
-                self.due.insert(name);
-            }
+            self.due.insert(name);
         }
         if !self.rejected.is_empty() {
             // Asked for again, and gone meanwhile: its neighbours need not wait for a change of it (rule D15).
@@ -317,17 +334,45 @@ impl Track {
         self.expand(set);
         let due = mem::take(&mut self.due);
         if !mem::take(&mut self.everything) {
-            let new = |name: &Arc<str>| {
-                let since = set.get(self.kind, name).map(|entry| entry.since);
-                since.is_some_and(|since| before.is_none_or(|before| since > before))
-            };
-            self.adds |= due.iter().any(new);
+            self.adds |= self.are_new(set, before, &due);
             return Ok(due.into_iter().filter(|name| self.subscription.covers(name)).collect());
         }
         self.adds |= set.len(self.kind) > 0;
         let live = set.iter(self.kind).map(|(name, _)| Arc::clone(name));
         let gone = due.into_iter().filter(|name| set.get(self.kind, name).is_none());
         Ok(live.chain(gone).collect())
+    }
+
+    /// Whether something that changed is to be sent now: removals may have to wait (rule O3).
+    fn is_sent(&mut self, set: &ResourceSet, name: &Arc<str>, holds: bool) -> bool {
+        self.held.remove(name);
+        if set.get(self.kind, name).is_some() {
+            return true;
+        }
+        if holds && self.is_referred_to(set, name) {
+            let removed = set.gone(self.kind, name).map_or(set.revision(), |gone| gone.removed);
+            self.reopen(name);
+            self.due.remove(name);
+            self.held.insert(Arc::clone(name), removed);
+            return false;
+        }
+        if self.kind == ResourceType::VirtualHost {
+            self.vanished.insert(Arc::clone(name));
+        }
+        true
+    }
+
+    /// Whether any came into being after the client was told last.
+    fn are_new<'a>(
+        &self,
+        set: &ResourceSet,
+        before: Option<Revision>,
+        names: impl IntoIterator<Item = &'a Arc<str>>,
+    ) -> bool {
+        names.into_iter().any(|name| {
+            let since = set.get(self.kind, name).map(|entry| entry.since);
+            since.is_some_and(|since| before.is_none_or(|before| since > before))
+        })
     }
 
     /// Whether something that the client holds may still refer to a removed resource. Nothing refers to a member of a
@@ -425,6 +470,12 @@ impl Track {
         }
     }
 
+    /// Whether it has everything up to `current`, and whatever comes that does not concern it.
+    fn rests(&self, current: Revision) -> bool {
+        let owed = self.owes || self.everything || self.claim.is_some() || !self.due.is_empty();
+        !owed && self.outstanding.is_none() && self.held.is_empty() && self.report.settled >= current
+    }
+
     pub(super) fn status(&self, current: Revision) -> TypeStatus {
         let report = &self.report;
         TypeStatus {
@@ -439,6 +490,7 @@ impl Track {
             unanswered: report.unanswered,
             unaccepted: self.rejected.clone(),
             rejections: report.rejections.iter().cloned().collect(),
+            rests: self.rests(current),
             flight: self.flight(),
         }
     }
@@ -447,6 +499,18 @@ impl Track {
     /// anew each time would cost more than all the rest.
     pub(super) fn update_status(&self, status: &mut TypeStatus, current: Revision) {
         let report = &self.report;
+        let rests = self.rests(current);
+        if rests
+            && status.rests
+            && status.synced
+            && status.responses == report.responses
+            && status.subscription.shares(&self.subscription)
+            && self.rejected.is_empty()
+            && status.unaccepted.is_empty()
+        {
+            // Nothing was asked, sent or answered, and to what came meanwhile it rests.
+            return;
+        }
         if !status.subscription.shares(&self.subscription) {
             status.subscription.clone_from(&self.subscription);
         }
@@ -463,6 +527,7 @@ impl Track {
         status.responses = report.responses;
         status.rejected = report.rejected;
         status.unanswered = report.unanswered;
+        status.rests = rests;
         status.flight = self.flight();
     }
 }

@@ -9,10 +9,13 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures_util::Stream;
 use http_body::{Body, Frame};
 use http_body_util::BodyExt as _;
-use prost::Message;
 use tonic::{Code, Status};
 
-use super::Response;
+use super::{
+    Response,
+    asked::{Asked, Decode, Malformed},
+    server::code,
+};
 
 /// Flag and length before each message.
 const FRAME: usize = 5;
@@ -35,6 +38,8 @@ pub(super) struct Responses<S> {
 
 #[derive(Debug, Default)]
 struct Parts {
+    /// What is put together already.
+    first: Option<Bytes>,
     next: Option<Bytes>,
     rest: vec::IntoIter<Bytes>,
 }
@@ -49,15 +54,31 @@ impl Parts {
     fn of(response: Response) -> Result<Self, Status> {
         let len = u32::try_from(response.len())
             .map_err(|_| Status::resource_exhausted("a response is larger than 4 GiB"))?;
-        let mut head = BytesMut::with_capacity(FRAME + response.head.len());
-        head.put_u8(0);
-        head.put_u32(len);
-        head.put_slice(&response.head);
-        Ok(Self { next: Some(head.freeze()), rest: response.body.into_iter() })
+        // With room for the small parts that go with it.
+        let small = response.body.iter().map(Bytes::len).take_while(|len| *len < LARGE);
+        let fits = small.scan(FRAME + response.head.len(), |size, len| {
+            *size += len;
+            (*size <= CHUNK).then_some(*size)
+        });
+        let size = fits.last().unwrap_or(FRAME + response.head.len());
+        let mut chunk = BytesMut::with_capacity(size);
+        chunk.put_u8(0);
+        chunk.put_u32(len);
+        chunk.put_slice(&response.head);
+        let mut rest = response.body.into_iter();
+        while chunk.len() < size
+            && let Some(part) = rest.next()
+        {
+            chunk.put_slice(&part);
+        }
+        Ok(Self { first: Some(chunk.freeze()), next: None, rest })
     }
 
     /// The next piece to send.
     fn chunk(&mut self) -> Option<Bytes> {
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
         let first = self.next.take().or_else(|| self.rest.next())?;
         if first.len() >= LARGE {
             return Some(first);
@@ -128,6 +149,7 @@ pub(super) struct Requests<T, B> {
     body: Pin<Box<B>>,
     buffer: BytesMut,
     limit: usize,
+    names: usize,
     message: PhantomData<fn() -> T>,
 }
 
@@ -136,14 +158,14 @@ pub trait Incoming: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> 
 
 impl<B> Incoming for B where B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Send + 'static {}
 
-impl<T: Message + Default, B: Incoming> Requests<T, B> {
-    /// Accepts messages of up to `limit` bytes.
-    pub(super) fn new(body: B, limit: usize) -> Self {
-        Self { body: Box::pin(body), buffer: BytesMut::new(), limit, message: PhantomData }
+impl<T: Decode, B: Incoming> Requests<T, B> {
+    /// Accepts messages of up to `limit` bytes that subscribe to up to so many `names`.
+    pub(super) fn new(body: B, limit: usize, names: usize) -> Self {
+        Self { body: Box::pin(body), buffer: BytesMut::new(), limit, names, message: PhantomData }
     }
 
     /// The next request, `None` when the client is done. Cancel-safe.
-    pub(super) async fn next(&mut self) -> Result<Option<T>, Status> {
+    pub(super) async fn next(&mut self) -> Result<Option<Asked<T>>, Status> {
         if self.fill().await? { self.decode() } else { Ok(None) }
     }
 
@@ -184,16 +206,18 @@ impl<T: Message + Default, B: Incoming> Requests<T, B> {
         Ok((self.buffer.len() - FRAME >= len).then_some(len))
     }
 
-    fn decode(&mut self) -> Result<Option<T>, Status> {
+    fn decode(&mut self) -> Result<Option<Asked<T>>, Status> {
         let Some(len) = self.complete()? else { return Ok(None) };
         self.buffer.advance(FRAME);
-        let message = T::decode(self.buffer.split_to(len));
+        let message = self.buffer.split_to(len).freeze();
         if self.buffer.is_empty() {
             self.buffer = BytesMut::new();
         }
-        message
-            .map(Some)
-            .map_err(|error| Status::invalid_argument(format!("not a discovery request: {error}")))
+        let message = Decode::decode(message, self.names);
+        message.map(Some).map_err(|error| match error {
+            Malformed::ManyNames(error) => Status::new(code(error.code()), error.to_string()),
+            error => Status::invalid_argument(format!("not a discovery request: {error}")),
+        })
     }
 }
 
@@ -201,6 +225,7 @@ impl<T: Message + Default, B: Incoming> Requests<T, B> {
 mod tests {
     use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryResponse};
     use http_body_util::{Full, StreamBody};
+    use prost::Message as _;
 
     use super::*;
     use crate::{
@@ -274,24 +299,28 @@ mod tests {
                 .map(|piece| Ok::<_, Status>(Frame::data(Bytes::copy_from_slice(piece))))
                 .collect();
             let body = StreamBody::new(tokio_stream::iter(pieces));
-            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 1000);
-            assert_eq!(requests.next().await.unwrap(), Some(request.clone()));
-            assert_eq!(requests.next().await.unwrap(), Some(request.clone()));
-            assert_eq!(requests.next().await.unwrap(), None);
+            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(body, 1000, 100);
+            for want in [Some(&request), Some(&request), None] {
+                let asked = requests.next().await.unwrap().map(|asked| asked.message);
+                assert_eq!(asked.as_ref(), want);
+            }
         }
     }
 
     #[tokio::test]
     async fn bad_requests_are_errors_that_say_what_is_wrong() {
         let long = framed(&[0; 2000]);
+        let many = delta(CDS, &["a", "b", "c"], &[]).encode_to_vec();
         for (bytes, code, word) in [
             (vec![1, 0, 0, 0, 0], Code::Unimplemented, "compressed"),
             (long, Code::ResourceExhausted, "request_bytes"),
             (vec![0, 255, 255, 255, 255], Code::ResourceExhausted, "request_bytes"),
             (framed(&[255; 10]), Code::InvalidArgument, "discovery request"),
             (vec![0, 0], Code::InvalidArgument, "ended"),
+            (framed(&many), Code::ResourceExhausted, "names_per_stream"),
         ] {
-            let mut requests = Requests::<DeltaDiscoveryRequest, _>::new(Full::new(Bytes::from(bytes)), 1000);
+            let mut requests =
+                Requests::<DeltaDiscoveryRequest, _>::new(Full::new(Bytes::from(bytes)), 1000, 2);
             let error = requests.next().await.unwrap_err();
             assert_eq!(error.code(), code, "{error}");
             assert!(error.message().contains(word), "{error}");

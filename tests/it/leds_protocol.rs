@@ -14,34 +14,31 @@ use disco::{
     resources::{self, View},
     rt::{Shutdown, Tasks},
     xds::{
-        Admit, Admitted, AdsServer, Change, Concern, Config, Node, Proxies, Refusal, Resource, ResourceSet,
-        ResourceType, StreamPolicy,
+        Admit, Admitted, AdsServer, Change, Concern, Config, Feed, Node, Proxies, Publisher, Refusal,
+        Resource, ResourceSet, ResourceType, StreamPolicy,
     },
 };
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use prost::Message as _;
-use tokio::sync::watch;
 
 use crate::harness::{Disco, Envoy, PATIENCE, eventually, free_port, scene};
 
 /// Envoy gives up waiting after 15 s.
 const AT_ONCE: Duration = Duration::from_secs(10);
 
-type Set = Option<Arc<ResourceSet>>;
-
 #[derive(Debug)]
-struct Everybody(watch::Receiver<Set>);
+struct Everybody(Feed);
 
 impl Admit for Everybody {
     fn admit(&self, node: &Node) -> Result<Admitted, Refusal> {
         assert!(node.collections, "an Envoy with all on one delta stream can take collections: {node:?}");
-        Ok(Admitted { set: self.0.clone(), policy: StreamPolicy::ENVOY })
+        Ok(Admitted { feed: self.0.clone(), policy: StreamPolicy::ENVOY })
     }
 }
 
 /// A server of this process, which serves what it is told.
 struct Served {
-    set: watch::Sender<Set>,
+    sets: Publisher,
     proxies: Proxies,
     grpc: SocketAddr,
     runtime: tokio::runtime::Runtime,
@@ -50,10 +47,10 @@ struct Served {
 impl Served {
     fn start() -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        let (set, receiver) = watch::channel(None);
         let proxies = Proxies::default();
+        let sets = Publisher::new(&proxies);
         let tasks = Tasks::new(Shutdown::default());
-        let ads = AdsServer::new(Arc::new(Everybody(receiver)), proxies.clone(), Config::default(), tasks);
+        let ads = AdsServer::new(Arc::new(Everybody(sets.feed())), proxies.clone(), Config::default(), tasks);
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;
         let grpc = listener.local_addr()?;
         let mut routes = tonic::service::RoutesBuilder::default();
@@ -61,13 +58,13 @@ impl Served {
         let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
         let server = tonic::transport::Server::builder().add_routes(routes.routes());
         runtime.spawn(server.serve_with_incoming(incoming));
-        Ok(Self { set, proxies, grpc, runtime })
+        Ok(Self { sets, proxies, grpc, runtime })
     }
 
     /// Serves this and waits until Envoy has acknowledged all of it.
     fn serve(&self, set: ResourceSet) -> anyhow::Result<()> {
         let revision = set.revision();
-        self.set.send_replace(Some(Arc::new(set)));
+        self.sets.publish(Arc::new(set));
         let progress =
             self.runtime.block_on(self.proxies.wait_acknowledged(revision, &Concern::All, AT_ONCE));
         ensure!(progress.complete, "not acknowledged at once: {progress:#?}");
@@ -75,7 +72,7 @@ impl Served {
     }
 
     fn now(&self) -> ResourceSet {
-        self.set.borrow().as_deref().cloned().unwrap_or_default()
+        self.sets.latest().as_deref().cloned().unwrap_or_default()
     }
 }
 
@@ -132,7 +129,7 @@ fn l4_envoy_lives_through_all_that_comes_one_by_one() {
         let gone =
             members(&set, "empty").into_iter().map(|name| Change::Remove(ResourceType::LbEndpoint, name));
         let set = set.apply(Revision(2), gone);
-        served.set.send_replace(Some(Arc::new(set)));
+        served.sets.publish(Arc::new(set));
 
         let start = Instant::now();
         let grpc = served.grpc.to_string();

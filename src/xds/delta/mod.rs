@@ -4,7 +4,7 @@
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     mem,
     sync::Arc,
 };
@@ -13,15 +13,17 @@ use bytes::Bytes;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 
 use super::{
-    Config, Entry, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
+    Config, Entry, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy,
+    asked::Asked,
     engine::{Ask, Built, Variant},
+    names::is_glob,
     response::{bodyless_field, removed_field},
     subscription::Terms,
     track::{Claim, Held, Track},
 };
 
 /// The delta variant.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Delta {
     /// Answers due for types that Disco does not have: the names that do not exist.
     unknown: BTreeMap<String, BTreeSet<String>>,
@@ -60,29 +62,24 @@ impl Variant for Delta {
 
     fn subscribe(
         track: &mut Track,
-        request: Self::Request,
+        Asked { message: request, held }: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
     ) -> Result<(), ProtocolError> {
         let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
         let (add, remove) = (&request.resource_names_subscribe, &request.resource_names_unsubscribe);
         let mut change = track.subscription.update(add, remove, first, terms)?;
-        if let Some(set) = terms.set.filter(|_| first && !track.resend) {
-            // Not even noted as due: a proxy that reconnects names everything it holds.
-            let versions = &request.initial_resource_versions;
-            change.added.retain(|name| !holds(versions, set.get(terms.kind, name)));
+        if first && !held.is_empty() {
+            // Which of them are due is known when what it holds was weighed.
+            change.added.clear();
         }
         if !first && let Some(Claim { held: Held::Each(versions), .. }) = &mut track.claim {
             // What it gave up it does not hold any more, and what it asks for again it is to get (rule D4).
             for name in change.added.iter().chain(&change.removed) {
-                versions.remove(name.as_ref());
+                versions.remove(name);
             }
             if change.everything {
-                // No version is this one.
-                versions.values_mut().for_each(String::clear);
-            }
-            if change.wildcard_off {
-                versions.retain(|name, _| track.subscription.covers(name));
+                versions.distrust();
             }
         }
         let removed = change.removed.clone();
@@ -93,8 +90,8 @@ impl Variant for Delta {
         }
         if first && !track.subscription.is_empty() {
             // Rule D12: a client that holds nothing learns that there is nothing.
-            track.owes = track.subscription.is_wildcard() && request.initial_resource_versions.is_empty();
-            track.claim = Some(Claim { held: Held::Each(request.initial_resource_versions), forced });
+            track.owes = track.subscription.is_wildcard() && held.is_empty();
+            track.claim = Some(Claim { held: Held::Each(held), forced });
         }
         Ok(())
     }
@@ -104,41 +101,52 @@ impl Variant for Delta {
         let reconnected = !versions.is_empty();
         if reconnected {
             // Rule D9: what has not changed need not go again; here D9 outweighs D4 (rule D10).
-            let mut known = 0;
+            let has = |entry: &Entry| {
+                let resource = &entry.resource;
+                !track.resend && versions.get(&resource.name) == Some(Some(resource.version))
+            };
             let everything = mem::take(&mut track.everything);
-            track.expand(set);
+            let mut known = 0;
             if everything {
                 for (name, entry) in set.iter(track.kind) {
-                    known += usize::from(versions.contains_key(name.as_ref()));
-                    if !track.resend && holds(&versions, Some(entry)) {
+                    known += usize::from(versions.get(name).is_some());
+                    if has(entry) {
                         track.due.remove(name);
                     } else {
                         track.due.insert(Arc::clone(name));
                     }
                 }
             }
-            // The rest is gone, or there is no wildcard.
-            let rest = if everything && known == versions.len() { HashMap::new() } else { versions };
-            for (name, version) in rest {
-                if !track.subscription.covers(&name) {
-                    continue;
-                }
-                let live = set.get(track.kind, &name);
-                if let Some(entry) = live {
-                    let name = &entry.resource.name;
-                    if !track.resend && is(entry.resource.version, &version) {
-                        track.due.remove(name);
-                    } else {
-                        track.due.insert(Arc::clone(name));
+            let mut gone: Vec<Arc<str>> = Vec::new();
+            for (name, entry) in set.get_each(track.kind, track.subscription.names()) {
+                match entry {
+                    _ if entry.is_some_and(has) => _ = track.due.remove(name),
+                    Some(entry) => _ = track.due.insert(Arc::clone(&entry.resource.name)),
+                    None if !is_glob(name) => gone.push(Arc::clone(name)),
+                    // Rule X3: a collection is its members, if it has any.
+                    None => {
+                        let mut members = set.members(track.kind, name).peekable();
+                        if members.peek().is_none() {
+                            gone.push(Arc::clone(name));
+                        }
+                        for (member, _) in members.filter(|(_, entry)| !has(entry)) {
+                            track.due.insert(Arc::clone(member));
+                        }
                     }
-                } else if track.kind == ResourceType::Cluster {
-                    // Rule O3, over a reconnect: routes that the client holds may still name it.
-                    let name: Arc<str> = name.into();
+                }
+            }
+            if track.kind == ResourceType::LbEndpoint || everything && known < versions.len() {
+                let gone_since =
+                    |name: &&str| set.get(track.kind, name).is_none() && track.subscription.covers(name);
+                gone.extend(versions.names().filter(gone_since).map(Into::into));
+            }
+            for name in gone {
+                // Rule O3, over a reconnect: routes that the client holds may still name it.
+                if track.kind == ResourceType::Cluster && versions.get(&name).is_some() {
                     track.due.remove(&name);
                     track.held.insert(name, set.revision());
                 } else {
-                    let name: Arc<str> = name.into();
-                    if track.kind == ResourceType::VirtualHost {
+                    if track.kind == ResourceType::VirtualHost && versions.get(&name).is_some() {
                         track.vanished.insert(Arc::clone(&name));
                     }
                     track.due.insert(name);
@@ -213,17 +221,4 @@ impl Variant for Delta {
         let body = removed_field(names.iter().map(String::as_str));
         Some((url, if names.is_empty() { Vec::new() } else { vec![body] }, names.len()))
     }
-}
-
-/// Whether a client that holds these versions holds the resource as it is.
-fn holds(versions: &HashMap<String, String>, entry: Option<&Entry>) -> bool {
-    entry.is_some_and(|entry| {
-        let resource = &entry.resource;
-        versions.get(resource.name.as_ref()).is_some_and(|version| is(resource.version, version))
-    })
-}
-
-/// Whether a client's text is this version.
-fn is(version: Version, text: &str) -> bool {
-    text.len() == 16 && u64::from_str_radix(text, 16) == Ok(version.0)
 }

@@ -154,7 +154,7 @@ impl<V: Fuzz> World<V> {
         // Names that this script knows, of things that it has, and the few that flips invent.
         let due: usize = ResourceType::ALL
             .iter()
-            .filter_map(|kind| self.server.engine.track(*kind))
+            .filter_map(|kind| self.server.served.engine.track(*kind))
             .map(|track| track.due.len())
             .sum();
         assert!(due < 200, "{due} names are due");
@@ -163,6 +163,10 @@ impl<V: Fuzz> World<V> {
 
     fn hear(&mut self, request: V::Request) -> Result<(), ProtocolError> {
         let heard = self.server.try_request(request);
+        self.heard(heard)
+    }
+
+    fn heard(&mut self, heard: Result<Heard, ProtocolError>) -> Result<(), ProtocolError> {
         self.trace.note(&match &heard {
             Ok(Heard::Request) => "a request".to_owned(),
             Ok(Heard::Acknowledged(kind, _)) => format!("acknowledged {kind:?}"),
@@ -267,7 +271,7 @@ fn wire<V: Fuzz>(bytes: &[u8]) -> Trace {
         .chunks(usize::from(*piece).max(1))
         .map(|part| Ok::<_, tonic::Status>(Frame::data(Bytes::copy_from_slice(part))))
         .collect();
-    let mut requests = Requests::<V::Request, _>::new(StreamBody::new(stream::iter(pieces)), 20_000);
+    let mut requests = Requests::<V::Request, _>::new(StreamBody::new(stream::iter(pieces)), 20_000, 100);
     let mut world = World::<V>::new(StreamPolicy::ENVOY, true);
     world.server.apply([put(ResourceType::Cluster, "a", "1"), put(ResourceType::Endpoints, "a", "1")]);
     let mut found = 0;
@@ -276,7 +280,8 @@ fn wire<V: Fuzz>(bytes: &[u8]) -> Trace {
             Ok(Some(request)) => {
                 found += 1;
                 assert!(found <= most, "{found} requests in {} bytes", bytes.len());
-                if world.hear(request).is_err() {
+                let heard = world.server.hear(request);
+                if world.heard(heard).is_err() {
                     return world.trace;
                 }
                 while world.emit().is_some() {}

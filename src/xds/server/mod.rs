@@ -24,17 +24,18 @@ use futures_util::{
     future::{Ready, ready},
 };
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
     time::Instant,
 };
-use tokio_stream::{StreamExt as _, wrappers::WatchStream};
 use tonic::{Status, body::Body, service::RoutesBuilder};
 
 use super::{
     Admit, Admitted, Code, Config, Heard, Node, Observer, Protocol, ProtocolError, Proxies, Refusal,
-    ResourceSet, ResourceType, Response, Unobserved,
+    ResourceType, Response, Unobserved,
+    asked::Asked,
     delta::Delta,
     engine::{Engine, Variant},
+    served::Served,
     sotw::Sotw,
     status::Seat,
     wire::{Incoming, Requests, Responses},
@@ -107,7 +108,11 @@ impl AdsServer {
         let peer = request.remote_addr();
         let leave =
             request.extensions().get().map_or_else(|| shared.shutdown.clone(), |Leave(it)| it.clone());
-        let requests = Requests::<V::Request, B>::new(request.into_inner(), shared.config.request_bytes);
+        let requests = Requests::<V::Request, B>::new(
+            request.into_inner(),
+            shared.config.request_bytes,
+            shared.config.names_per_stream,
+        );
         let place = Place::default();
         let session = {
             let place = place.clone();
@@ -246,22 +251,25 @@ async fn serve_stream<V: Serve, B: Incoming>(
         return Err(Status::unavailable("too many clients connect at the same time; connect again later"));
     };
     let Some(mut first) = requests.next().await? else { return Ok(()) };
-    let mut node = Node { only, ..Node::of(V::node(&mut first), peer, &shared.config).map_err(status)? };
-    node.collections = carries_collections::<V>(only, &first);
-    let Admitted { set, policy } = shared.admit.admit(&node).map_err(refused)?;
+    let node = Node::of(V::node(&mut first.message), peer, &shared.config).map_err(status)?;
+    let collections = carries_collections::<V>(only, &first.message);
+    let node = Node { only, collections, ..node };
+    let Admitted { feed, policy } = shared.admit.admit(&node).map_err(refused)?;
 
     let engine = Engine::<V>::new(node.id.clone(), policy, only, Arc::clone(&shared.config));
     tracing::debug!(node = node.id, agent = node.user_agent(), protocol = %V::PROTOCOL, ?peer, "connected");
     shared.observer.connected(V::PROTOCOL);
     let seat = shared.proxies.join(node, V::PROTOCOL);
-    seat.serve(set.clone());
-    let mut session = Session { engine, seat, observer: shared.observer.as_ref(), unanswered: 0 };
-    session.run((first, arrival), requests, set, place, (shutdown, &leave)).await
+    let follower = feed.follow();
+    seat.serve(follower.standing());
+    let served = Served::new(engine, follower);
+    let mut session = Session { served, seat, observer: shared.observer.as_ref(), unanswered: 0 };
+    session.run((first, arrival), requests, place, (shutdown, &leave)).await
 }
 
 /// A stream that was let in.
 struct Session<'a, V: Serve> {
-    engine: Engine<V>,
+    served: Served<V>,
     seat: Seat,
     observer: &'a dyn Observer,
     unanswered: u64,
@@ -270,98 +278,77 @@ struct Session<'a, V: Serve> {
 impl<V: Serve> Session<'_, V> {
     async fn run<B: Incoming>(
         &mut self,
-        (first, arrival): (V::Request, SemaphorePermit<'_>),
+        (first, arrival): (Asked<V::Request>, SemaphorePermit<'_>),
         mut requests: Requests<V::Request, B>,
-        mut sets: watch::Receiver<Option<Arc<ResourceSet>>>,
         place: Place,
         (shutdown, leave): (&Shutdown, &Shutdown),
     ) -> Result<(), Status> {
-        let mut set = sets.borrow_and_update().clone();
         // What is waited for stays registered from one turn to the next: to come and go costs locks that all streams share.
-        let mut sets = WatchStream::from_changes(sets);
         let leaving_time = leave.wait();
         tokio::pin!(leaving_time);
         // Once the connection is old: when the stream ends at the latest.
         let mut last: Option<Instant> = None;
         let mut served = false;
-        self.hear(first, set.as_ref())?;
+        self.hear(first)?;
         // Until the first response is made, which takes no help of the client; or until there is something to make it of.
-        let mut arrival = set.is_some().then_some(arrival);
+        let mut arrival = self.served.is_known().then_some(arrival);
         // From now on the stream counts among those that have not acknowledged.
         self.report();
-        // Whether there may be something to send.
-        let mut due = true;
         let timer = tokio::time::sleep(Duration::ZERO);
         tokio::pin!(timer);
-        let mut armed: Option<Instant> = None;
         loop {
             tokio::select! {
-                // In this order because it is the order of what comes most often; whoever floods starves no stream but its
-                // own.
+                // The first two because they cost little to ask; whoever floods starves no stream but its own.
                 biased;
                 // A place first, then the response: while the client does not read, newer state replaces older.
-                () = place.free(), if due && set.is_some() => {
-                    let Some(current) = &set else { continue };
+                () = place.free(), if self.served.is_due() => {
                     drop(arrival.take());
-                    match self.engine.next_response(current, Instant::now()).map_err(status)? {
+                    match self.served.next(Instant::now()).map_err(status)? {
                         Some(response) => {
                             self.observer.sent(V::PROTOCOL, &response);
                             *place.response() = Some(response);
                             served = true;
+                            // Nothing else needs to be asked before it is taken, which is at once.
+                            place.free().await;
                         }
-                        None => {
-                            due = false;
-                            self.report();
-                        }
+                        None => self.report(),
                     }
+                }
+                more = self.served.news(), if !self.served.is_due() => {
+                    if !more {
+                        return Err(leaving());
+                    }
+                    self.served.wake();
                 }
                 request = requests.next() => match request? {
-                    Some(request) => {
-                        self.hear(request, set.as_ref())?;
-                        due = true;
-                    }
+                    Some(request) => self.hear(request)?,
                     None => return Ok(()),
                 },
-                next = sets.next() => {
-                    if let Some(next) = next.ok_or_else(leaving)? {
-                        self.engine.on_resources(&next, Instant::now());
-                        set = Some(next);
-                        due = true;
-                    }
-                }
-                () = &mut timer, if armed.is_some() => {
-                    armed = None;
-                    due = true;
-                }
+                () = &mut timer, if self.served.is_armed() => self.served.time_out(),
                 () = &mut leaving_time => {
                     if shutdown.started() {
                         return if served { Ok(()) } else { Err(leaving()) };
                     }
-                    last = Some(Instant::now() + self.engine.patience());
+                    last = Some(Instant::now() + self.served.engine.patience());
                     leaving_time.set(shutdown.wait());
                 }
             }
             // Rule K7: the client comes back over another connection and says what it holds. That is worth the most when it has
             // acknowledged everything, and nothing to a client that was not served yet (rule K1).
             if let Some(last) = last
-                && (served || !due || Instant::now() >= last)
-                && (self.engine.is_quiet() || Instant::now() >= last)
+                && (served || self.served.is_idle() || Instant::now() >= last)
+                && (self.served.engine.is_quiet() || Instant::now() >= last)
             {
                 return Ok(());
             }
-            // The timer is set anew only for something earlier: after each ACK it would be for nothing.
-            let deadline = self.engine.deadline().into_iter().chain(last).min();
-            if let Some(deadline) = deadline
-                && armed.is_none_or(|armed| deadline < armed)
-            {
+            if let Some(deadline) = self.served.timer(last) {
                 timer.as_mut().reset(deadline);
-                armed = Some(deadline);
             }
         }
     }
 
-    fn hear(&mut self, request: V::Request, set: Option<&Arc<ResourceSet>>) -> Result<(), Status> {
-        match self.engine.on_request(request, set, Instant::now()).map_err(status)? {
+    fn hear(&mut self, asked: Asked<V::Request>) -> Result<(), Status> {
+        match self.served.hear(asked, Instant::now()).map_err(status)? {
             Heard::Request => {}
             Heard::Acknowledged(kind, latency) => self.observer.acknowledged(V::PROTOCOL, kind, latency),
             Heard::Rejected(kind, reason) => {
@@ -369,19 +356,19 @@ impl<V: Serve> Session<'_, V> {
                 self.observer.rejected(V::PROTOCOL, kind, &reason);
             }
         }
-        if set.is_none() {
+        if !self.served.is_known() {
             self.report();
         }
         Ok(())
     }
 
     fn report(&mut self) {
-        let unanswered = self.engine.unanswered();
+        let unanswered = self.served.engine.unanswered();
         if unanswered > self.unanswered {
             self.observer.unanswered(V::PROTOCOL, unanswered - self.unanswered);
             self.unanswered = unanswered;
         }
-        self.seat.update(|types| self.engine.update_status(types));
+        self.served.report(&self.seat);
     }
 }
 
@@ -414,7 +401,7 @@ fn refused(refusal: Refusal) -> Status {
     Status::new(code(refusal.code), refusal.message)
 }
 
-fn code(code: Code) -> tonic::Code {
+pub(super) fn code(code: Code) -> tonic::Code {
     match code {
         Code::InvalidArgument => tonic::Code::InvalidArgument,
         Code::Unauthenticated => tonic::Code::Unauthenticated,

@@ -16,21 +16,21 @@ use super::*;
 use crate::{
     model::Revision,
     xds::{
-        Change, Concern, Protocol, ResourceType, StreamPolicy,
+        Change, Concern, Feed, Protocol, Publisher, ResourceSet, ResourceType, StreamPolicy,
         testing::{CDS, EDS, delta, node, put, resource},
     },
 };
 
 /// Lets everybody in but `nobody`.
 #[derive(Debug)]
-struct AllOf(watch::Receiver<Option<Arc<ResourceSet>>>);
+struct AllOf(Mutex<Feed>);
 
 impl Admit for AllOf {
     fn admit(&self, node: &Node) -> Result<Admitted, Refusal> {
         if node.id == "nobody" {
             return Err(Refusal { code: Code::PermissionDenied, message: "nobody may not".into() });
         }
-        Ok(Admitted { set: self.0.clone(), policy: StreamPolicy::ENVOY })
+        Ok(Admitted { feed: self.0.lock().unwrap().clone(), policy: StreamPolicy::ENVOY })
     }
 }
 
@@ -67,7 +67,8 @@ impl Observer for Counts {
 
 struct Server {
     address: SocketAddr,
-    sets: watch::Sender<Option<Arc<ResourceSet>>>,
+    sets: Publisher,
+    served: Arc<AllOf>,
     proxies: Proxies,
     counts: Arc<Counts>,
     tasks: Tasks,
@@ -81,12 +82,14 @@ async fn start(set: Option<ResourceSet>) -> Server {
 }
 
 async fn start_with(set: Option<ResourceSet>, config: Config) -> Server {
-    let (sets, receiver) = watch::channel(set.map(Arc::new));
     let proxies = Proxies::default();
+    let sets = Publisher::new(&proxies);
+    set.into_iter().for_each(|set| _ = sets.publish(Arc::new(set)));
+    let served = Arc::new(AllOf(Mutex::new(sets.feed())));
     let counts = Arc::new(Counts::default());
     let tasks = Tasks::new(Shutdown::default());
     let server = AdsServer::observed(
-        Arc::new(AllOf(receiver)),
+        Arc::clone(&served) as Arc<dyn Admit>,
         proxies.clone(),
         config,
         tasks.clone(),
@@ -107,13 +110,13 @@ async fn start_with(set: Option<ResourceSet>, config: Config) -> Server {
         let server = tonic::transport::Server::builder().layer(layer).add_routes(routes.routes());
         server.serve_with_incoming(incoming).await.unwrap();
     });
-    Server { address, sets, proxies, counts, tasks, leave, ads: server }
+    Server { address, sets, served, proxies, counts, tasks, leave, ads: server }
 }
 
 impl Server {
     fn publish(&self, revision: u64, changes: impl IntoIterator<Item = Change>) {
-        let set = self.sets.borrow().as_deref().cloned().unwrap_or_default();
-        self.sets.send_replace(Some(Arc::new(set.apply(Revision(revision), changes))));
+        let set = self.sets.latest().as_deref().cloned().unwrap_or_default();
+        self.sets.publish(Arc::new(set.apply(Revision(revision), changes)));
     }
 
     async fn client(&self) -> AggregatedDiscoveryServiceClient<Channel> {
@@ -664,14 +667,64 @@ async fn pitfall_30_what_is_known_stays_when_its_source_is_lost() {
     let mut client = server.delta("n").await;
     client.ask(delta(CDS, &[], &[])).await;
     assert_eq!(client.take().await, ["a"]);
-    let known = server.sets.send_replace(None);
+    let unknown = Publisher::new(&server.proxies);
+    *server.served.0.lock().unwrap() = unknown.feed();
     // Whoever comes now waits; whoever was there keeps what it has.
     let waiting = server.delta("waiting").await;
     waiting.ask(delta(CDS, &[], &[])).await;
     server.until("both there", |server| server.proxies.len() == 2).await;
-    let set = known.unwrap().apply(Revision(2), [put(CDS, "b", "1")]);
-    server.sets.send_replace(Some(Arc::new(set)));
+    server.publish(2, [put(CDS, "b", "1")]);
     let response = client.next().await.unwrap().unwrap();
     let names: Vec<_> = response.resources.iter().map(|resource| resource.name.as_str()).collect();
     assert_eq!((names, response.removed_resources.len()), (vec!["b"], 0));
+}
+
+#[tokio::test]
+async fn a_change_that_does_not_concern_a_stream_counts_as_there() {
+    let server = start(Some(ResourceSet::default())).await;
+    let names = ["a", "b", "c", "d", "e", "f"];
+    server.publish(1, names.map(|name| put(EDS, name, "1")));
+    let mut clients = Vec::new();
+    for name in ["a", "b"] {
+        let mut client = server.delta(name).await;
+        client.ask(delta(EDS, &[name], &[])).await;
+        assert_eq!(client.take().await, [name]);
+        clients.push(client);
+    }
+    let [mut a, mut b]: [_; 2] = clients.try_into().unwrap_or_else(|_| panic!("two"));
+    let wait = |revision, concern| {
+        let proxies = server.proxies.clone();
+        async move { proxies.wait_acknowledged(Revision(revision), &concern, Duration::from_secs(5)).await }
+    };
+    assert!(wait(1, Concern::All).await.complete);
+
+    // Before it is published it is not known whom it concerns; then it is settled for whoever asked for something else.
+    let all = tokio::join!(wait(2, Concern::All), async {
+        tokio::task::yield_now().await;
+        server.publish(2, [put(EDS, "c", "2")]);
+    });
+    assert!(all.0.complete, "{:?}", all.0);
+    let of_a = tokio::join!(wait(3, Concern::of(Some("a"))), async {
+        tokio::task::yield_now().await;
+        server.publish(3, [put(EDS, "d", "3")]);
+    });
+    assert!(of_a.0.complete && of_a.0.acknowledged == 1, "its endpoints did not change: {:?}", of_a.0);
+
+    server.publish(4, [put(EDS, "a", "4")]);
+    let progress = server.proxies.progress(Revision(4), &Concern::All);
+    assert_eq!(progress.pending, ["a"], "{progress:?}");
+    assert_eq!(a.take().await, ["a"]);
+    let progress = wait(4, Concern::All).await;
+    assert_eq!((progress.complete, progress.acknowledged), (true, 2));
+    let status = server.proxies.list();
+    assert!(status.iter().all(|proxy| proxy.synced() && proxy.types[0].acknowledged == Revision(4)));
+    assert_eq!(status.iter().map(|proxy| proxy.types[0].sent.0).collect::<Vec<_>>(), [4, 1]);
+
+    // It asks for more, which changes afterwards.
+    b.ask(delta(EDS, &["c"], &[])).await;
+    assert_eq!(b.take().await, ["c"]);
+    server.publish(5, [put(EDS, "c", "5")]);
+    assert_eq!(b.take().await, ["c"]);
+    let progress = wait(5, Concern::All).await;
+    assert_eq!((progress.complete, progress.acknowledged), (true, 2));
 }

@@ -11,13 +11,14 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::{
     Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
+    asked::Asked,
     engine::{Ask, Built, Variant},
     subscription::Terms,
     track::{Claim, Held, Track},
 };
 
 /// The state-of-the-world variant. It says nothing about types that Disco does not have (rule K3).
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Sotw;
 
 /// Rule S-E1: every response of these types is the whole list, and what is not in it is removed.
@@ -49,7 +50,7 @@ impl Variant for Sotw {
 
     fn subscribe(
         track: &mut Track,
-        request: Self::Request,
+        Asked { message: request, .. }: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
     ) -> Result<(), ProtocolError> {
@@ -226,21 +227,16 @@ fn digest(track: &mut Track, set: &Arc<ResourceSet>) -> Version {
     let live = if track.subscription.is_wildcard() {
         set.digest(kind)
     } else {
-        let part = |set: &ResourceSet, name: &Arc<str>| {
-            set.get(kind, name).map_or(0, |entry| ResourceSet::digest_of(&entry.resource))
-        };
         let names = track.subscription.names();
+        let part =
+            |name: &Arc<str>| set.get(kind, name).map_or(0, |entry| ResourceSet::digest_of(&entry.resource));
         let known = track.digest.take().and_then(|(base, sum)| {
-            let changed: BTreeSet<_> = set.changed_since(kind, base.revision())?.collect();
-            let changed = changed.into_iter().filter(|name| names.contains(*name));
-            Some(
-                changed
-                    .fold(sum, |sum, name| sum.wrapping_sub(part(&base, name)).wrapping_add(part(set, name))),
-            )
+            let changes = set.digests_since(kind, base)?.filter(|(name, _)| names.contains(*name));
+            Some(changes.fold(sum, |sum, (_, change)| sum.wrapping_add(change)))
         });
         let sum =
-            known.unwrap_or_else(|| names.iter().fold(0, |sum: u64, name| sum.wrapping_add(part(set, name))));
-        track.digest = Some((Arc::clone(set), sum));
+            known.unwrap_or_else(|| names.iter().fold(0, |sum: u64, name| sum.wrapping_add(part(name))));
+        track.digest = Some((set.revision(), sum));
         sum
     };
     Version(live)

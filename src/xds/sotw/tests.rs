@@ -122,7 +122,7 @@ fn s_e3_nothing_is_sent_for_a_type_that_nobody_watches() {
     s.apply([put(EDS, "b", "2")]);
     s.ask(EDS, &[]);
     assert_eq!(s.out(), NOTHING);
-    assert!(s.engine.status().iter().all(|kind| kind.synced));
+    assert!(s.served.engine.status().iter().all(|kind| kind.synced));
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn s4_nack_is_not_sent_again() {
     // A whole list goes with any change; what was rejected with it counts as changed.
     s.apply([put(CDS, "b", "2")]);
     assert_eq!(s.settle(), ["Cluster a=bad b=2", "Endpoints a=good b=2"]);
-    assert!(s.engine.status().iter().all(|kind| kind.synced));
+    assert!(s.served.engine.status().iter().all(|kind| kind.synced));
 }
 
 #[test]

@@ -257,11 +257,11 @@ fn d15_s4_a_rejected_response_goes_again_with_the_next_change_of_any_of_it() {
     s.request(delta(EDS, &["c"], &[]));
     assert_eq!(s.settle(), ["Endpoints c=1"]);
     assert_eq!(s.acknowledged(EDS), 0);
-    assert_eq!(s.engine.status()[0].last_error(), "bad");
+    assert_eq!(s.served.engine.status()[0].last_error(), "bad");
     s.apply([put(EDS, "a", "good")]);
     assert_eq!(s.settle(), ["Endpoints a=good b=1"]);
     assert_eq!(s.acknowledged(EDS), 2);
-    assert_eq!(s.engine.status()[0].last_error(), "");
+    assert_eq!(s.served.engine.status()[0].last_error(), "");
     s.apply([put(EDS, "b", "2")]);
     assert_eq!(s.settle(), ["Endpoints b=2"]);
 }
@@ -288,7 +288,7 @@ fn s4_nack_is_not_sent_again_until_a_change() {
         s.apply([put(LDS, "l", "1")]);
         assert_eq!(s.out(), NOTHING);
     }
-    let status = &s.engine.status()[0];
+    let status = &s.served.engine.status()[0];
     assert_eq!((status.rejected, status.synced, status.last_error()), (1, false, "bad"));
 }
 
@@ -360,7 +360,7 @@ fn d6_a_stream_that_is_behind_all_memory_of_removals_must_reconnect() {
     }
     s.ack(LDS);
     let set = s.set.clone().unwrap();
-    let error = s.engine.next_response(&set, s.now).unwrap_err();
+    let error = s.served.engine.next_response(&set, s.now).unwrap_err();
     assert_eq!(error.code(), crate::xds::Code::Unavailable);
 }
 

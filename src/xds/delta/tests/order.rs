@@ -110,11 +110,11 @@ fn o7_warming_is_not_waited_for_for_ever() {
     let mut s = settled();
     s.apply([put(CDS, "b", "1"), put(RDS, "r", "b")]);
     assert_eq!(s.out(), ["Cluster b=1"]);
-    let deadline = s.engine.deadline().unwrap();
+    let deadline = s.served.engine.deadline().unwrap();
     assert_eq!(deadline, s.now + Duration::from_secs(20));
     s.wait(Duration::from_secs(20));
     assert_eq!(s.out(), ["Route r=b"]);
-    assert!(s.engine.deadline().unwrap() > s.now);
+    assert!(s.served.engine.deadline().unwrap() > s.now);
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn o7_an_answer_is_not_waited_for_for_ever() {
     assert_eq!(s.out(), NOTHING);
     s.wait(Duration::from_secs(1));
     assert_eq!(s.out(), ["Endpoints a=3"]);
-    assert_eq!(s.engine.unanswered(), 1);
+    assert_eq!(s.served.engine.unanswered(), 1);
     s.ack(EDS);
     assert_eq!(s.acknowledged(EDS), 3);
 }
@@ -240,5 +240,5 @@ fn g2_a_stream_of_clusters_keeps_no_list_of_endpoints() {
         s.apply([remove(CDS, name), remove(EDS, name)]);
         s.settle();
     }
-    assert!(s.engine.track(EDS).is_none_or(|track| track.due.is_empty()));
+    assert!(s.served.engine.track(EDS).is_none_or(|track| track.due.is_empty()));
 }

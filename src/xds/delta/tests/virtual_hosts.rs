@@ -54,7 +54,7 @@ fn o2_o3_hosts_come_after_new_clusters_and_go_before_them() {
     assert_eq!(s.settle(), ["Cluster b=1", "VirtualHost t/b=b"]);
     s.apply([remove(VHDS, "t/b"), remove(CDS, "b")]);
     assert_eq!(s.settle(), ["VirtualHost -t/b", "Cluster -b"]);
-    assert!(s.engine.status().iter().all(|of| of.acknowledged == Revision(3)));
+    assert!(s.served.engine.status().iter().all(|of| of.acknowledged == Revision(3)));
 }
 
 #[test]
@@ -62,6 +62,6 @@ fn who_never_asks_for_hosts_pays_nothing_for_them() {
     let mut s = settled();
     s.apply([put(VHDS, "t/b", "b")]);
     assert_eq!(s.settle(), NOTHING);
-    assert!(s.engine.track(VHDS).is_none());
+    assert!(s.served.engine.track(VHDS).is_none());
     assert_eq!(s.acknowledged(RDS), 2);
 }
