@@ -13,6 +13,8 @@ pub(super) struct Row {
     pub(super) failed: u64,
     /// Streams of calls that broke off with their instance, and were asked for again.
     pub(super) resumed: u64,
+    /// How long Disco took an instance that had died for alive; of several, the longest.
+    pub(super) known: Option<f64>,
     /// How long the proxy still called an instance that had died; of several, the longest.
     pub(super) left: Option<f64>,
     /// Updates that the proxy was sent and took.
@@ -34,7 +36,7 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub(super) const HEAD: &'static str = "| fault | calls, failed | traffic left the dead after | sent to the proxy | accepted state lost | living removed | all as before after |\n\
+    pub(super) const HEAD: &'static str = "| fault | calls, failed | death known to Disco, traffic gone after | sent to the proxy | accepted state lost | living removed | all as before after |\n\
                                            |---|---|---|---|---|---|---|";
 
     pub(super) fn add(&mut self, row: Row) {
@@ -71,8 +73,9 @@ impl Table {
 
 impl Row {
     fn line(&self) -> String {
-        let Self { fault, seconds, calls, failed, left, responses, lost, removed, note, .. } = self;
-        let left = left.map_or(String::new(), |left| format!("{left:.2} s"));
+        let Self { fault, seconds, calls, failed, known, left, responses, lost, removed, note, .. } = self;
+        let left =
+            known.zip(*left).map_or(String::new(), |(known, left)| format!("{known:.2} s, {left:.2} s"));
         let note = if note.is_empty() { String::new() } else { format!("; {note}") };
         format!(
             "| {fault}{note} | {calls}, {failed} | {left} | {responses} | {lost} | {removed} | {seconds:.2} s |"

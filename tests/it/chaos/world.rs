@@ -253,10 +253,16 @@ impl World {
                     }
                 }
             }
-            eventually("calls that leave the dead", PATIENCE, || {
-                world.envoy.hosts("greeter").ok()?.is_disjoint(&victims).then_some(())
+            let ids: BTreeSet<_> = hosts.keys().filter(|id| !world.expected().contains(*id)).collect();
+            eventually("the end of the dead, for Disco and for the proxy", PATIENCE, || {
+                if row.left.is_none() && world.envoy.hosts("greeter").ok()?.is_disjoint(&victims) {
+                    row.left = Some(start.elapsed().as_secs_f64());
+                }
+                if row.known.is_none() && !world.counted(&ids).ok()? {
+                    row.known = Some(start.elapsed().as_secs_f64());
+                }
+                row.left.and(row.known)
             })?;
-            row.left = Some(start.elapsed().as_secs_f64());
             row.seconds = start.elapsed().as_secs_f64();
             // One that is checked stays registered as unhealthy, until somebody removes it.
             for id in hosts.keys().filter(|id| !world.expected().contains(*id)) {
@@ -266,6 +272,14 @@ impl World {
             }
             world.replenish()
         })
+    }
+
+    /// Whether Disco counts one of them as alive.
+    fn counted(&self, ids: &BTreeSet<&String>) -> anyhow::Result<bool> {
+        let read = self.nodes.all[0].get("/v1/services/greeter/instances")?;
+        let instances = read["instances"].as_array().context("no instances")?;
+        let alive = instances.iter().filter(|it| it["health"]["verdict"] != "unhealthy");
+        Ok(alive.filter_map(|it| it["id"].as_str()).any(|id| ids.iter().any(|gone| *gone == id)))
     }
 
     /// The address of each instance.
