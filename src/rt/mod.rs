@@ -3,11 +3,13 @@
 mod backoff;
 mod hangup;
 mod ready;
+mod seldom;
 mod task;
 
 pub use backoff::Backoff;
 pub use hangup::{Fate, Hangup, Watched};
 pub use ready::{Gate, Readiness};
+pub use seldom::Seldom;
 pub use task::{Leave, Shutdown, Tasks};
 
 use std::{error::Error, time::SystemTime};
