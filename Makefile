@@ -7,7 +7,7 @@ PYTHON ?= python3
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tools check bench fuzz requirements
+.PHONY: help demo test tools check bench fuzz chaos requirements
 
 help: ## This list
 	@echo "Disco, a service-mesh control plane. What you can make:"
@@ -37,9 +37,10 @@ check: requirements ## Formatting, lints and documentation, as CI checks them
 	$(CARGO) clippy --profile $(PROFILE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile $(PROFILE) --no-deps --quiet
 
-bench: requirements ## All benchmarks in ten minutes, with a table and a plot
+bench: requirements ## All benchmarks in a quarter of an hour, with a table and a plot
 	@$(CARGO) bench --profile fast --no-run
 	@$(CARGO) bench --profile fast --bench registrations
+	@$(CARGO) bench --profile fast --bench scale -- --file
 	@$(CARGO) bench --profile fast --bench propagation
 	@PYTHON=$(PYTHON) $(CARGO) bench --profile fast --bench fanout -- --json=benches/fanout.json
 	@$(PYTHON) benches/plot.py benches/fanout.json benches/fanout.svg
@@ -48,6 +49,14 @@ bench: requirements ## All benchmarks in ten minutes, with a table and a plot
 SECONDS ?= 150
 fuzz: requirements ## Fuzz the xDS decoders and state machines; four targets, SECONDS=150 each
 	@DISCO_FUZZ_SECONDS=$(SECONDS) nice -n 19 $(CARGO) test --profile $(PROFILE) --lib xds::fuzz -- --nocapture --test-threads 1
+
+# In namespaces of its own, so that it needs no root and cuts nobody's network. Linux, with iproute2.
+chaos: requirements ## Kill, freeze and cut everything in turn, under calls; ten minutes, with a table
+	@$(PYTHON) tests/tools/install.py envoy etcd
+	@$(CARGO) build --profile $(PROFILE) --bins --examples
+	@$(CARGO) test --profile $(PROFILE) --test it --no-run
+	@unshare --user --map-root-user --net --mount sh -c 'mount -t tmpfs run /run && ip link set lo up && \
+	  exec $(CARGO) test --offline --profile $(PROFILE) --test it chaos -- --ignored --nocapture'
 
 requirements:
 	@missing=; \

@@ -5,29 +5,22 @@
 //! idle machine.
 
 #![allow(
-    clippy::disallowed_methods,
+    clippy::expect_used,
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a benchmark prints, is configured by the environment, and stops when anything fails"
+    reason = "a benchmark prints, and stops when anything fails"
 )]
 
-use std::{
-    env,
-    net::TcpListener,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
+
+#[path = "common/mod.rs"]
+mod common;
 
 use bytes::Bytes;
 use disco::{
-    proto::etcd::{
-        PutRequest, RangeRequest, RequestOp, TxnRequest, kv_client::KvClient, request_op::Request,
-    },
+    proto::etcd::{RangeRequest, kv_client::KvClient},
     store::{Condition, EtcdConfig, EtcdStore, Op, Store as _},
 };
-use tempfile::TempDir;
 use tokio::{runtime::Runtime, task::JoinSet, time::Instant};
 use tonic::transport::Channel;
 
@@ -37,40 +30,10 @@ const RECORDS: usize = 200_000;
 /// With its key of 40 bytes a record is 220 bytes.
 const VALUE: usize = 180;
 
-struct Etcd {
-    child: Child,
-    address: String,
-    _dir: TempDir,
-}
-
-impl Etcd {
-    fn start() -> Self {
-        let folder = env::var_os("DISCO_TEST_TOOLS").map(PathBuf::from);
-        let folder = folder.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".tools"));
-        let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let port = || TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
-        let (address, peer) =
-            (format!("http://127.0.0.1:{}", port()), format!("http://127.0.0.1:{}", port()));
-        let mut command = Command::new(folder.join("bin/etcd"));
-        command.arg("--log-level=error").arg("--data-dir").arg(dir.path().join("etcd"));
-        command.args(["--listen-client-urls", &address, "--advertise-client-urls", &address]);
-        command.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-        command.args(["--name=m", &format!("--initial-cluster=m={peer}")]);
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        Self { child, address, _dir: dir }
-    }
-}
-
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn main() {
+    common::guard::start(Duration::from_secs(240));
     Runtime::new().unwrap().block_on(async {
-        let etcd = Etcd::start();
+        let etcd = common::etcd::Etcd::start();
         let config = EtcdConfig { endpoints: vec![etcd.address.clone()], ..EtcdConfig::default() };
         let store = Arc::new(EtcdStore::open(&config).unwrap());
         store.status().wait_for(|status| status.session.is_some()).await.unwrap();
@@ -108,13 +71,8 @@ async fn rate(store: &Arc<EtcdStore>, raw: &KvClient<Channel>, committers: usize
         let transaction = move || {
             let mut raw = raw.clone();
             async move {
-                let put = PutRequest {
-                    key: Bytes::from(format!("/raw/data/{}", key(fastrand::usize(..RECORDS)))),
-                    value: vec![b'v'; VALUE].into(),
-                    lease: 0,
-                };
-                let success = vec![RequestOp { request: Some(Request::RequestPut(put)) }];
-                raw.txn(TxnRequest { success, ..TxnRequest::default() }).await.unwrap();
+                let value = vec![b'v'; VALUE].into();
+                common::etcd::put(&mut raw, &key(fastrand::usize(..RECORDS)), value).await;
             }
         };
         limits.push(round(committers, transaction).await);

@@ -98,6 +98,10 @@ async fn rate(committers: usize) {
         let Stats { commits, batches, bytes, .. } = store.stats();
         let (commits, batches, bytes) =
             (commits - before.commits, batches - before.batches, bytes - before.bytes);
+        if batches == 0 {
+            // The disk stood still for all of it.
+            continue;
+        }
         let (appends, floor_took) = appends(&mut file, bytes / batches);
         rounds.push(Round {
             commits: commits as f64,
@@ -111,7 +115,7 @@ async fn rate(committers: usize) {
     let median = |of: fn(&Round) -> f64| {
         let mut values: Vec<f64> = rounds.iter().map(of).collect();
         values.sort_by(f64::total_cmp);
-        values.get(ROUNDS / 2).copied().unwrap()
+        values.get(values.len() / 2).copied().unwrap()
     };
     let commits = median(|r| r.commits / r.seconds);
     let floor = median(|r| r.floor_batches / r.floor_seconds * r.commits / r.batches);

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) mod etcd;
 pub(crate) mod guard;
 
 /// A `disco dev` on free ports, ended on drop.

@@ -72,11 +72,16 @@ impl From<registry::Error> for ApiError {
         let message = error.to_string();
         let (kind, fields) = match error {
             registry::Error::Invalid(problems) => (Kind::Invalid, problems.0),
-            registry::Error::NotFound(_) | registry::Error::NoService(_) => (Kind::NotFound, Vec::new()),
+            registry::Error::NotFound(_) | registry::Error::NoService(_) | registry::Error::NoLock(_) => {
+                (Kind::NotFound, Vec::new())
+            }
+            registry::Error::NotEmpty(_) => (Kind::Conflict, Vec::new()),
             registry::Error::Conflict(problem) => (Kind::Conflict, vec![problem]),
             registry::Error::Limit(problem) => (Kind::Limit, vec![problem]),
             registry::Error::Store(_)
             | registry::Error::Elsewhere { .. }
+            | registry::Error::Contended(_)
+            | registry::Error::LocksUnread
             | registry::Error::Isolated
             | registry::Error::ShuttingDown => (Kind::Unavailable, Vec::new()),
             registry::Error::Record { .. } => (Kind::Internal, Vec::new()),

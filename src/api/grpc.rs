@@ -2,7 +2,7 @@
 
 use std::{pin::Pin, time::Duration};
 
-use futures_util::{Stream, StreamExt as _};
+use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -15,12 +15,20 @@ use crate::{
         Revision, ServiceId, Update, Verdict,
     },
     proto::v1::{self, registry_server, session_request, session_response},
-    registry::{Accepted, Ended, Registry, Session, instance_to_proto, raw_check, verdict_from_proto},
+    registry::{
+        Accepted, Ended, FORWARDED, Registry, Session, instance_to_proto, raw_check, verdict_from_proto,
+    },
     rt::{Fate, Hangup, Tasks},
 };
 
 /// Answers of a stream that wait for a slow reader.
 pub(super) const QUEUE: usize = 16;
+
+/// Most instances that one request renews.
+const RENEWALS: usize = 1000;
+
+/// Renewals of one request under way at once: they wait only where another process counted the lease so far, for a write.
+const TAKEN_OVER: usize = 64;
 
 /// The gRPC service.
 #[derive(Debug, Clone)]
@@ -132,6 +140,43 @@ impl RegistryService {
         v1::SessionResponse { response: Some(response) }
     }
 
+    async fn do_renew_many(&self, request: v1::RenewManyRequest) -> Result<v1::RenewManyResponse, ApiError> {
+        let count = request.instances.len();
+        if count > RENEWALS {
+            let mut problems = Problems::default();
+            problems
+                .add("instances", format!("{count} are too many: want at most {RENEWALS} in one request"));
+            return Err(problems.into());
+        }
+        let renew = async |instance| {
+            let (key, incarnation) = require_ref(Some(instance))?;
+            Ok::<_, ApiError>(self.registry.renew(key, incarnation).await?)
+        };
+        let mut renewals = stream::iter(request.instances).map(renew).buffered(TAKEN_OVER);
+        let mut response = v1::RenewManyResponse::default();
+        let mut shortest: Option<Duration> = None;
+        let mut index = 0;
+        while let Some(renewed) = renewals.next().await {
+            match renewed {
+                Ok((ttl, revision)) => {
+                    shortest = Some(shortest.map_or(ttl, |shortest| shortest.min(ttl)));
+                    response.revision = response.revision.max(revision.0);
+                }
+                Err(error) => {
+                    let (code, message) = error.grpc();
+                    let message = message.to_owned();
+                    response.failures.push(v1::RenewFailure { index, code: code.into(), message });
+                }
+            }
+            index += 1;
+        }
+        if shortest.is_none() {
+            response.revision = self.registry.catalog().latest().revision().0;
+        }
+        response.ttl = shortest.and_then(|ttl| ttl.try_into().ok());
+        Ok(response)
+    }
+
     async fn do_update(&self, request: v1::UpdateRequest) -> Result<v1::UpdateResponse, ApiError> {
         let (key, incarnation, update) = self.read_update(request)?;
         let Accepted { revision, instance } = self.registry.update(key, incarnation, update).await?;
@@ -209,9 +254,19 @@ impl registry_server::Registry for RegistryService {
 
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Answer<v1::RenewResponse> {
         let called = self.called_by(&request);
+        let forwarded = request.metadata().contains_key(FORWARDED);
         let (key, incarnation) = require_ref(request.into_inner().instance)?;
-        let (ttl, revision) = called.registry.renew(key, incarnation).await.map_err(ApiError::from)?;
+        let renewed = if forwarded {
+            called.registry.renew_here(key, incarnation).await
+        } else {
+            called.registry.renew(key, incarnation).await
+        };
+        let (ttl, revision) = renewed.map_err(ApiError::from)?;
         Ok(Response::new(v1::RenewResponse { revision: revision.0, ttl: ttl.try_into().ok() }))
+    }
+
+    async fn renew_many(&self, request: Request<v1::RenewManyRequest>) -> Answer<v1::RenewManyResponse> {
+        Ok(Response::new(self.called_by(&request).do_renew_many(request.into_inner()).await?))
     }
 
     async fn update(&self, request: Request<v1::UpdateRequest>) -> Answer<v1::UpdateResponse> {
@@ -334,7 +389,7 @@ impl registry_server::Registry for RegistryService {
                     request = requests.next() => request,
                     // The owner is alive; it comes back to the next server, within the grace.
                     () = shutdown.wait() => break Ended::Lost,
-                    () = service.registry.left() => break Ended::Lost,
+                    () = session.displaced() => break Ended::Lost,
                 };
                 match request {
                     Some(Ok(request)) => {

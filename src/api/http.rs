@@ -20,10 +20,11 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    history, ledger, live, load, proxies,
+    history, ledger, live, load, locks, proxies,
     request::{
         Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
     },
+    snapshot,
 };
 use crate::{
     health::Status,
@@ -48,12 +49,16 @@ pub(super) fn router(api: Api) -> Router {
         .route(&format!("{instance}/live"), routing::put(live::publish))
         .route(&format!("{instance}/drain"), routing::post(drain))
         .route(&format!("{instance}/renew"), routing::post(renew))
+        .route("/v1/locks", routing::get(locks::list))
+        .route("/v1/locks/{name}", routing::get(locks::show).put(locks::acquire).delete(locks::release))
+        .route("/v1/locks/{name}/renew", routing::post(locks::renew))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
         .route("/v1/checks", routing::get(checks))
         .route("/v1/revisions/{revision}", routing::get(ledger::revision))
         .route("/v1/nodes", routing::get(list_nodes))
+        .route("/v1/snapshot", routing::get(snapshot::save).post(snapshot::restore))
         .route("/debug/log", routing::get(get_log).put(set_log))
         .route("/debug/config", routing::get(debug_config))
         .route("/debug/catalog", routing::get(debug_catalog))
@@ -376,12 +381,19 @@ async fn index() -> &'static str {
      POST   /v1/services/{service}/instances/{id}/drain, /renew\n\
      PUT    /v1/services/{service}/instances/{id}/live  say what changes many times a second; no proxy is told\n\
      GET    /v1/services/{service}/instances/{id}/explain  who holds it, and which proxies see it; ?at=TIME: what it was then\n\
+     GET    /v1/locks                                  all locks that are held; ?index=REVISION&wait=30s waits for news\n\
+     GET    /v1/locks/{name}                           one\n\
+     PUT    /v1/locks/{name}                           take it: {\"holder\":\"me\",\"ttl\":\"10s\",\"wait\":\"30s\"}\n\
+     POST   /v1/locks/{name}/renew                     ?token=N\n\
+     DELETE /v1/locks/{name}                           ?token=N gives it back; without one its holder loses it\n\
      GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
      GET    /v1/proxies/{node}                         one, with what it rejected\n\
      GET    /v1/proxies/{node}/resources               what it holds; ?type=cluster&body=true\n\
      GET    /v1/revisions/{revision}                   who has acknowledged it, who has not and why; ?service=NAME&wait=10s\n\
+     GET    /v1/snapshot                               everything that the store holds, as one file\n\
+     POST   /v1/snapshot                               put it into an empty store; ?replace=true into any\n\
      GET    /livez /readyz /metrics\n\
      GET    /debug/catalog /debug/config /debug/log /debug/xds;  PUT /debug/log {\"filter\":\"debug\"}\n"
 }
@@ -411,7 +423,7 @@ mod tests {
         let (members, config) =
             (crate::model::Members::alone("n1".parse().unwrap()), registry::Config::default());
         let members = tokio::sync::watch::Sender::new(members).subscribe();
-        let registry = Registry::start(config, store, reader.clone(), members, &metrics, &core);
+        let registry = Registry::start(config, store, reader.clone(), members, None, &metrics, &core);
         let log = LogFilter::start("off", LogFormat::Text).unwrap();
         let config = super::super::Config { body_limit: 1024, requests, effective: String::new() };
         Api {
@@ -419,6 +431,7 @@ mod tests {
             catalog: reader,
             nodes: None,
             registry: Some(registry),
+            locks: None,
             checks: Default::default(),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),

@@ -13,8 +13,10 @@ mod http;
 mod ledger;
 mod live;
 mod load;
+mod locks;
 mod proxies;
 mod request;
+mod snapshot;
 
 use std::sync::Arc;
 
@@ -27,8 +29,8 @@ use error::{ApiError, Kind};
 use crate::{
     catalog::Reader,
     health::Monitor,
-    proto::v1::{proxies_server::ProxiesServer, registry_server::RegistryServer},
-    registry::{Membership, Registry},
+    proto::v1::{locks_server::LocksServer, proxies_server::ProxiesServer, registry_server::RegistryServer},
+    registry::{Locks, Membership, Registry},
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
     xds::{Loads, Proxies},
@@ -59,6 +61,8 @@ pub struct Api {
     pub nodes: Option<Membership>,
     /// Takes the writes, in a process that does.
     pub registry: Option<Registry>,
+    /// Keeps the locks, in a process that takes writes.
+    pub locks: Option<Locks>,
     /// What the health checks of this node are doing.
     pub checks: Monitor,
     /// Who is connected and has acknowledged what.
@@ -87,6 +91,12 @@ impl Api {
     ) -> Option<RegistryServer<impl crate::proto::v1::registry_server::Registry + use<>>> {
         let service = grpc::RegistryService::new(self.registry.clone()?, self.tasks.clone());
         Some(RegistryServer::new(service).max_decoding_message_size(self.config.body_limit))
+    }
+
+    /// `disco.v1.Locks`, in a process that takes writes.
+    pub fn locks_service(&self) -> Option<LocksServer<impl crate::proto::v1::locks_server::Locks + use<>>> {
+        let service = locks::LocksService::new(self.locks.clone()?, self.tasks.clone());
+        Some(LocksServer::new(service).max_decoding_message_size(self.config.body_limit))
     }
 
     fn registry(&self) -> Result<&Registry, ApiError> {

@@ -27,7 +27,7 @@ use crate::{
     config::{Config, Role, Store as StoreConfig},
     health::{Checker, Duty},
     model::Members,
-    registry::{self, Membership, Mirror, Patience, Registry},
+    registry::{self, Forward, GrpcForward, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, EtcdStore, FileStore, MemoryStore, Store},
     telemetry::{LogFilter, Metrics},
@@ -147,10 +147,13 @@ impl Running {
         if nodes.is_some() && has(Role::Registry) {
             listen::follow_membership(members(Role::Registry), readiness.clone(), &core);
         }
+        let locks = has(Role::Registry)
+            .then(|| Locks::start(Arc::clone(&store), members(Role::Registry), &metrics, &core));
         let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
             let members = members(Role::Registry);
-            Registry::start(settings::registry(config), store, catalog, members, &metrics, &core)
+            let forward = nodes.clone().map(|nodes| Arc::new(GrpcForward::new(nodes)) as Arc<dyn Forward>);
+            Registry::start(settings::registry(config), store, catalog, members, forward, &metrics, &core)
         });
         let checks = registry.clone().filter(|_| has(Role::Discovery)).map(|registry| {
             let (settings, duty) = (settings::health(config), Duty::new(members(Role::Discovery)));
@@ -179,6 +182,7 @@ impl Running {
             catalog: reader,
             nodes,
             registry: registry.filter(|_| has(Role::Registry)),
+            locks,
             checks: checks.unwrap_or_default(),
             proxies,
             loads,
@@ -203,6 +207,9 @@ impl Running {
             }
             if let Some(registry) = api.registry_service() {
                 services.add(registry);
+            }
+            if let Some(locks) = api.locks_service() {
+                services.add(locks);
             }
             services.add(api.proxies_service());
             let reflection = listen::reflection(&services.names);

@@ -35,7 +35,7 @@ pub(super) fn member(config: &Config, addresses: &Addresses, id: MemberId) -> Me
     Member {
         id,
         roles: config.roles.iter().map(|role| role.name().to_owned()).collect(),
-        grpc: shown(addresses.grpc),
+        grpc: shown(config.listen.advertise.or(addresses.grpc.filter(|grpc| !grpc.ip().is_unspecified()))),
         http: shown(addresses.http),
         started_at: rt::now(),
     }

@@ -129,9 +129,10 @@ impl Snapshot {
                     }
                 }
                 Change::PutInstance(mut instance) => {
-                    let present = next.instance(&instance.key);
-                    let same_run = present.filter(|present| present.incarnation == instance.incarnation);
-                    if let Some(present) = same_run.filter(|_| instance.check.is_some()) {
+                    if instance.check.is_some()
+                        && let Some(present) = next.instance(&instance.key)
+                        && present.incarnation == instance.incarnation
+                    {
                         instance.health = present.health.clone();
                     }
                     let service = next.service_mut(revision, instance.key.service.clone());

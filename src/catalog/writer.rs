@@ -36,8 +36,17 @@ impl Writer {
         self.apply_all([(revision, changes)]);
     }
 
+    /// As [`Writer::apply`] where the past is not what it was: readers look at everything.
+    pub fn start_over(&mut self, revision: Revision, changes: Vec<Change>) {
+        self.publish([(revision, changes)], true);
+    }
+
     /// As [`Writer::apply`] for several revisions in order, published as one snapshot.
     pub fn apply_all(&mut self, batches: impl IntoIterator<Item = (Revision, Vec<Change>)>) {
+        self.publish(batches, false);
+    }
+
+    fn publish(&mut self, batches: impl IntoIterator<Item = (Revision, Vec<Change>)>, start_over: bool) {
         let now = Arc::clone(&self.state.borrow());
         let (mut snapshot, mut log, mut log_from) = ((*now.snapshot).clone(), now.log.clone(), now.log_from);
         let (mut times, time) = (now.times.clone(), rt::now());
@@ -88,6 +97,10 @@ impl Writer {
             if let Some((dropped, ..)) = log.pop_front() {
                 log_from = dropped;
             }
+        }
+        if start_over {
+            log.clear();
+            log_from = snapshot.revision();
         }
         while times.len() > REMEMBERED {
             times.pop_front();

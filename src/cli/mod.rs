@@ -8,6 +8,7 @@ mod configuration;
 mod envoy;
 mod failure;
 mod instance;
+mod lock;
 mod output;
 mod proxy;
 mod rollout;
@@ -15,6 +16,7 @@ mod run;
 mod server;
 mod servers;
 mod service;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod xds;
@@ -120,6 +122,12 @@ enum Command {
     /// Changes on their way to the proxies: status
     #[command(subcommand)]
     Rollout(rollout::Command),
+    /// Locks for what must run exactly once: run, list, show, release
+    #[command(subcommand, visible_alias = "locks")]
+    Lock(lock::Command),
+    /// Backups of everything that is registered: save, show, restore
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Speak xDS to any server: watch
     #[command(subcommand)]
     Xds(xds::Command),
@@ -186,6 +194,8 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Instance(command) => instance::run(command, &global).await?,
         Command::Proxy(command) => proxy::run(command, &global).await?,
         Command::Rollout(command) => rollout::run(command, &global).await?,
+        Command::Lock(command) => return Box::pin(lock::run(command, &global)).await.map(ExitCode::from),
+        Command::Snapshot(command) => snapshot::run(command, &global).await?,
         Command::Xds(command) => xds::run(command, &global).await?,
         Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
         Command::Config(command) => configuration::run(command)?,

@@ -185,21 +185,47 @@ impl Http {
         wait: Duration,
     ) -> Result<(StatusCode, Bytes), HttpError> {
         let limit = wait.saturating_add(ANSWER);
-        match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
+        let json = body.map(|body| Bytes::from(body.to_string()));
+        match tokio::time::timeout(limit, self.exchange(method, path, json, "application/json")).await {
             Ok(answer) => answer,
             Err(_) => Err(HttpError::TimedOut { address: self.address(), limit }),
         }
+    }
+
+    /// Fetches the file at `path`.
+    ///
+    /// # Errors
+    /// As [`Http::send`].
+    pub async fn download(&self, path: &str, wait: Duration) -> Result<Bytes, HttpError> {
+        let (status, bytes) = self.raw(Method::GET, path, None, wait).await?;
+        if status.is_success() { Ok(bytes) } else { Err(refused(status, &bytes)) }
+    }
+
+    /// Sends a file to `path` and reads the JSON answer.
+    ///
+    /// # Errors
+    /// As [`Http::send`].
+    pub async fn upload(&self, path: &str, file: Bytes, wait: Duration) -> Result<Value, HttpError> {
+        let limit = wait.saturating_add(ANSWER);
+        let exchange = self.exchange(Method::POST, path, Some(file), "application/octet-stream");
+        let timed_out = |_| HttpError::TimedOut { address: self.address(), limit };
+        let (status, bytes) = tokio::time::timeout(limit, exchange).await.map_err(timed_out)??;
+        if !status.is_success() {
+            return Err(refused(status, &bytes));
+        }
+        serde_json::from_slice(&bytes).map_err(|error| self.not_disco(format!("no JSON: {error}")))
     }
 
     async fn exchange(
         &self,
         method: Method,
         path: &str,
-        body: Option<&Value>,
+        body: Option<Bytes>,
+        kind: &'static str,
     ) -> Result<(StatusCode, Bytes), HttpError> {
         let mut unreachable = HttpError::Settings("no server is named".to_owned());
         for address in self.addresses.iter() {
-            let request = self.request(address, method.clone(), path, body)?;
+            let request = self.request(address, method.clone(), path, body.clone(), kind)?;
             let answer = match self.client.request(request).await {
                 Ok(answer) => answer,
                 // Nothing was sent, so the next one may be asked.
@@ -223,7 +249,8 @@ impl Http {
         address: &str,
         method: Method,
         path: &str,
-        body: Option<&Value>,
+        body: Option<Bytes>,
+        kind: &'static str,
     ) -> Result<Request<Full<Bytes>>, HttpError> {
         let uri: Uri = format!("http://{address}{path}")
             .parse()
@@ -235,8 +262,8 @@ impl Http {
         }
         let body = match body {
             Some(body) => {
-                request = request.header(header::CONTENT_TYPE, "application/json");
-                Bytes::from(body.to_string())
+                request = request.header(header::CONTENT_TYPE, kind);
+                body
             }
             None => Bytes::new(),
         };

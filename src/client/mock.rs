@@ -11,9 +11,9 @@ use crate::{
     proto::v1::{
         DeregisterRequest, DeregisterResponse, DrainRequest, DrainResponse, ListInstancesRequest,
         ListInstancesResponse, ListServicesRequest, ListServicesResponse, PublishRequest, PublishResponse,
-        RegisterRequest, RegisterResponse, ReleaseRequest, ReleaseResponse, RenewRequest, RenewResponse,
-        SessionError, SessionRequest, SessionResponse, UpdateRequest, UpdateResponse, WatchLiveRequest,
-        WatchLiveResponse, WatchRequest, WatchResponse,
+        RegisterRequest, RegisterResponse, ReleaseRequest, ReleaseResponse, RenewManyRequest,
+        RenewManyResponse, RenewRequest, RenewResponse, SessionError, SessionRequest, SessionResponse,
+        UpdateRequest, UpdateResponse, WatchLiveRequest, WatchLiveResponse, WatchRequest, WatchResponse,
         registry_server::{Registry, RegistryServer},
         session_request::Request as Asked,
         session_response::Response as Answer,
@@ -124,6 +124,10 @@ impl Registry for Scripted {
     }
 
     async fn renew(&self, _: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
+        unused()
+    }
+
+    async fn renew_many(&self, _: Request<RenewManyRequest>) -> Result<Response<RenewManyResponse>, Status> {
         unused()
     }
 

@@ -6,6 +6,7 @@
 
 mod ads;
 mod http;
+mod locks;
 mod proxies;
 mod servers;
 mod session;
@@ -13,6 +14,7 @@ mod wire;
 
 pub use ads::{Ads, Answer, Ask};
 pub use http::{FieldError, Http, HttpError};
+pub use locks::{LockError, Locks};
 pub use proxies::{Acknowledged, wait_acknowledged};
 pub use servers::Servers;
 pub use session::{Session, SessionError, SessionState};

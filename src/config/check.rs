@@ -82,6 +82,9 @@ impl Reader<'_> {
         if let Some(mut listen) = fields.fields("listen", &mut self.problems) {
             self.set(&mut listen, "grpc", &mut config.listen.grpc, address);
             self.set(&mut listen, "http", &mut config.listen.http, address);
+            self.set(&mut listen, "advertise", &mut config.listen.advertise, |text| {
+                reachable(text).map(Some)
+            });
             listen.finish(&mut self.problems);
         }
         if let Some(insecure) = fields.boolean("insecure", &mut self.problems) {
@@ -403,6 +406,15 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| {
         format!("{} is not an address to listen on: want IP:PORT, e.g. 127.0.0.1:18000", excerpt(text))
     })
+}
+
+fn reachable(text: &str) -> Result<SocketAddr, String> {
+    address(text).ok().filter(|address| !address.ip().is_unspecified() && address.port() != 0).ok_or_else(
+        || {
+            let text = excerpt(text);
+            format!("{text} is not where other processes could connect to: want IP:PORT, e.g. 10.0.0.1:18000")
+        },
+    )
 }
 
 fn available() -> String {

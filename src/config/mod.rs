@@ -118,12 +118,14 @@ pub struct Listen {
     pub grpc: SocketAddr,
     /// HTTP API, metrics.
     pub http: SocketAddr,
+    /// Where the other processes that share the store reach gRPC, when that is not `grpc`.
+    pub advertise: Option<SocketAddr>,
 }
 
 impl Default for Listen {
     fn default() -> Self {
         let loopback = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
-        Self { grpc: loopback(18000), http: loopback(18080) }
+        Self { grpc: loopback(18000), http: loopback(18080), advertise: None }
     }
 }
 

@@ -42,7 +42,10 @@ pub(super) fn yaml(config: &Config) -> String {
     let blocks = [
         (
             "listen",
-            vec![("grpc", quoted(&listen.grpc.to_string())), ("http", quoted(&listen.http.to_string()))],
+            [("grpc", Some(listen.grpc)), ("http", Some(listen.http)), ("advertise", listen.advertise)]
+                .into_iter()
+                .filter_map(|(name, address)| Some((name, quoted(&address?.to_string()))))
+                .collect(),
         ),
         (
             "limits",

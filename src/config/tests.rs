@@ -183,6 +183,10 @@ fn every_problem_names_its_place() {
             "3:9 listen.http: 127.0.0.1:18000 is also listen.grpc",
         ),
         (
+            "roles: [registry]\nlisten:\n  advertise: 0.0.0.0:18000\n",
+            "3:14 listen.advertise: \"0.0.0.0:18000\" is not where other processes could connect to",
+        ),
+        (
             "roles: [registry]\nguards: {min_share: 50}",
             "2:21 guards.min_share: is not a share: want a number from 0 to 1, such as 0.5",
         ),
@@ -208,7 +212,7 @@ fn every_problem_names_its_place() {
         ),
         (
             "roles: [xds]\nstore:\n  etcd: {endpoints: ['https://a:1']}\n",
-            "3:9 store.etcd.endpoints: want `tls: {ca: FILE}` too",
+            "3:10 store.etcd.endpoints: want `tls: {ca: FILE}` too",
         ),
         (
             "roles: [xds]\nstore:\n  etcd:\n    endpoints: ['http://a:1']\n    tls: {ca: c}\n",

@@ -8,6 +8,7 @@ mod health;
 mod id;
 mod input;
 mod instance;
+mod lock;
 mod members;
 mod registration;
 
@@ -15,6 +16,7 @@ pub use health::{Check, Health, HealthReport, Probe, RawCheck, RawKind, ServerCh
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
 pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
 pub use instance::{Instance, Lease, Locality, Stale, State};
+pub use lock::{Claim, Lock, LockName};
 pub use members::{MemberId, Members};
 pub use registration::{
     Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,

@@ -1,5 +1,6 @@
-use std::{io::ErrorKind, net::SocketAddr, time::Duration};
+use std::{fmt, io::ErrorKind, net::SocketAddr, time::Duration};
 
+use futures_util::future::BoxFuture;
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::model::format_duration;
@@ -13,8 +14,24 @@ pub(super) enum Answer {
     Unsure(String),
 }
 
+/// How instances are asked.
+pub(super) trait Ask: Send + Sync + fmt::Debug {
+    /// Asks the one at `address`.
+    fn ask(&self, address: SocketAddr, within: Duration) -> BoxFuture<'_, Answer>;
+}
+
+/// By a connection.
+#[derive(Debug)]
+pub(super) struct Tcp;
+
+impl Ask for Tcp {
+    fn ask(&self, address: SocketAddr, within: Duration) -> BoxFuture<'_, Answer> {
+        Box::pin(ask(address, within))
+    }
+}
+
 /// Opens one connection and closes it.
-pub(super) async fn ask(address: SocketAddr, within: Duration) -> Answer {
+async fn ask(address: SocketAddr, within: Duration) -> Answer {
     match timeout(within, TcpStream::connect(address)).await {
         // Where nobody listens, a port of this machine that is also a free one can meet itself.
         Ok(Ok(stream)) if stream.local_addr().is_ok_and(|own| own == address) => Answer::Refused,

@@ -1,5 +1,5 @@
 use crate::{
-    model::{InstanceKey, MemberId, Problem, Problems},
+    model::{InstanceKey, LockName, MemberId, Problem, Problems},
     store::StoreError,
 };
 
@@ -15,6 +15,15 @@ pub enum Error {
     /// There is no such service.
     #[error("service {0} is not known")]
     NoService(crate::model::ServiceId),
+    /// Nobody holds the lock.
+    #[error("lock {0} is held by nobody")]
+    NoLock(LockName),
+    /// Many write one lock at once.
+    #[error("lock {0} is being written by many at once: try again")]
+    Contended(LockName),
+    /// The locks have not been read from the store yet.
+    #[error("this node has not read the locks from the store yet: try another or again")]
+    LocksUnread,
     /// Somebody else holds it, or it is not in the state that the request needs.
     #[error("{0}")]
     Conflict(Problem),
@@ -45,6 +54,12 @@ pub enum Error {
         "this node has lost touch with the store, so another one keeps the leases for now: try another or again"
     )]
     Isolated,
+    /// There is something already where a backup was to be restored.
+    #[error(
+        "the store is not empty: it holds {0} entries. Restore into an empty one, or say --replace (over HTTP ?replace=true): \
+         what is not in the snapshot is then removed"
+    )]
+    NotEmpty(usize),
     /// The server is shutting down.
     #[error("this server is shutting down; try another or again")]
     ShuttingDown,

@@ -45,6 +45,15 @@ pub(super) struct Count {
     pub(super) silent: usize,
 }
 
+/// What other processes over the same store let go without evidence within the window.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Elsewhere {
+    /// All of it.
+    pub(super) lost: usize,
+    /// Of these, instances that the catalog may still show.
+    pub(super) going: usize,
+}
+
 /// Whether some instances may leave. [`Guard::settled`] follows, when the catalog shows what became of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -98,6 +107,13 @@ impl Losses {
         self.going += count;
     }
 
+    fn come_back(&mut self, count: usize) {
+        if let Some(at) = self.gone.iter().rposition(|(_, gone)| *gone == count) {
+            self.gone.remove(at);
+            self.total -= count;
+        }
+    }
+
     fn settled(&mut self, verdict: Verdict, count: usize) {
         let under_way = match verdict {
             Verdict::Go => &mut self.going,
@@ -106,10 +122,10 @@ impl Losses {
         *under_way = under_way.saturating_sub(count);
     }
 
-    fn stays_above(&self, share: f64, count: Count) -> bool {
+    fn stays_above(&self, share: f64, count: Count, elsewhere: Elsewhere) -> bool {
         let doubtful = count.leaving + count.silent + self.asked;
-        let kept = count.present.saturating_sub(doubtful + self.going);
-        kept as f64 >= share * (kept + doubtful + self.total) as f64
+        let kept = count.present.saturating_sub(doubtful + self.going + elsewhere.going);
+        kept as f64 >= share * (kept + doubtful + self.total + elsewhere.lost) as f64
     }
 }
 
@@ -120,13 +136,20 @@ impl Guard {
 
     /// Judges those of a service that leave now; `all` counts every service, with everybody who leaves at the same time and
     /// has not been judged.
-    pub(super) fn judge(&mut self, now: Instant, service: &ServiceId, of: Count, all: Count) -> Verdict {
+    pub(super) fn judge(
+        &mut self,
+        now: Instant,
+        service: &ServiceId,
+        (of, of_elsewhere): (Count, Elsewhere),
+        (all, all_elsewhere): (Count, Elsewhere),
+    ) -> Verdict {
         let Guards { min_share, window, .. } = self.settings;
         self.sweep(now);
         self.all.forget(now, window);
         let losses = self.services.entry(service.clone()).or_default();
         losses.forget(now, window);
-        if losses.stays_above(min_share, of) && self.all.stays_above(min_share, all) {
+        let stays = losses.stays_above(min_share, of, of_elsewhere);
+        if stays && self.all.stays_above(min_share, all, all_elsewhere) {
             losses.go(now, of.leaving);
             self.all.go(now, of.leaving);
             return Verdict::Go;
@@ -134,6 +157,17 @@ impl Guard {
         losses.asked += of.leaving;
         self.all.asked += of.leaving;
         Verdict::Ask { trips: losses.doubted.replace(now).is_none() }
+    }
+
+    /// Takes a verdict back: nothing was done yet.
+    pub(super) fn take_back(&mut self, service: &ServiceId, verdict: Verdict, count: usize) {
+        self.settled(service, verdict, count);
+        if verdict == Verdict::Go {
+            self.all.come_back(count);
+            if let Some(losses) = self.services.get_mut(service) {
+                losses.come_back(count);
+            }
+        }
     }
 
     /// Those that were judged are removed or held, or their owner came back.
@@ -168,6 +202,10 @@ mod tests {
         format!("s{n}").parse().unwrap()
     }
 
+    fn here(count: Count) -> (Count, Elsewhere) {
+        (count, Elsewhere::default())
+    }
+
     fn count(present: usize, leaving: usize, silent: usize) -> Count {
         Count { present, leaving, silent }
     }
@@ -188,7 +226,8 @@ mod tests {
         ] {
             let mut guard = Guard::new(Guards { min_share: share, ..Guards::default() });
             let all = if share < 1.0 { count(1000, leaving, silent) } else { count(1000, 0, 0) };
-            let verdict = guard.judge(Instant::now(), &service(0), count(present, leaving, silent), all);
+            let verdict =
+                guard.judge(Instant::now(), &service(0), here(count(present, leaving, silent)), here(all));
             let want = if goes { Verdict::Go } else { Verdict::Ask { trips: true } };
             assert_eq!(verdict, want, "{leaving} and {silent} of {present} at {share}");
         }
@@ -201,12 +240,13 @@ mod tests {
         let mut now = Instant::now();
         for (after, trips) in [(0, true), (30, false), (59, false), (60, true)] {
             now += Duration::from_secs(after);
-            let verdict = guard.judge(now, &service(0), count(1, 1, 0), count(100, 1, 0));
+            let verdict = guard.judge(now, &service(0), here(count(1, 1, 0)), here(count(100, 1, 0)));
             assert_eq!(verdict, Verdict::Ask { trips }, "{after} s later");
             guard.settled(&service(0), verdict, 1);
         }
         now += window;
-        assert_eq!(guard.judge(now, &service(1), count(9, 1, 0), count(100, 1, 0)), Verdict::Go);
+        let verdict = guard.judge(now, &service(1), here(count(9, 1, 0)), here(count(100, 1, 0)));
+        assert_eq!(verdict, Verdict::Go);
         assert_eq!(guard.services.len(), 1, "nothing is kept of the other");
     }
 
@@ -214,8 +254,25 @@ mod tests {
     fn many_services_that_lose_little_each_are_a_doubt_together() {
         let mut guard = Guard::new(Guards::default());
         let now = Instant::now();
-        let of_all = count(100, 60, 0);
-        assert_eq!(guard.judge(now, &service(0), count(10, 1, 0), of_all), Verdict::Ask { trips: true });
+        let verdict = guard.judge(now, &service(0), here(count(10, 1, 0)), here(count(100, 60, 0)));
+        assert_eq!(verdict, Verdict::Ask { trips: true });
+    }
+
+    #[test]
+    fn what_others_let_go_counts_and_what_was_taken_back_does_not() {
+        let mut guard = Guard::new(Guards::default());
+        let (now, all) = (Instant::now(), here(count(1000, 5, 0)));
+        let mut judge = |lost, going| {
+            let verdict = guard.judge(now, &service(0), (count(30, 5, 0), Elsewhere { lost, going }), all);
+            guard.take_back(&service(0), verdict, 5);
+            verdict == Verdict::Go
+        };
+        // Of 30 the others let go 10, which are still shown; then of 40.
+        for (lost, going, goes) in
+            [(0, 0, true), (10, 10, true), (11, 11, false), (20, 0, true), (21, 0, false)]
+        {
+            assert_eq!(judge(lost, going), goes, "{lost} {going}");
+        }
     }
 
     #[derive(Debug, Clone)]
@@ -294,7 +351,7 @@ mod tests {
                         let shown = |m: &Model| m.fresh + m.going + m.asked;
                         let present = models.iter().map(shown).sum();
                         let of = count(shown(&models[at]), n, silent);
-                        match guard.judge(now, &service(s), of, count(present, n, silent)) {
+                        match guard.judge(now, &service(s), here(of), here(count(present, n, silent))) {
                             Verdict::Go => {
                                 models[at].fresh -= n;
                                 models[at].going += n;

@@ -17,7 +17,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::{
     Error, Inner, Registry,
-    ask::{Answer, ask},
+    ask::Answer,
     batch::{Edit, Note, Run, Written},
     history::What,
     leases::Holder,
@@ -81,6 +81,12 @@ impl Held {
         }
         drop(schedule);
         self.scheduled.notify_one();
+    }
+
+    /// Has the mark taken off one that has a lease.
+    pub(super) fn revived(&self, run: Run) {
+        self.revived.lock().unwrap_or_else(PoisonError::into_inner).push(run);
+        self.renewed.notify_one();
     }
 
     fn due(&self, now: Instant) -> Vec<(Run, Duration)> {
@@ -158,10 +164,8 @@ impl Inner {
     /// The owner of a held instance vouches for it again.
     pub(super) fn revive(&self, key: InstanceKey, incarnation: Incarnation, ttl: Duration) {
         // The lease first: a removal under way sees it.
-        if !self.leases.hold(key.clone(), incarnation, Holder::Ttl(ttl), Instant::now()) {
-            self.held.revived.lock().unwrap_or_else(PoisonError::into_inner).push((key, incarnation));
-            self.held.renewed.notify_one();
-        }
+        self.leases.hold(key.clone(), incarnation, Holder::Ttl(ttl), Instant::now());
+        self.held.revived((key, incarnation));
     }
 
     async fn free(&self, runs: Vec<Run>) -> Written {
@@ -215,7 +219,10 @@ impl Inner {
             let present = snapshot.instance(&run.0).filter(|it| it.incarnation == run.1);
             let present = present.filter(|it| it.stale.is_some() && self.is_over(it));
             let answer = match present {
-                Some(it) => Some(ask(SocketAddr::new(it.address, it.port.get()), settings.ask_timeout).await),
+                Some(it) => {
+                    let address = SocketAddr::new(it.address, it.port.get());
+                    Some(self.network.ask.ask(address, settings.ask_timeout).await)
+                }
                 None => None,
             };
             (run, wait, answer)

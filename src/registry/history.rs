@@ -22,7 +22,8 @@ use crate::{
     store::{self, Condition, Key, Op},
 };
 
-/// `history/{service}/{milliseconds}-{unique}`: by service and time.
+/// `history/{service}/{milliseconds}-{unique}`: by service and time. Apart from the catalog, so that nobody reads it who does not
+/// ask for it.
 const HISTORY: &str = "history/";
 
 /// How often what is too old is looked for.

@@ -4,36 +4,47 @@
 //! the others counts the lease in its place, whole from then on, until the instance's owner comes to some process: that one
 //! becomes the owner, with one write.
 
-use std::future;
+use std::{fmt, future};
 
 use super::{Inner, Registry};
 use crate::{
     catalog::{Changes, Snapshot},
-    model::{Instance, InstanceKey, Members, Revision},
+    model::{Instance, InstanceKey, Lease, MemberId, Members, Revision},
 };
 use tokio::time::Instant;
 
-/// Whether the process that sees these members counts the lease.
-pub(super) fn keeps(members: &Members, instance: &Instance) -> bool {
-    match &instance.owner {
+/// Whether the process that sees these members counts the lease of `name`, which has this owner.
+pub(super) fn keeps(members: &Members, owner: Option<&MemberId>, name: impl fmt::Display) -> bool {
+    match owner {
         Some(owner) if members.live.contains(owner) => *owner == members.own,
-        _ => members.is_mine(&instance.key.to_string()),
+        _ => members.is_mine(&name.to_string()),
     }
 }
 
 impl Inner {
     pub(super) fn keeps(&self, instance: &Instance) -> bool {
-        keeps(&self.members.borrow(), instance)
+        keeps(&self.members.borrow(), instance.owner.as_ref(), &instance.key)
     }
 
-    /// Counts the leases that it keeps, and no others. That of a stale instance is over.
+    fn adopt(&self, instance: &Instance) {
+        let ttl = match instance.lease {
+            Lease::Ttl(ttl) => Some(ttl),
+            Lease::Session => None,
+        };
+        self.leases.adopt(&instance.key, instance.incarnation, ttl, Instant::now());
+    }
+
+    /// Counts the leases that it keeps, and no others. That of a stale instance is over, unless a store that went back does not
+    /// know that its owner vouches for it again.
     pub(super) fn settle_all(&self, snapshot: &Snapshot) {
         let members = self.members.borrow().clone();
         for instance in snapshot.services().flat_map(|service| service.instances()) {
-            if !keeps(&members, instance) {
+            if !keeps(&members, instance.owner.as_ref(), &instance.key) {
                 self.leases.cede(&instance.key);
             } else if instance.stale.is_none() {
-                self.leases.adopt(instance, Instant::now());
+                self.adopt(instance);
+            } else if self.leases.held(&instance.key, instance.incarnation) {
+                self.held.revived((instance.key.clone(), instance.incarnation));
             }
         }
     }
@@ -41,11 +52,11 @@ impl Inner {
     fn settle(&self, snapshot: &Snapshot, key: &InstanceKey) {
         let Some(instance) = snapshot.instance(key) else { return };
         let members = self.members.borrow().clone();
-        if !keeps(&members, instance) {
+        if !keeps(&members, instance.owner.as_ref(), &instance.key) {
             self.leases.cede(key);
         } else if instance.owner.as_ref() != Some(&members.own) && instance.stale.is_none() {
             // What it owns itself it counts since the write. If that lease is over, a change must not bring it back.
-            self.leases.adopt(instance, Instant::now());
+            self.adopt(instance);
         }
     }
 }

@@ -2,14 +2,15 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeSet, BinaryHeap, HashMap},
+    collections::{BTreeSet, BinaryHeap, HashMap, HashSet},
+    hash::Hash,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::{sync::Notify, time::Instant};
 
-use crate::model::{Incarnation, Instance, InstanceKey, Lease, ServiceId};
+use crate::model::{Incarnation, InstanceKey, ServiceId};
 
 /// How often deadlines are looked at while there are some, so that a time in which this process did not run is noticed.
 const LOOK: Duration = Duration::from_secs(1);
@@ -32,36 +33,47 @@ pub(super) enum Holder {
     Nobody,
 }
 
+/// The leases of what `K` names: instances or locks.
 #[derive(Debug)]
-pub(super) struct Leases {
-    table: Mutex<Table>,
+pub(super) struct Leases<K> {
+    table: Mutex<Table<K>>,
     /// A deadline came up that is earlier than those before.
     earlier: Notify,
+    /// A session lost a lease to another process.
+    displaced: Notify,
     grace: Duration,
 }
 
-impl Leases {
+impl<K: Clone + Ord + Hash> Leases<K> {
     pub(super) fn new(grace: Duration) -> Self {
-        Self { table: Mutex::default(), earlier: Notify::new(), grace }
+        Self { table: Mutex::default(), earlier: Notify::new(), displaced: Notify::new(), grace }
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, Table<K>> {
         // The table's methods leave it whole even if one should panic.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to count the lease of an instance that another process counted, or this one before a restart: its owner has
-    /// the time to come back. A lease that is counted already stays as it is.
-    pub(super) fn adopt(&self, instance: &Instance, now: Instant) {
-        let (holder, within) = match instance.lease {
-            Lease::Ttl(ttl) => (Holder::Ttl(ttl), ttl.max(self.grace)),
-            Lease::Session => (Holder::Nobody, self.grace),
+    /// Makes room for so many leases in all, so that a start does not make it again and again.
+    pub(super) fn reserve(&self, leases: usize) {
+        let mut table = self.table();
+        let more = leases.saturating_sub(table.held.len());
+        table.held.reserve(more);
+        table.queue.reserve(more);
+    }
+
+    /// Begins to count a lease that another process counted, or this one before a restart: its owner has the time to come
+    /// back. A lease that is counted already stays as it is.
+    pub(super) fn adopt(&self, key: &K, incarnation: Incarnation, ttl: Option<Duration>, now: Instant) {
+        let (holder, within) = match ttl {
+            Some(ttl) => (Holder::Ttl(ttl), ttl.max(self.grace)),
+            None => (Holder::Nobody, self.grace),
         };
         let mut table = self.table();
-        if table.held.get(&instance.key).is_some_and(|held| held.incarnation == instance.incarnation) {
+        if table.held.get(key).is_some_and(|held| held.incarnation == incarnation) {
             return;
         }
-        let first = table.hold(instance.key.clone(), instance.incarnation, holder, Some(now + within));
+        let first = table.hold(key.clone(), incarnation, holder, Some(now + within));
         drop(table);
         if first {
             self.earlier.notify_one();
@@ -69,8 +81,25 @@ impl Leases {
     }
 
     /// Stops to count a lease that another process counts from now on.
-    pub(super) fn cede(&self, key: &InstanceKey) {
-        self.table().forget(key);
+    pub(super) fn cede(&self, key: &K) {
+        let mut table = self.table();
+        if let Some(Holder::Session(session)) = table.held.get(key).map(|held| held.holder) {
+            table.displaced.insert(session);
+            self.displaced.notify_waiters();
+        }
+        table.forget(key);
+    }
+
+    /// Returns when another process counts a lease of the session.
+    pub(super) async fn displaced(&self, session: SessionId) {
+        loop {
+            let mut displaced = std::pin::pin!(self.displaced.notified());
+            displaced.as_mut().enable();
+            if self.table().displaced.contains(&session) {
+                return;
+            }
+            displaced.await;
+        }
     }
 
     /// A session begins.
@@ -80,13 +109,7 @@ impl Leases {
 
     /// Notes who holds the instance from now on, and returns whether that incarnation had a lease until now. A session that
     /// is over by now holds nothing.
-    pub(super) fn hold(
-        &self,
-        key: InstanceKey,
-        incarnation: Incarnation,
-        holder: Holder,
-        now: Instant,
-    ) -> bool {
+    pub(super) fn hold(&self, key: K, incarnation: Incarnation, holder: Holder, now: Instant) -> bool {
         let mut table = self.table();
         let held = table.held.get(&key).is_some_and(|held| held.incarnation == incarnation);
         let (holder, deadline) = match holder {
@@ -94,6 +117,9 @@ impl Leases {
             Holder::Session(session) if table.sessions.contains_key(&session) => (holder, None),
             Holder::Session(_) | Holder::Nobody => (Holder::Nobody, Some(now + self.grace)),
         };
+        if let Holder::Session(session) = holder {
+            table.displaced.remove(&session);
+        }
         let first = table.hold(key, incarnation, holder, deadline);
         drop(table);
         if first {
@@ -102,10 +128,18 @@ impl Leases {
         held
     }
 
+    /// From now on it is held by nobody for sure, whatever was counted so far, until `within` is over.
+    pub(super) fn suspend(&self, key: K, incarnation: Incarnation, within: Duration, now: Instant) {
+        let first = self.table().hold(key, incarnation, Holder::Nobody, Some(now + within));
+        if first {
+            self.earlier.notify_one();
+        }
+    }
+
     /// Gives an instance that nobody holds, although it `is_there`, the grace.
     pub(super) fn abandon(
         &self,
-        key: InstanceKey,
+        key: K,
         incarnation: Incarnation,
         now: Instant,
         is_there: impl FnOnce() -> bool,
@@ -120,12 +154,7 @@ impl Leases {
 
     /// Moves a TTL lease's deadline, and returns how long it lasts from now. `None` when that incarnation has no such lease
     /// here: it is over, and its removal under way, or another process counts it.
-    pub(super) fn renew(
-        &self,
-        key: &InstanceKey,
-        incarnation: Incarnation,
-        now: Instant,
-    ) -> Option<Duration> {
+    pub(super) fn renew(&self, key: &K, incarnation: Incarnation, now: Instant) -> Option<Duration> {
         let mut table = self.table();
         let held = table.held.get_mut(key).filter(|held| held.incarnation == incarnation)?;
         let Holder::Ttl(ttl) = held.holder else { return None };
@@ -135,17 +164,12 @@ impl Leases {
     }
 
     /// Whether that incarnation has a lease that is not over.
-    pub(super) fn held(&self, key: &InstanceKey, incarnation: Incarnation) -> bool {
+    pub(super) fn held(&self, key: &K, incarnation: Incarnation) -> bool {
         self.table().held.get(key).is_some_and(|held| held.incarnation == incarnation)
     }
 
     /// Forgets an instance that was removed, unless `is_back`: it was registered again in between, and that lease counts.
-    pub(super) fn release(
-        &self,
-        key: &InstanceKey,
-        incarnation: Incarnation,
-        is_back: impl FnOnce() -> bool,
-    ) {
+    pub(super) fn release(&self, key: &K, incarnation: Incarnation, is_back: impl FnOnce() -> bool) {
         let mut table = self.table();
         // Asked within the lock: who comes back later notes its lease later.
         if !is_back() {
@@ -154,31 +178,14 @@ impl Leases {
     }
 
     /// Whether nobody has held the instance since its session was lost.
-    pub(super) fn abandoned(&self, key: &InstanceKey) -> bool {
+    pub(super) fn abandoned(&self, key: &K) -> bool {
         self.table().held.get(key).is_none_or(|held| held.holder == Holder::Nobody)
     }
 
-    /// How many leases of each service are about to end: their session was lost, or most of their TTL is over, which renewals
-    /// in time do not let happen. Costs a look at every lease.
-    pub(super) fn silent(&self, now: Instant) -> HashMap<ServiceId, usize> {
-        let mut silent = HashMap::new();
-        for (key, held) in &self.table().held {
-            let is_silent = match held.holder {
-                Holder::Nobody => true,
-                Holder::Ttl(ttl) => held.deadline.is_some_and(|deadline| deadline < now + ttl / 2),
-                Holder::Session(_) => false,
-            };
-            if is_silent {
-                *silent.entry(key.service.clone()).or_default() += 1;
-            }
-        }
-        silent
-    }
-
     /// A session was lost: its instances are held by nobody, and returned.
-    pub(super) fn session_lost(&self, session: SessionId, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
+    pub(super) fn session_lost(&self, session: SessionId, now: Instant) -> Vec<(K, Incarnation)> {
         let mut table = self.table();
-        let keys = table.sessions.remove(&session).unwrap_or_default();
+        let keys = table.session_ends(session);
         let deadline = now + self.grace;
         let mut over = Vec::with_capacity(keys.len());
         for key in keys {
@@ -195,10 +202,10 @@ impl Leases {
     }
 
     /// A session was closed: its leases are over, and returned as by [`Leases::next_due`].
-    pub(super) fn session_closed(&self, session: SessionId) -> Vec<(InstanceKey, Incarnation)> {
+    pub(super) fn session_closed(&self, session: SessionId) -> Vec<(K, Incarnation)> {
         let mut table = self.table();
         let mut over = Vec::new();
-        for key in table.sessions.remove(&session).unwrap_or_default() {
+        for key in table.session_ends(session) {
             if let Some(held) = table.held.remove(&key) {
                 over.push((key, held.incarnation));
             }
@@ -208,7 +215,7 @@ impl Leases {
 
     /// Waits until leases are over and returns them. They are gone from here: a registration that comes before the instance
     /// is removed has to make it anew.
-    pub(super) async fn next_due(&self) -> Vec<(InstanceKey, Incarnation)> {
+    pub(super) async fn next_due(&self) -> Vec<(K, Incarnation)> {
         loop {
             let now = Instant::now();
             let (due, wake) = {
@@ -236,12 +243,33 @@ impl Leases {
     }
 }
 
-#[derive(Debug, Default)]
-struct Table {
-    held: HashMap<InstanceKey, Held>,
-    sessions: HashMap<SessionId, BTreeSet<InstanceKey>>,
+impl Leases<InstanceKey> {
+    /// How many leases of each service are about to end: their session was lost, or most of their TTL is over, which renewals
+    /// in time do not let happen. Costs a look at every lease.
+    pub(super) fn silent(&self, now: Instant) -> HashMap<ServiceId, usize> {
+        let mut silent = HashMap::new();
+        for (key, held) in &self.table().held {
+            let is_silent = match held.holder {
+                Holder::Nobody => true,
+                Holder::Ttl(ttl) => held.deadline.is_some_and(|deadline| deadline < now + ttl / 2),
+                Holder::Session(_) => false,
+            };
+            if is_silent {
+                *silent.entry(key.service.clone()).or_default() += 1;
+            }
+        }
+        silent
+    }
+}
+
+#[derive(Debug)]
+struct Table<K> {
+    held: HashMap<K, Held>,
+    sessions: HashMap<SessionId, BTreeSet<K>>,
+    /// Of these, those that lost a lease to another process.
+    displaced: HashSet<SessionId>,
     /// One entry per lease with a deadline; a renewal leaves it and the entry is put back when it comes up too early.
-    queue: BinaryHeap<Reverse<(Instant, InstanceKey)>>,
+    queue: BinaryHeap<Reverse<(Instant, K)>>,
     /// When deadlines are looked at again at the latest.
     wakes: Option<Instant>,
 }
@@ -255,15 +283,29 @@ struct Held {
     queued: Option<Instant>,
 }
 
-impl Table {
+impl<K> Default for Table<K>
+where
+    K: Ord,
+{
+    fn default() -> Self {
+        Self {
+            held: HashMap::new(),
+            sessions: HashMap::new(),
+            displaced: HashSet::new(),
+            queue: BinaryHeap::new(),
+            wakes: None,
+        }
+    }
+}
+
+impl<K: Clone + Ord + Hash> Table<K> {
+    fn session_ends(&mut self, session: SessionId) -> BTreeSet<K> {
+        self.displaced.remove(&session);
+        self.sessions.remove(&session).unwrap_or_default()
+    }
+
     /// Returns whether its deadline is now the next of all.
-    fn hold(
-        &mut self,
-        key: InstanceKey,
-        incarnation: Incarnation,
-        holder: Holder,
-        deadline: Option<Instant>,
-    ) -> bool {
+    fn hold(&mut self, key: K, incarnation: Incarnation, holder: Holder, deadline: Option<Instant>) -> bool {
         let before = self.held.get(&key);
         let queued = before.and_then(|held| held.queued).filter(|at| deadline.is_none_or(|new| *at <= new));
         if let Some(Holder::Session(old)) = before.map(|held| held.holder)
@@ -287,13 +329,13 @@ impl Table {
         first
     }
 
-    fn release(&mut self, key: &InstanceKey, incarnation: Incarnation) {
+    fn release(&mut self, key: &K, incarnation: Incarnation) {
         if self.held.get(key).is_some_and(|held| held.incarnation == incarnation) {
             self.forget(key);
         }
     }
 
-    fn forget(&mut self, key: &InstanceKey) {
+    fn forget(&mut self, key: &K) {
         if let Some(held) = self.held.remove(key)
             && let Holder::Session(session) = held.holder
             && let Some(keys) = self.sessions.get_mut(&session)
@@ -318,7 +360,7 @@ impl Table {
         Some(away)
     }
 
-    fn due(&mut self, now: Instant) -> Vec<(InstanceKey, Incarnation)> {
+    fn due(&mut self, now: Instant) -> Vec<(K, Incarnation)> {
         let mut due = Vec::new();
         while let Some(Reverse((at, _))) = self.queue.peek()
             && *at <= now
@@ -346,6 +388,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::InstanceKey;
 
     const TTL: Duration = Duration::from_secs(10);
     const ONE: Incarnation = Incarnation(1);
@@ -354,7 +397,7 @@ mod tests {
         InstanceKey { service: "s".parse().unwrap(), id: id.parse().unwrap() }
     }
 
-    async fn due_after(leases: &Leases, start: Instant) -> (Vec<String>, u64) {
+    async fn due_after(leases: &Leases<InstanceKey>, start: Instant) -> (Vec<String>, u64) {
         let due = leases.next_due().await;
         (due.into_iter().map(|(key, _)| key.id.to_string()).collect(), (Instant::now() - start).as_secs())
     }

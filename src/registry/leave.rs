@@ -12,14 +12,17 @@ use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     Inner, Registry,
-    ask::{Answer, ask},
+    ask::Answer,
     batch::{Edit, Note, Run},
-    guard::{Count, Guard, Guards, Verdict},
+    guard::{Count, Elsewhere, Guard, Guards, Verdict},
     history::What,
+    losses::{LOSSES, Written},
+    write::ATTEMPTS,
 };
 use crate::{
     model::{Instance, Lease, ServiceId, Stale, format_duration},
     rt,
+    store::StoreError,
 };
 
 /// Who does what nobody asked for, in the history.
@@ -30,6 +33,9 @@ const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Connections to doubtful instances that are being opened at the same time.
 const QUESTIONS: usize = 256;
+
+/// Services that are judged and written down together; stores bound the operations of a commit (etcd: 128).
+const TOGETHER: usize = 50;
 
 /// How long a count of the silent leases is good for.
 const COUNTED: Duration = Duration::from_millis(200);
@@ -77,6 +83,8 @@ pub(super) struct Door {
     guard: Mutex<Guard>,
     silent: Mutex<Option<(Instant, Arc<Silent>)>>,
     questions: Semaphore,
+    /// Tells what this process let go from what others did, and from what it did before it was started anew.
+    boot: u64,
 }
 
 #[derive(Debug)]
@@ -91,6 +99,7 @@ impl Door {
             guard: Mutex::new(Guard::new(settings)),
             silent: Mutex::default(),
             questions: Semaphore::new(QUESTIONS),
+            boot: fastrand::u64(1..),
         }
     }
 
@@ -128,7 +137,18 @@ impl Registry {
 
 impl Inner {
     async fn leave(&self, over: Vec<Run>, cause: Cause) -> usize {
-        let groups = self.judge(over, Instant::now());
+        let mut services: BTreeMap<ServiceId, Vec<Run>> = BTreeMap::new();
+        let mut left = over.len();
+        for run in over {
+            services.entry(run.0.service.clone()).or_default().push(run);
+        }
+        let services: Vec<Vec<Run>> = services.into_values().collect();
+        let mut groups = Vec::new();
+        for some in services.chunks(TOGETHER) {
+            let runs = some.concat();
+            left -= runs.len();
+            groups.extend(self.judge_in_turn(&runs, left).await);
+        }
         join_all(groups.into_iter().map(|group| self.let_go(group, cause))).await.into_iter().sum()
     }
 
@@ -141,23 +161,64 @@ impl Inner {
         self.keeps(present) && !self.leases.held(&present.key, present.incarnation)
     }
 
-    /// Those that are still there, by service, and whether they may go.
-    fn judge(&self, over: Vec<Run>, now: Instant) -> Vec<Leaving> {
+    /// As [`Inner::judge`], and has it written down where other processes judge as well.
+    async fn judge_in_turn(&self, over: &[Run], more: usize) -> Vec<Leaving> {
+        for _ in 0..ATTEMPTS {
+            let own_store = self.store.status().borrow().session.is_some_and(|it| it.until.is_none());
+            if own_store && self.members.borrow().live.len() <= 1 {
+                return self.judge(over, more, Some(&Written::default()));
+            }
+            let listing = match self.store.list(LOSSES).await {
+                Ok(listing) => listing,
+                Err(error) => {
+                    tracing::warn!(%error, "what other nodes let go is unknown: everybody is asked");
+                    break;
+                }
+            };
+            let window = self.config.guards.window;
+            let written = Written::read(self.door.boot, listing.entries, window);
+            let groups = self.judge(over, more, Some(&written));
+            let going = groups.iter().filter(|group| group.verdict == Verdict::Go);
+            let going: Vec<_> = going.map(|group| (&group.service, group.instances.len())).collect();
+            if going.is_empty() {
+                return groups;
+            }
+            match self.store.commit(written.ops(&going)).await {
+                Ok(_) => return groups,
+                Err(error) => {
+                    let mut guard = self.door.guard.lock().unwrap_or_else(PoisonError::into_inner);
+                    for Leaving { service, instances, verdict } in &groups {
+                        guard.take_back(service, *verdict, instances.len());
+                    }
+                    if !matches!(error, StoreError::Conflict { .. }) {
+                        tracing::warn!(%error, "what goes could not be written down: everybody is asked");
+                        break;
+                    }
+                }
+            }
+        }
+        self.judge(over, more, None)
+    }
+
+    /// Those that are still there, by service, and whether they may go; `more` are not judged yet. Without `written`, what
+    /// other processes let go is unknown.
+    fn judge(&self, over: &[Run], more: usize, written: Option<&Written>) -> Vec<Leaving> {
+        let now = Instant::now();
         let snapshot = self.catalog.latest();
         let mut services: BTreeMap<ServiceId, Vec<Arc<Instance>>> = BTreeMap::new();
         for (key, incarnation) in over {
-            let present = snapshot.instance(&key).filter(|present| present.incarnation == incarnation);
+            let present = snapshot.instance(key).filter(|present| present.incarnation == *incarnation);
             let Some(present) = present.filter(|present| self.is_over(present)) else { continue };
             if present.stale.is_some() {
-                self.held.soon([(key, incarnation)]);
+                self.held.soon([(key.clone(), *incarnation)]);
             } else {
-                services.entry(key.service).or_default().push(Arc::clone(present));
+                services.entry(key.service.clone()).or_default().push(Arc::clone(present));
             }
         }
         let silent = self.silent(now);
         let mut all = Count {
             present: snapshot.instances() - snapshot.stale(),
-            leaving: services.values().map(Vec::len).sum(),
+            leaving: services.values().map(Vec::len).sum::<usize>() + more,
             silent: silent.all,
         };
         let mut guard = self.door.guard.lock().unwrap_or_else(PoisonError::into_inner);
@@ -168,7 +229,11 @@ impl Inner {
                 leaving: instances.len(),
                 silent: silent.of.get(&service).copied().unwrap_or_default(),
             };
-            let verdict = guard.judge(now, &service, of, all);
+            let elsewhere = |service| match written {
+                Some(written) => written.elsewhere(service),
+                None => Elsewhere { lost: usize::MAX / 4, going: 0 },
+            };
+            let verdict = guard.judge(now, &service, (of, elsewhere(Some(&service))), (all, elsewhere(None)));
             all.leaving -= of.leaving;
             if verdict == (Verdict::Ask { trips: true }) {
                 self.metrics.trips.inc();
@@ -237,7 +302,7 @@ impl Inner {
                 return None;
             }
             let address = SocketAddr::new(instance.address, instance.port.get());
-            let answer = ask(address, PATIENCE).await;
+            let answer = self.network.ask.ask(address, PATIENCE).await;
             Some((instance, answer))
         });
         let (mut refused, mut unsure) = (Vec::new(), Vec::new());

@@ -21,7 +21,7 @@ use crate::{
     store::{Condition, Event, Key, Op, Session, Status, Store, StoreError, Watch},
 };
 
-const MEMBERS: &str = "members/";
+pub(super) const MEMBERS: &str = "members/";
 
 /// Waits between tries to join or to look at the others.
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));

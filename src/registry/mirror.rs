@@ -38,12 +38,14 @@ pub struct Mirror {
     catalog: Reader,
     /// The store lost what it had accepted.
     heal: bool,
+    /// The catalog came from the store, not from a copy.
+    followed: bool,
 }
 
 impl Mirror {
     /// A mirror of what `store` holds, as the catalog of `writer` and `catalog`.
     pub fn new(store: Arc<dyn Store>, writer: Writer, catalog: Reader) -> Self {
-        Self { store, writer, catalog, heal: false }
+        Self { store, writer, catalog, heal: false, followed: false }
     }
 
     /// Reads the store into the catalog and starts the task that keeps it so. `synced` opens as soon as the catalog holds
@@ -76,14 +78,15 @@ impl Mirror {
 
     /// Publishes what the store holds, for the first time.
     async fn load(&mut self) -> Result<Box<dyn Watch>, Error> {
-        let Listing { revision, entries } = self.store.list(record::ALL).await.map_err(Error::Store)?;
+        let Listing { revision, entries } = self.store.list(record::CATALOG).await.map_err(Error::Store)?;
         let mut all = Vec::with_capacity(entries.len());
         for entry in entries {
             all.extend(record::decode(&entry.key, Some(&entry.value), entry.revision)?);
         }
-        let feed = self.store.watch(record::ALL, revision).await.map_err(Error::Store)?;
+        let feed = self.store.watch(record::CATALOG, revision).await.map_err(Error::Store)?;
         instances_first(&mut all);
         self.writer.apply(revision, all);
+        self.followed = true;
         Ok(feed)
     }
 
@@ -173,7 +176,7 @@ impl Mirror {
     /// Writes what is known and was lost by a store that went back. Every process does; the first wins. What the store has and
     /// nobody knows stays there, until its lease is over.
     async fn heal(&self) -> Result<(), StoreError> {
-        let Listing { entries, .. } = self.store.list(record::ALL).await?;
+        let Listing { entries, .. } = self.store.list(record::CATALOG).await?;
         let known = self.catalog.latest();
         let there: HashMap<&str, &Entry> = entries.iter().map(|entry| (entry.key.as_ref(), entry)).collect();
         let mut lost = Vec::new();
@@ -216,11 +219,18 @@ impl Mirror {
 
     /// Lists the store again and publishes what became different, as one change.
     async fn resync(&mut self) -> Result<Box<dyn Watch>, StoreError> {
-        if self.heal {
+        // It may have gone back while nobody followed it.
+        let seen = self.catalog.latest().revision();
+        if self.followed && matches!(self.store.watch(record::CATALOG, seen).await, Err(StoreError::Reset(_)))
+        {
+            self.heal = true;
+        }
+        let heals = self.heal;
+        if heals {
             self.heal().await?;
             self.heal = false;
         }
-        let Listing { revision, entries } = self.store.list(record::ALL).await?;
+        let Listing { revision, entries } = self.store.list(record::CATALOG).await?;
         let known = self.catalog.latest();
         let keys: HashSet<&str> = entries.iter().map(|entry| entry.key.as_ref()).collect();
         let mut different = Vec::new();
@@ -244,8 +254,13 @@ impl Mirror {
             different.extend(decoded(&entry.key, Some(&entry.value), entry.revision));
         }
         instances_first(&mut different);
-        let feed = self.store.watch(record::ALL, revision).await?;
-        self.writer.apply(revision, different);
+        let feed = self.store.watch(record::CATALOG, revision).await?;
+        if heals {
+            self.writer.start_over(revision, different);
+        } else {
+            self.writer.apply(revision, different);
+        }
+        self.followed = true;
         Ok(feed)
     }
 }
@@ -278,6 +293,26 @@ mod tests {
         rt::Readiness,
         store::{Condition, MemoryStore, Op},
     };
+
+    #[tokio::test]
+    async fn what_is_not_of_the_catalog_is_not_read() {
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+        let put = |key: Key| Op::Put { key, value: Bytes::from_static(b"?"), when: Condition::Always };
+        let others = ["history/s/1-0", "members/n1", "locks/l", "catalogue"];
+        store.commit(others.iter().map(|key| put((*key).into())).collect()).await.unwrap();
+        let service = put(record::service_key(&"s".parse().unwrap()));
+        store.commit(vec![service.clone()]).await.unwrap();
+        let listing = store.list(record::CATALOG).await.unwrap();
+        assert_eq!(listing.entries.iter().map(|entry| &entry.key).collect::<Vec<_>>(), [service.key()]);
+
+        let (writer, reader) = catalog();
+        let mut feed = Mirror::new(Arc::clone(&store), writer, reader.clone()).load().await.unwrap();
+        assert_eq!(reader.latest().services().len(), 1);
+        store.commit(vec![put("history/s/2-0".into())]).await.unwrap();
+        let both = store.commit(vec![put("history/s/3-0".into()), service.clone()]).await.unwrap();
+        let event = feed.next().await.unwrap();
+        assert_eq!((event.revision, event.changes.len()), (both, 1));
+    }
 
     #[tokio::test]
     async fn who_falls_behind_lists_again() {

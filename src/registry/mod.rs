@@ -13,6 +13,7 @@ mod batch;
 mod cache;
 mod check;
 mod error;
+mod forward;
 mod guard;
 #[cfg(test)]
 mod guard_tests;
@@ -23,10 +24,15 @@ mod keeper;
 mod leases;
 mod leave;
 mod live;
+mod locks;
+mod losses;
 mod membership;
 mod mirror;
 mod record;
 mod sessions;
+#[cfg(test)]
+mod sim;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -36,17 +42,20 @@ use std::{sync::Arc, time::Duration};
 pub use cache::Cache;
 pub use check::{health_to_proto, raw_check, verdict_from_proto};
 pub use error::Error;
+pub use forward::{FORWARDED, Forward, GrpcForward};
 pub use guard::Guards;
 pub use history::{Entry, HistoryLimits, What};
+pub use locks::{Board, Locks, lock_to_proto};
 pub use membership::{Member, Membership};
 pub use mirror::{Mirror, Patience};
 pub use record::{instance_to_proto, lease_to_proto, live_to_proto};
 pub use sessions::{Ended, Session};
+pub use snapshot::{Restored, kept, restore};
 pub use write::Accepted;
 
 use crate::{
     catalog,
-    model::{Instance, Limits, Members},
+    model::{Instance, InstanceKey, Limits, Members},
     rt::Tasks,
     store::Store,
     telemetry::{Metrics, Stage},
@@ -96,13 +105,23 @@ struct Inner {
     store: Arc<dyn Store>,
     catalog: catalog::Reader,
     members: watch::Receiver<Members>,
-    leases: Leases,
+    leases: Leases<InstanceKey>,
     door: leave::Door,
+    network: Network,
     held: held::Held,
     history: history::History,
     said: live::Said,
     metrics: RegistryMetrics,
     tasks: Tasks,
+}
+
+/// The way to others.
+#[derive(Debug)]
+struct Network {
+    /// To instances that may be gone.
+    ask: Arc<dyn ask::Ask>,
+    /// To the other processes, if there are any.
+    forward: Option<Arc<dyn Forward>>,
 }
 
 #[derive(Debug)]
@@ -135,8 +154,22 @@ impl RegistryMetrics {
 
 impl Registry {
     /// Starts the tasks that keep the leases and the services of a catalog that a [`Mirror`] keeps. `members` are the
-    /// processes with a registry over the same store.
+    /// processes with a registry over the same store, and `forward` the way to them.
     pub fn start(
+        config: Config,
+        store: Arc<dyn Store>,
+        catalog: catalog::Reader,
+        members: watch::Receiver<Members>,
+        forward: Option<Arc<dyn Forward>>,
+        metrics: &Metrics,
+        tasks: &Tasks,
+    ) -> Self {
+        let network = Network { ask: Arc::new(ask::Tcp), forward };
+        Self::start_over(network, config, store, catalog, members, metrics, tasks)
+    }
+
+    fn start_over(
+        network: Network,
         config: Config,
         store: Arc<dyn Store>,
         catalog: catalog::Reader,
@@ -147,6 +180,7 @@ impl Registry {
         let inner = Arc::new(Inner {
             leases: Leases::new(config.session_grace),
             door: leave::Door::new(config.guards.clone()),
+            network,
             held: held::Held::default(),
             history: history::History::new(config.history.clone()),
             said: live::Said::default(),
@@ -158,6 +192,7 @@ impl Registry {
             tasks: tasks.clone(),
         });
         let known = inner.catalog.latest();
+        inner.leases.reserve(known.instances());
         inner.settle_all(&known);
         metrics.collect(held::HeldMetric(inner.catalog.clone()));
 

@@ -17,13 +17,13 @@ use crate::{
     store::Key,
 };
 
-pub(super) const SERVICES: &str = "services/";
-pub(super) const INSTANCES: &str = "instances/";
-pub(super) const LIVE: &str = "live/";
+/// Everything that makes the catalog, and nothing else: what processes list and watch all the time.
+pub(super) const CATALOG: &str = "catalog/";
+pub(super) const SERVICES: &str = "catalog/services/";
+pub(super) const INSTANCES: &str = "catalog/instances/";
+pub(super) const LIVE: &str = "catalog/live/";
 /// The verdict on each instance that is checked, apart, so that it changes without the instance's record.
-pub(super) const HEALTH: &str = "health/";
-/// Everything of ours in the store.
-pub(super) const ALL: &str = "";
+pub(super) const HEALTH: &str = "catalog/health/";
 
 pub(super) fn service_key(id: &ServiceId) -> Key {
     format!("{SERVICES}{id}").into()
@@ -342,7 +342,8 @@ mod tests {
             "health/greeter",
             "health/greeter/a",
         ] {
-            assert!(decode(&key.into(), Some(&bytes), Revision(1)).is_err(), "{key}");
+            let key = format!("{CATALOG}{key}");
+            assert!(decode(&key.as_str().into(), Some(&bytes), Revision(1)).is_err(), "{key}");
         }
     }
 }

@@ -51,6 +51,18 @@ impl Session {
         self.registry.register_held(registration, Holder::Session(self.id)).await
     }
 
+    /// Returns when the session should end, as [`Ended::Lost`], so that its owner comes again: the other processes count this
+    /// one as dead, or another one counts a lease that was the session's.
+    pub fn displaced(&self) -> impl Future<Output = ()> + Send + 'static {
+        let (registry, id) = (self.registry.clone(), self.id);
+        async move {
+            tokio::select! {
+                () = registry.left() => {}
+                () = registry.inner.leases.displaced(id) => {}
+            }
+        }
+    }
+
     /// Ends the session. What it holds is removed at once, after the grace when it was [`Ended::Lost`].
     pub async fn end(self, how: Ended) {
         let how = match how {

@@ -28,6 +28,14 @@ impl Node {
     }
 
     async fn start_among(store: Arc<dyn Store>, members: &watch::Sender<Members>) -> Self {
+        Self::start_with(store, members, None).await
+    }
+
+    async fn start_with(
+        store: Arc<dyn Store>,
+        members: &watch::Sender<Members>,
+        forward: Option<Arc<dyn Forward>>,
+    ) -> Self {
         let tasks = Tasks::new(Shutdown::default());
         let (writer, reader) = catalog::catalog();
         let config = Config { session_grace: GRACE, ..Config::default() };
@@ -35,7 +43,7 @@ impl Node {
         let mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
         mirror.start(Patience::None, &tasks, gate).await.unwrap();
         let members = members.subscribe();
-        let registry = Registry::start(config, store, reader, members, &Metrics::default(), &tasks);
+        let registry = Registry::start(config, store, reader, members, forward, &Metrics::default(), &tasks);
         Self { registry, tasks }
     }
 
@@ -105,6 +113,10 @@ impl Store for Gated {
         after: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn Watch>, StoreError>> {
         self.store.watch(prefix, after)
+    }
+
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.store.advance(to)
     }
 
     fn close(&self) -> BoxFuture<'_, Result<(), StoreError>> {
@@ -344,7 +356,7 @@ async fn a_service_is_not_removed_under_a_registration() {
     assert_eq!(refused(removed), "conflict service");
     assert_eq!(ids(registry.catalog()), ["b"]);
     registry.deregister(key("b"), None).await.unwrap();
-    assert!(store.list("instances/").await.unwrap().entries.is_empty());
+    assert!(store.list(record::INSTANCES).await.unwrap().entries.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -544,7 +556,7 @@ async fn what_is_said_many_times_a_second_reaches_watchers_and_no_snapshot() {
     n2.deregister(key("a"), None).await.unwrap();
     assert!(n2.catalog().live().get(&key("a")).is_none());
     cluster.settled().await;
-    assert!(n1.inner.store.list("live/").await.unwrap().entries.is_empty(), "nothing is left behind");
+    assert!(n1.inner.store.list(record::LIVE).await.unwrap().entries.is_empty(), "nothing is left behind");
 }
 
 fn checked(id: &str, incarnation: u64) -> Registration {
@@ -670,4 +682,54 @@ async fn many_verdicts_are_few_commits_and_a_removal_meanwhile_harms_none() {
     let healthy = |n: &usize| snapshot.instance(&key(&format!("i{n}"))).map(|i| i.health.verdict);
     assert!((0..200).filter(|n| *n != 7).all(|n| healthy(&n) == Some(Verdict::Healthy)));
     assert_eq!(records(&(store as Arc<dyn Store>)).await, 199);
+}
+
+/// The way to one other node; it is cut at will.
+#[derive(Debug, Default)]
+struct Line {
+    to: std::sync::Mutex<Option<Registry>>,
+}
+
+impl Forward for Line {
+    fn renew<'a>(
+        &'a self,
+        _: &'a crate::model::MemberId,
+        key: &'a InstanceKey,
+        incarnation: Incarnation,
+    ) -> BoxFuture<'a, Option<Duration>> {
+        let to = self.to.lock().unwrap().clone();
+        Box::pin(async move { to?.renew_here(key.clone(), Some(incarnation)).await.ok().map(|(ttl, _)| ttl) })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn renewals_at_any_node_are_counted_where_the_lease_is_and_write_nothing() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+    let senders = ["n1", "n2"].map(|own| watch::Sender::new(members(own, &["n1", "n2"])));
+    let line = Arc::new(Line::default());
+    let n1 = Node::start_among(Arc::clone(&store), &senders[0]).await.registry;
+    let n2 = Node::start_with(Arc::clone(&store), &senders[1], Some(line.clone())).await.registry;
+    *line.to.lock().unwrap() = Some(n1.clone());
+    let first = n1.register(registration("a", 1, Some(1))).await.unwrap();
+    n2.catalog().reached(first.revision).await;
+    for _ in 0..5 {
+        tokio::time::sleep(TTL / 2).await;
+        n2.renew(key("a"), None).await.unwrap();
+        tokio::time::sleep(TTL / 2).await;
+        // A second PUT renews, too.
+        let again = n2.register(registration("a", 1, None)).await.unwrap();
+        assert_eq!(again.revision, first.revision);
+    }
+    assert_eq!(n1.catalog().latest().revision(), first.revision, "nothing was written");
+
+    // What changes something is written, and moves the lease; so is what cannot be told.
+    let moved = n2.register(registration("a", 2, None)).await.unwrap();
+    assert_eq!(moved.instance.owner.as_ref().map(|owner| owner.as_str()), Some("n2"));
+    n1.register(registration("b", 3, Some(1))).await.unwrap();
+    n2.catalog().reached(n1.catalog().latest().revision()).await;
+    *line.to.lock().unwrap() = None;
+    n2.renew(key("b"), None).await.unwrap();
+    let snapshot = n2.catalog().latest();
+    let owner = snapshot.instance(&key("b")).unwrap().owner.clone();
+    assert_eq!(owner.as_ref().map(|owner| owner.as_str()), Some("n2"));
 }

@@ -43,6 +43,17 @@ impl Registry {
     /// [`Error::Conflict`] when another incarnation, or a session, holds the id; [`Error::Limit`]; [`Error::Store`].
     pub async fn register(&self, registration: Registration) -> Result<Accepted, Error> {
         let holder = Holder::Ttl(registration.ttl);
+        let snapshot = self.inner.catalog.latest();
+        if let Some(present) =
+            snapshot.instance(&registration.key).filter(|present| !self.inner.keeps(present))
+        {
+            self.inner.member()?;
+            let next = merge(&registration, Some(present), holder);
+            if let Some(accepted) = self.register_there(&next).await {
+                self.inner.metrics.renewals.inc();
+                return Ok(accepted);
+            }
+        }
         self.register_held(registration, holder).await
     }
 
@@ -56,7 +67,7 @@ impl Registry {
     }
 
     /// Extends a TTL lease. Returns the TTL and the present revision; a renewal makes none, unless another process has counted
-    /// the lease so far.
+    /// the lease so far and cannot be told.
     ///
     /// # Errors
     /// [`Error::NotFound`] when the owner must register again; [`Error::Conflict`] when it is not a TTL lease of that
@@ -66,17 +77,40 @@ impl Registry {
         key: InstanceKey,
         incarnation: Option<Incarnation>,
     ) -> Result<(Duration, Revision), Error> {
-        let result = match self.inner.renew(&key, incarnation) {
-            Some(result) => result,
+        let counted = match self.inner.renew(&key, incarnation) {
+            Some(counted) => counted,
+            None => match self.renew_there(&key, incarnation).await {
+                Some(renewed) => Ok(renewed),
+                None => return self.renew_here(key, incarnation).await,
+            },
+        };
+        self.count_renewal(counted)
+    }
+
+    /// As [`Registry::renew`], without telling another process: one that had it from there has told this one.
+    ///
+    /// # Errors
+    /// As [`Registry::renew`].
+    pub async fn renew_here(
+        &self,
+        key: InstanceKey,
+        incarnation: Option<Incarnation>,
+    ) -> Result<(Duration, Revision), Error> {
+        let renewed = match self.inner.renew(&key, incarnation) {
+            Some(renewed) => renewed,
             None => {
                 let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
                 self.detached(async move { inner.take_over(&key, incarnation, &by).await }).await
             }
         };
-        if result.is_ok() {
+        self.count_renewal(renewed)
+    }
+
+    fn count_renewal<T>(&self, renewed: Result<T, Error>) -> Result<T, Error> {
+        if renewed.is_ok() {
             self.inner.metrics.renewals.inc();
         }
-        self.count(result)
+        self.count(renewed)
     }
 
     /// Changes the fields that are given.
@@ -387,7 +421,13 @@ impl Inner {
     ) -> Result<Revision, Error> {
         for _ in 0..ATTEMPTS {
             let snapshot = self.catalog.latest();
-            let Some(present) = snapshot.instance(key) else { return Ok(snapshot.revision()) };
+            let Some(present) = snapshot.instance(key) else {
+                // This process may be behind; what is answered must be true of the store.
+                let stored = self.store.get(&record::instance_key(key)).await.map_err(Error::Store)?;
+                let Some(stored) = stored else { return Ok(snapshot.revision()) };
+                self.catalog.reached(stored.revision).await;
+                continue;
+            };
             expect_incarnation(present, incarnation)?;
             let mut ops = removal(present);
             ops.extend(self.unsay(key));

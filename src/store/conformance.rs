@@ -47,6 +47,7 @@ pub(crate) async fn conforms<P: Place>(make: impl Fn() -> P) {
     watch_is_cancel_safe(&*make().open().await).await;
     concurrent_committers(make().open().await).await;
     exactly_one_wins(make().open().await).await;
+    revisions_advance(&make()).await;
     compaction(&make()).await;
     closing(&*make().open().await).await;
     let place = make();
@@ -242,6 +243,30 @@ async fn concurrent_committers(store: Arc<dyn Store>) {
     assert_eq!(revisions.len(), COMMITTERS * EACH);
     assert!(revisions[0] > start);
     assert_eq!(store.list("k/").await.unwrap().entries.len(), COMMITTERS * EACH);
+}
+
+async fn revisions_advance(place: &impl Place) {
+    let mut store = place.open().await;
+    let before = store.commit(vec![put("k", "1")]).await.unwrap();
+    let far = Revision(before.0 + 5_000_000);
+    store.advance(far).await.unwrap();
+    if place.durable() {
+        store.close().await.unwrap();
+        store = place.open().await;
+    }
+    store.advance(before).await.unwrap();
+    assert_eq!(store.get("k").await.unwrap().unwrap().value, "1");
+    let start = store.list("").await.unwrap().revision;
+    let mut watch = store.watch("", start).await.unwrap();
+    let after = store.commit(vec![put("k", "2")]).await.unwrap();
+    assert!(after > far, "{after} is not after {far}");
+    assert_eq!(next(&mut watch).await, event(after, &[("k", Some("2"))]));
+    if place.durable() {
+        store.close().await.unwrap();
+        store = place.open().await;
+        assert_eq!(listed(&*store, "k").await, [("k".to_owned(), "2".to_owned(), after)]);
+    }
+    store.close().await.unwrap();
 }
 
 async fn exactly_one_wins(store: Arc<dyn Store>) {

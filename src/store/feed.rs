@@ -75,6 +75,16 @@ impl Readable {
         Ok(revision)
     }
 
+    /// Later commits have revisions greater than `to`.
+    pub(super) fn advance(&self, to: Revision) -> Result<(), StoreError> {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        self.open()?;
+        state.skip_to(to);
+        let revision = state.revision();
+        self.progress.send_modify(|progress| progress.revision = revision);
+        Ok(())
+    }
+
     /// No more commits: readers are refused, watchers end after what is left for them.
     pub(super) fn close(&self) {
         let _state = self.state.write().unwrap_or_else(PoisonError::into_inner);

@@ -48,6 +48,10 @@ impl Store for Memory {
         Box::pin(async move { self.readable.watch(prefix, after) })
     }
 
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move { self.readable.advance(to) })
+    }
+
     fn close(&self) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
             self.readable.close();

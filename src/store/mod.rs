@@ -5,6 +5,7 @@
 //! them all. [`MemoryStore`] keeps nothing; [`FileStore`] keeps a log in a directory of this machine; [`EtcdStore`] keeps
 //! everything in an etcd cluster that several processes share.
 
+mod backup;
 #[cfg(test)]
 mod conformance;
 mod etcd;
@@ -14,6 +15,7 @@ mod memory;
 mod state;
 mod status;
 
+pub use backup::{Backup, BackupError};
 pub use etcd::{EtcdConfig, EtcdError, EtcdStore, EtcdTls, EtcdUser};
 pub use file::{Config, Cut, Damage, FileError, FileStore, Loss, OpenError, Recovery, Stats};
 pub use memory::Memory as MemoryStore;
@@ -27,7 +29,7 @@ use tokio::sync::watch;
 
 use crate::model::Revision;
 
-/// A key: `/`-separated path segments without a leading slash, e.g. `instances/greeter/a`.
+/// A key: `/`-separated path segments without a leading slash, e.g. `catalog/instances/greeter/a`.
 pub type Key = Arc<str>;
 
 /// What must hold of a key for an operation on it to be accepted.
@@ -136,7 +138,7 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
     /// [`StoreError::Conflict`] names the first key whose condition did not hold; nothing was written.
     fn commit(&self, ops: Vec<Op>) -> BoxFuture<'_, Result<Revision, StoreError>>;
 
-    /// One entry.
+    /// One entry, as of some moment during the call: it shows every commit that was answered before, by whichever process.
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>, StoreError>>;
 
     /// Everything whose key starts with `prefix` (as text: end it with `/` to stay within a segment) at one revision.
@@ -152,6 +154,10 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
         prefix: &'a str,
         after: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn Watch>, StoreError>>;
+
+    /// From now on every commit has a revision greater than `to`. Durable when answered. For restoring a backup: what was
+    /// given out since then is not given out again. Readers may be told [`StoreError::Reset`].
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// How the store is, and the session of what is bound to this process. The receiver of a store that is always there
     /// never changes: its sender is gone.

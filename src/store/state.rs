@@ -78,8 +78,8 @@ impl State {
             if when == Condition::Always {
                 continue;
             }
-            let actual = match ahead.0.get(key) {
-                Some(revision) => *revision,
+            let actual = match ahead.get(key) {
+                Some(revision) => revision,
                 None => self.records.get(key).map(|record| record.revision),
             };
             let wanted = match when {
@@ -128,11 +128,20 @@ fn size(key: &str, value: &Bytes) -> u64 {
     (key.len() + value.len()) as u64 + RECORD_OVERHEAD
 }
 
-/// What commits that are accepted but not yet applied will have written: the revision of each key, `None` when absent.
+/// What commits that are accepted but not yet applied will have written: the revision of each key, `None` when absent. They
+/// come in two batches at most: one that is being gathered, and the one before it.
 #[derive(Debug, Default)]
-pub(super) struct Ahead(HashMap<Key, Option<Revision>>);
+pub(super) struct Ahead {
+    latest: HashMap<Key, Option<Revision>>,
+    earlier: HashMap<Key, Option<Revision>>,
+}
 
 impl Ahead {
+    /// For the batch after this one, which is not applied yet.
+    pub(super) fn next(self) -> Self {
+        Self { latest: HashMap::with_capacity(self.latest.len()), earlier: self.latest }
+    }
+
     /// Notes an accepted commit.
     pub(super) fn note(&mut self, revision: Revision, ops: &[Op]) {
         for op in ops {
@@ -140,7 +149,11 @@ impl Ahead {
                 Op::Put { .. } | Op::Bind { .. } => Some(revision),
                 Op::Delete { .. } => None,
             };
-            self.0.insert(Arc::clone(op.key()), after);
+            self.latest.insert(Arc::clone(op.key()), after);
         }
+    }
+
+    fn get(&self, key: &str) -> Option<Option<Revision>> {
+        self.latest.get(key).or_else(|| self.earlier.get(key)).copied()
     }
 }

@@ -77,7 +77,7 @@ fn living_instances_whose_renewals_stop_stay() {
             anyhow::Ok(String::from_utf8(output.stdout)?)
         };
         for (line, want) in [
-            ("service list", "payments  3        0         3"),
+            ("service list", "payments  3        0         0          3"),
             ("service show payments", "Stale      3: "),
             ("instance list payments", "serving, stale"),
             ("instance explain payments/a", "its lease of 2s ended without a renewal, too many others went"),

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::harness::{Disco, Envoy, PATIENCE, Process, Protocol, eventually, free_port, request, scene};
 
-const CONFIG: &str = "roles: [registry, xds, admin]\nstore: memory\n";
+const CONFIG: &str = "roles: [registry, discovery, xds, admin]\nstore: memory\n";
 
 /// A web server on a port of its own that answers every request with one status.
 struct Web {

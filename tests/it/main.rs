@@ -13,7 +13,9 @@
 
 mod ageing;
 mod bad_input;
+mod chaos;
 mod guards;
+mod ha;
 mod harness;
 mod health;
 mod ledger;
@@ -21,10 +23,13 @@ mod leds;
 mod leds_protocol;
 mod live;
 mod load_reports;
+mod locks;
 mod on_demand;
 mod per_type;
 mod plain_http;
 mod real_clients;
+mod renew_many;
+mod snapshot;
 mod tidy;
 mod validate;
 mod views;

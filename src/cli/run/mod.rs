@@ -1,7 +1,7 @@
 //! `disco run`: starts a command, registers it while it works, and takes it out of load balancing before it stops.
 
 mod life;
-mod process;
+pub(super) mod process;
 mod registrar;
 
 use std::{collections::BTreeMap, ffi::OsString, fmt, io::Write as _, net::SocketAddr, time::Duration};

@@ -58,6 +58,7 @@ impl fmt::Display for Exit {
 #[derive(Debug)]
 pub(crate) struct Running {
     child: Child,
+    group: Option<Pid>,
 }
 
 impl Running {
@@ -77,7 +78,21 @@ impl Running {
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| not_started(program, &error))?;
-        Ok(Self { child })
+        let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        Ok(Self { child, group })
+    }
+
+    /// Its process group.
+    pub(crate) fn group(&self) -> Option<Pid> {
+        self.group
+    }
+
+    /// Kills what is left of the process group right after the command has ended.
+    pub(crate) fn kill_rest(&self) {
+        if let Some(group) = self.group {
+            // Fails when nothing is left, which is the usual case.
+            let _ = kill_process_group(group, Signal::KILL);
+        }
     }
 }
 
@@ -109,10 +124,9 @@ impl Process for Running {
 
     fn signal(&mut self, signal: Signal) {
         // `id` is None once the command was reaped, so this never reaches a stranger with a reused number.
-        let id = self.child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-        if let Some(id) = id {
+        if let (Some(_), Some(group)) = (self.child.id(), self.group) {
             // The whole group, so that what a wrapping shell started ends too. Fails when it has just ended.
-            let _ = kill_process_group(id, signal);
+            let _ = kill_process_group(group, signal);
         }
     }
 }

@@ -222,6 +222,26 @@ async fn takes_the_next_server_when_one_is_away_and_shows_the_token() {
 }
 
 #[tokio::test]
+async fn a_server_for_proxies_alone_is_passed_by() {
+    let mut mock = Mock::start().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let other = listener.local_addr().unwrap();
+    let (_, health) = tonic_health::server::health_reporter();
+    let server = tonic::transport::Server::builder().add_service(health);
+    let end = mock.tasks.shutdown().clone();
+    mock.tasks.spawn("other", async move {
+        let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+        server.serve_with_incoming_shutdown(incoming, end.wait()).await.unwrap();
+    });
+    let servers = Servers::parse(&format!("{other},{}", mock.address), None).unwrap();
+    let session = Session::open(servers, &registration(), &mock.tasks);
+    let mut peer = mock.peer().await;
+    peer.registers().await;
+    peer.registered(1).await;
+    until_connected(&session, 1).await;
+}
+
+#[tokio::test]
 async fn what_is_to_be_removed_is_not_registered_again() {
     let mut mock = Mock::start().await;
     let session = open(&mock);

@@ -306,7 +306,8 @@ impl Worker {
     }
 
     /// A wrong registration stays wrong. A collision or a missing right is final for a newcomer; one that was
-    /// registered before keeps trying, because what holds its place may be its own lost session.
+    /// registered before keeps trying, because what holds its place may be its own lost session. Of several servers some may
+    /// serve proxies only: the next one is asked.
     fn refused(&self, address: SocketAddr, code: Code, message: String) -> End {
         match code {
             Code::InvalidArgument => End::Refused(message),
@@ -315,9 +316,11 @@ impl Worker {
             | Code::FailedPrecondition
             | Code::PermissionDenied
             | Code::Unauthenticated
-            | Code::Unimplemented
                 if !self.registered =>
             {
+                End::Refused(message)
+            }
+            Code::Unimplemented if !self.registered && self.servers.addresses().len() == 1 => {
                 End::Refused(message)
             }
             _ => End::Broken(format!("{address}: {message}")),

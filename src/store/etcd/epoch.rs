@@ -180,6 +180,29 @@ impl Inner {
         }
     }
 
+    /// Moves the offset on so that every later revision is greater than `to`.
+    pub(super) async fn advance(&self, deadline: Instant, to: Revision) -> Result<(), Failure> {
+        loop {
+            let asked = self.verify(deadline).await?;
+            let (header, record, written) = self.read_record(deadline).await?;
+            let offset = record.map_or(0, |record| record.offset);
+            let needed = to.0.saturating_sub(u64::try_from(header.revision).unwrap_or_default());
+            if needed <= offset {
+                return Ok(());
+            }
+            let record = Record { offset: needed, cluster: header.cluster_id };
+            let request = TxnRequest {
+                compare: vec![wire::is_at(self.offset_key(), written)],
+                success: vec![wire::put(self.offset_key(), record.encode(), 0)],
+                failure: vec![],
+            };
+            // Done twice it fails the second time, and is then found to be enough.
+            if self.client.call(deadline, request, wire::txn).await?.succeeded {
+                self.look_up(deadline, Some(asked)).await?;
+            }
+        }
+    }
+
     /// Takes the offset that etcd has, after moving it on if revisions would go back with it.
     async fn look_up(&self, deadline: Instant, asked: Option<Epoch>) -> Result<Epoch, Failure> {
         let _turn = self.epochs.turn.acquire().await;

@@ -45,7 +45,7 @@ use crate::{
 };
 
 /// Entries that one call of a listing asks for.
-const PAGE: i64 = 5_000;
+const PAGE: i64 = 20_000;
 
 /// Which etcd, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -306,6 +306,14 @@ impl Store for EtcdStore {
         Box::pin(async move {
             let follower = Follower::new(Arc::clone(&self.inner), prefix, after).await?;
             Ok(Box::new(follower) as Box<dyn Watch>)
+        })
+    }
+
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            self.inner.refuse_closed()?;
+            let advanced = self.inner.advance(self.inner.client.deadline(), to).await;
+            advanced.map_err(|failure| self.inner.failed(failure, "the revisions may not have moved on"))
         })
     }
 

@@ -5,6 +5,7 @@
 //! frame    marker 8 | checksum of the rest 8 | payload length 4 | payload
 //! payload  of a log       1 | first revision 8 | commits 4 | commits: operations 4 | operations: 1 key value or 2 key
 //!          of a snapshot  2 | records 4 | records: revision 8 | key | value     and at its end     3 | records in all 8
+//!          of a log       4 | revision 8, up to which the numbers are taken
 //! key and value: length 4 | bytes
 //! ```
 //!
@@ -45,6 +46,7 @@ const KEPT: usize = 16 << 20;
 const COMMITS: u8 = 1;
 const RECORDS: u8 = 2;
 const END: u8 = 3;
+const SKIP: u8 = 4;
 
 const PUT: u8 = 1;
 const DELETE: u8 = 2;
@@ -212,6 +214,13 @@ impl Frame {
         self.seal()
     }
 
+    /// A frame that says that the revisions up to `to` are taken.
+    pub(super) fn skip(&mut self, to: Revision) -> &[u8] {
+        self.begin(SKIP);
+        self.bytes.extend_from_slice(&to.0.to_le_bytes());
+        self.seal()
+    }
+
     fn finish(&mut self, count_at: usize) -> &[u8] {
         self.patch(count_at, &self.count.to_le_bytes());
         self.seal()
@@ -241,6 +250,8 @@ pub(super) enum Payload {
     Records(Vec<(Key, Record)>),
     /// The end of a snapshot, with how many records it has.
     End(u64),
+    /// The revisions up to this one are taken.
+    Skip(Revision),
 }
 
 /// The payload of the whole frame at `offset`, and where the next frame begins. `None` when there is no whole frame.
@@ -280,6 +291,7 @@ pub(super) fn decode(payload: &[u8]) -> Option<Payload> {
         }
         RECORDS => Payload::Records((0..fields.u32()?).map(|_| fields.record()).collect::<Option<_>>()?),
         END => Payload::End(fields.u64()?),
+        SKIP => Payload::Skip(Revision(fields.u64()?)),
         _ => return None,
     };
     fields.0.is_empty().then_some(decoded)
@@ -381,6 +393,8 @@ mod tests {
 
         let bytes = frame.end(9).to_vec();
         assert_eq!(decode(frame_at(&bytes, 0, 7).unwrap().0), Some(Payload::End(9)));
+        let bytes = frame.skip(Revision(9)).to_vec();
+        assert_eq!(decode(frame_at(&bytes, 0, 7).unwrap().0), Some(Payload::Skip(Revision(9))));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The embedded store: a log in a directory, and all keys in memory.
 //!
-//! One thread appends. It takes every commit that waits, writes them as one frame with one `fdatasync`, and answers
-//! then; so each commit costs its share of one append, which is the least that a disk can do. The log is our own
+//! One thread appends. It takes every commit that waits and writes them as one frame with one `fdatasync`; another one
+//! answers them then, while the next frame is written. So each commit costs its share of one append, which is the least
+//! that a disk can do. The log is our own
 //! because a damage has to be judged by its place: a torn end is cut and reported, a damage in the middle refuses to
 //! start. That needs a file in which the order of commits can be seen, which an embedded database's pages do not show.
 //!
@@ -32,7 +33,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::{
     log::at,
     recover::Recovered,
-    writer::{Counters, Request, Writer},
+    writer::{Counters, Request, Shower, Writer},
 };
 use super::{Entry, Listing, Op, Store, StoreError, Watch, feed::Readable};
 use crate::model::Revision;
@@ -193,6 +194,7 @@ impl FileStore {
             failing: false,
             logged,
             compaction: None,
+            shower: Shower::start(Arc::clone(&readable)).map_err(at(dir))?,
             lock: Some(lock),
         };
         let (queue, requests) = mpsc::channel(config.queue.max(1));
@@ -246,6 +248,14 @@ impl Store for FileStore {
         after: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn Watch>, StoreError>> {
         Box::pin(async move { self.readable.watch(prefix, after) })
+    }
+
+    fn advance(&self, to: Revision) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            let (answer, answered) = oneshot::channel();
+            self.queue.send(Request::Advance { to, answer }).await.map_err(|_| StoreError::Closed)?;
+            answered.await.unwrap_or(Err(StoreError::Closed))
+        })
     }
 
     fn close(&self) -> BoxFuture<'_, Result<(), StoreError>> {

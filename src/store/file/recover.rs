@@ -191,6 +191,7 @@ impl<'a> Replay<'a> {
                         self.state.apply(revision, ops);
                     }
                 }
+                Some(Payload::Skip(to)) if to >= wanted => self.state.skip_to(to),
                 _ => {
                     let what = format!("a whole record there is not that of revision {wanted}");
                     return Err(Stop::Damaged(Damage { file: path, offset: offset as u64, what }));
@@ -268,8 +269,12 @@ fn last_revision(path: &Path, kind: Kind) -> Result<Revision, FileError> {
     let mut from = HEADER;
     while let Some(found) = format::find_frame(&file, from, header.marker) {
         let Some((payload, next)) = format::frame_at(&file, found, header.marker) else { break };
-        if let Some(Payload::Commits { first, commits }) = format::decode(payload) {
-            last = last.max(Revision(first.0 + commits.len() as u64));
+        match format::decode(payload) {
+            Some(Payload::Commits { first, commits }) => {
+                last = last.max(Revision(first.0 + commits.len() as u64));
+            }
+            Some(Payload::Skip(to)) => last = last.max(to),
+            Some(Payload::Records(_) | Payload::End(_)) | None => {}
         }
         from = next;
     }

@@ -1,12 +1,16 @@
-//! The one thread that writes. It takes all commits that wait, checks them in order, writes those that hold as one frame
-//! with one sync, and only then shows and answers them.
+//! The one thread that writes. It takes all commits that wait, checks them in order and writes those that hold as one frame
+//! with one sync. Only then they are shown and answered: by a second thread, while this one writes the next batch. So the
+//! disk does not wait for the processor, nor the other way around.
 
 use std::{
+    collections::VecDeque,
     fs::File,
+    io, mem,
     path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
+        mpsc as blocking,
     },
     thread::{self, JoinHandle},
 };
@@ -29,7 +33,15 @@ const BATCH_COMMITS: usize = 1024;
 /// What is asked of the writer.
 #[derive(Debug)]
 pub(super) enum Request {
-    Commit { ops: Vec<Op>, answer: Answer },
+    Commit {
+        ops: Vec<Op>,
+        answer: Answer,
+    },
+    /// The revisions up to this one are taken from now on.
+    Advance {
+        to: Revision,
+        answer: oneshot::Sender<Result<(), StoreError>>,
+    },
     Close,
 }
 
@@ -49,6 +61,83 @@ fn add(counter: &AtomicU64, n: u64) {
     counter.fetch_add(n, Ordering::Relaxed);
 }
 
+/// Commits that are written together.
+#[derive(Debug)]
+struct Batch {
+    /// The last one accepted, of this batch or before.
+    revision: Revision,
+    /// What those accepted will have written.
+    ahead: Ahead,
+    accepted: Vec<(Revision, Vec<Op>)>,
+    answers: Vec<(Answer, Result<Revision, StoreError>)>,
+}
+
+impl Batch {
+    /// Shows and answers what is durable.
+    fn show(self, readable: &Readable) {
+        readable.publish(self.accepted);
+        for (answer, outcome) in self.answers {
+            // Nobody listens when the caller gave up; the commit stands.
+            let _ = answer.send(outcome);
+        }
+    }
+}
+
+/// The thread that shows one batch while the writer writes the next.
+#[derive(Debug)]
+pub(super) struct Shower {
+    /// `None` at the end.
+    batches: Option<blocking::SyncSender<Batch>>,
+    shown: blocking::Receiver<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Shower {
+    pub(super) fn start(readable: Arc<Readable>) -> io::Result<Self> {
+        let (batches, next) = blocking::sync_channel::<Batch>(1);
+        let (done, shown) = blocking::sync_channel(1);
+        let thread = thread::Builder::new().name("store-shower".into()).spawn(move || {
+            for batch in next {
+                batch.show(&readable);
+                if done.send(()).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { batches: Some(batches), shown, thread: Some(thread) })
+    }
+
+    /// Begins to show a batch. `false` when the thread is gone, which only a panic does.
+    fn begin(&self, batch: Batch) -> bool {
+        self.batches.as_ref().is_some_and(|batches| batches.send(batch).is_ok())
+    }
+
+    /// Waits until that batch is shown.
+    fn done(&self) -> bool {
+        self.shown.recv().is_ok()
+    }
+
+    fn end(&mut self) {
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic there was logged by its thread.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Takes what waits in the queue; where nothing does it waits, if it `may_wait`. `false` when there is nothing.
+fn receive(queue: &mut mpsc::Receiver<Request>, into: &mut VecDeque<Request>, may_wait: bool) -> bool {
+    if may_wait {
+        into.extend(queue.blocking_recv());
+    }
+    while into.len() < BATCH_COMMITS {
+        let Ok(request) = queue.try_recv() else { break };
+        into.push_back(request);
+    }
+    !into.is_empty()
+}
+
 /// What the thread owns. Readers see the store closed when it is dropped, also by a panic.
 #[derive(Debug)]
 pub(super) struct Writer {
@@ -63,6 +152,7 @@ pub(super) struct Writer {
     /// Bytes of log since the last snapshot was begun.
     pub(super) logged: u64,
     pub(super) compaction: Option<JoinHandle<()>>,
+    pub(super) shower: Shower,
     /// Held until everything is written.
     pub(super) lock: Option<File>,
 }
@@ -71,70 +161,118 @@ impl Writer {
     /// Serves until asked to close or until nobody is left to ask.
     pub(super) fn run(mut self, mut queue: mpsc::Receiver<Request>) {
         let mut frame = Frame::new(self.log.marker());
-        let mut requests = Vec::with_capacity(BATCH_COMMITS);
-        while queue.blocking_recv_many(&mut requests, BATCH_COMMITS) > 0 {
-            let mut waiting = requests.drain(..).peekable();
-            while waiting.peek().is_some() {
-                self.write_batch(&mut frame, &mut waiting, &mut queue);
+        let mut waiting = VecDeque::with_capacity(BATCH_COMMITS);
+        let mut durable: Option<Batch> = None;
+        loop {
+            if waiting.is_empty() && !receive(&mut queue, &mut waiting, durable.is_none()) {
+                match durable.take() {
+                    // Nobody waits to be written, so there is nothing to do beside it.
+                    Some(batch) => batch.show(&self.readable),
+                    None => return,
+                }
+                continue;
             }
-            drop(waiting);
+            if let Some(Request::Advance { to, answer }) =
+                waiting.pop_front_if(|next| matches!(next, Request::Advance { .. }))
+            {
+                if let Some(batch) = durable.take() {
+                    batch.show(&self.readable);
+                }
+                // Nobody listens when the caller gave up; it stands.
+                let _ = answer.send(self.advance(&mut frame, to));
+                continue;
+            }
+            let batch = self.gather(&mut frame, &mut waiting, &mut queue, durable.as_mut());
+            let begun = durable.take().map(|before| self.shower.begin(before));
+            let appended = self.append(&mut frame);
+            if begun.is_some_and(|begun| !(begun && self.shower.done())) {
+                return;
+            }
+            match appended {
+                Ok(()) => durable = Some(batch),
+                Err(error) => self.fail(&error, batch),
+            }
             if self.compaction_due() {
+                // The new log begins after all that is in the old one.
+                if let Some(batch) = durable.take() {
+                    batch.show(&self.readable);
+                }
                 self.start_compaction();
                 frame = Frame::new(self.log.marker());
             }
         }
     }
 
-    fn write_batch(
-        &mut self,
+    /// The next batch, checked against the state as it will be after the one `before` it, and encoded. Nothing is applied
+    /// meanwhile.
+    fn gather(
+        &self,
         frame: &mut Frame,
-        waiting: &mut impl Iterator<Item = Request>,
+        waiting: &mut VecDeque<Request>,
         queue: &mut mpsc::Receiver<Request>,
-    ) {
-        let mut ahead = Ahead::default();
-        let mut accepted: Vec<(Revision, Vec<Op>)> = Vec::new();
-        let mut answers: Vec<(Answer, Result<Revision, StoreError>)> = Vec::new();
-        {
-            let state = self.readable.state();
-            let mut revision = state.revision();
-            frame.begin_commits(Revision(revision.0 + 1));
-            while frame.len() < format::FULL {
-                let (ops, answer) = match waiting.next() {
-                    Some(Request::Commit { ops, answer }) => (ops, answer),
-                    Some(Request::Close) => {
-                        // What is queued is still taken; nothing new comes in.
-                        queue.close();
-                        continue;
-                    }
-                    None => break,
-                };
-                let outcome = state.check(&ops, &ahead).map(|()| {
-                    revision.0 += 1;
-                    ahead.note(revision, &ops);
-                    frame.push_commit(&ops);
-                    accepted.push((revision, ops));
-                    revision
-                });
-                answers.push((answer, outcome));
-            }
+        before: Option<&mut Batch>,
+    ) -> Batch {
+        let state = self.readable.state();
+        let mut batch = match before {
+            Some(before) => Batch {
+                revision: before.revision,
+                ahead: mem::take(&mut before.ahead).next(),
+                accepted: Vec::new(),
+                answers: Vec::new(),
+            },
+            None => Batch {
+                revision: state.revision(),
+                ahead: Ahead::default(),
+                accepted: Vec::new(),
+                answers: Vec::new(),
+            },
+        };
+        frame.begin_commits(Revision(batch.revision.0 + 1));
+        while frame.len() < format::FULL {
+            let is_advance = |next: &mut Request| matches!(next, Request::Advance { .. });
+            let (ops, answer) = match waiting.pop_front_if(|next| !is_advance(next)) {
+                Some(Request::Commit { ops, answer }) => (ops, answer),
+                Some(Request::Close) => {
+                    // What is queued is still taken; nothing new comes in.
+                    queue.close();
+                    continue;
+                }
+                Some(Request::Advance { .. }) | None => break,
+            };
+            let outcome = state.check(&ops, &batch.ahead).map(|()| {
+                batch.revision.0 += 1;
+                batch.ahead.note(batch.revision, &ops);
+                frame.push_commit(&ops);
+                batch.accepted.push((batch.revision, ops));
+                batch.revision
+            });
+            batch.answers.push((answer, outcome));
         }
-        if let Err(error) = self.append(frame) {
-            // Conflicts too: they may be with commits of this batch.
-            let failed = StoreError::Failed(format!("cannot write the change: {error}"));
-            if !std::mem::replace(&mut self.failing, true) {
-                tracing::error!(%error, "cannot write to the store; changes are refused until it works again");
-            }
-            add(&self.counters.failed_batches, 1);
-            for (answer, _) in answers {
-                let _ = answer.send(Err(failed.clone()));
-            }
-            return;
+        batch
+    }
+
+    fn fail(&mut self, error: &FileError, batch: Batch) {
+        // Conflicts too: they may be with commits of this batch.
+        let failed = StoreError::Failed(format!("cannot write the change: {error}"));
+        if !mem::replace(&mut self.failing, true) {
+            tracing::error!(%error, "cannot write to the store; changes are refused until it works again");
         }
-        self.readable.publish(accepted);
-        for (answer, outcome) in answers {
-            // Nobody listens when the caller gave up; the commit stands.
-            let _ = answer.send(outcome);
+        add(&self.counters.failed_batches, 1);
+        for (answer, _) in batch.answers {
+            let _ = answer.send(Err(failed.clone()));
         }
+    }
+
+    fn advance(&mut self, frame: &mut Frame, to: Revision) -> Result<(), StoreError> {
+        if to <= self.readable.state().revision() {
+            return Ok(());
+        }
+        let bytes = frame.skip(to);
+        self.log
+            .append(bytes)
+            .map_err(|error| StoreError::Failed(format!("cannot write the change: {error}")))?;
+        self.logged += bytes.len() as u64;
+        self.readable.advance(to)
     }
 
     fn append(&mut self, frame: &mut Frame) -> Result<(), FileError> {
@@ -145,7 +283,7 @@ impl Writer {
         let bytes = frame.finish_commits();
         self.log.append(bytes)?;
         self.logged += bytes.len() as u64;
-        if std::mem::take(&mut self.failing) {
+        if mem::take(&mut self.failing) {
             tracing::info!("the store can be written to again");
         }
         add(&self.counters.commits, commits);
@@ -158,7 +296,8 @@ impl Writer {
     /// not known stays the newest: there, and only there, a start cuts it.
     fn compaction_due(&self) -> bool {
         !self.failing
-            && self.logged > self.compact_after.max(self.readable.state().bytes())
+            && self.logged > self.compact_after
+            && self.logged > self.readable.state().bytes()
             && self.compaction.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
@@ -201,6 +340,7 @@ impl Drop for Writer {
             // A panic there was logged by its thread; the older files stay.
             let _ = compaction.join();
         }
+        self.shower.end();
         self.lock = None;
         self.readable.close();
     }

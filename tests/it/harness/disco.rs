@@ -1,4 +1,5 @@
 use std::{
+    ffi::OsString,
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -9,15 +10,33 @@ use anyhow::{Context as _, bail};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::{Answer, PATIENCE, Process, eventually, request, sibling};
+use super::{Answer, PATIENCE, Place, Process, eventually, request, sibling};
 
 /// A running `disco dev` or `disco serve`.
 #[derive(Debug)]
 pub(crate) struct Disco {
     process: Process,
+    start: Start,
     folder: PathBuf,
+    listen: (SocketAddr, SocketAddr),
     pub(crate) grpc: SocketAddr,
     pub(crate) http: SocketAddr,
+    /// The gRPC and HTTP addresses of those that a command which speaks to this one is told of, this one first.
+    servers: Vec<(SocketAddr, SocketAddr)>,
+}
+
+/// What to start, apart from where it listens.
+#[derive(Debug, Clone)]
+pub(super) struct Start {
+    pub(super) name: String,
+    pub(super) place: Place,
+    pub(super) arguments: Vec<OsString>,
+}
+
+impl Start {
+    fn here(arguments: Vec<OsString>) -> Self {
+        Self { name: "disco".to_owned(), place: Place::here(), arguments }
+    }
 }
 
 impl Disco {
@@ -29,9 +48,8 @@ impl Disco {
 
     /// Starts one on these addresses.
     pub(crate) fn start_on(folder: &Path, grpc: SocketAddr, http: SocketAddr) -> anyhow::Result<Self> {
-        let mut command = disco_command()?;
-        command.arg("dev").arg("--data").arg(folder.join("data"));
-        Self::run(folder, command, grpc, http)
+        let arguments = vec!["dev".into(), "--data".into(), folder.join("data").into()];
+        Self::run(folder, Start::here(arguments), grpc, http)
     }
 
     /// Starts a `disco serve` on ports of its own, with this configuration.
@@ -49,24 +67,73 @@ impl Disco {
     ) -> anyhow::Result<Self> {
         let file = folder.join("disco.yaml");
         fs::write(&file, configuration)?;
-        let mut command = disco_command()?;
-        command.arg("serve").arg("--config").arg(file);
-        Self::run(folder, command, grpc, http)
+        Self::run(folder, Start::here(vec!["serve".into(), "--config".into(), file.into()]), grpc, http)
     }
 
-    fn run(folder: &Path, mut command: Command, grpc: SocketAddr, http: SocketAddr) -> anyhow::Result<Self> {
-        let _ = fs::remove_file(folder.join("disco.log"));
+    pub(super) fn run(
+        folder: &Path,
+        start: Start,
+        grpc: SocketAddr,
+        http: SocketAddr,
+    ) -> anyhow::Result<Self> {
+        let _ = fs::remove_file(folder.join(format!("{}.log", start.name)));
+        let mut command = start.place.command(sibling("disco")?);
+        forget_settings(&mut command).args(&start.arguments);
         command.args(["--grpc-listen", &grpc.to_string(), "--http-listen", &http.to_string()]);
-        let mut process = Process::start("disco", folder, &mut command)?;
+        let mut process = Process::start(&start.name, folder, &mut command)?;
         let line = process.wait_for("line `disco: listening grpc=… http=…`", PATIENCE, |process| {
-            process.output().lines().find(|line| line.contains("listening grpc=")).map(str::to_owned)
+            process.output().lines().find(|line| line.contains("listening ")).map(str::to_owned)
         })?;
-        let address = |key: &str| -> anyhow::Result<SocketAddr> {
+        let port = |key: &str| -> anyhow::Result<Option<u16>> {
             let word = line.split_whitespace().find_map(|word| word.strip_prefix(key));
-            word.with_context(|| format!("no {key} in {line:?}"))?.parse().context(line.clone())
+            let address = word.map(str::parse::<SocketAddr>).transpose().context(line.clone())?;
+            Ok(address.map(|address| address.port()))
         };
-        let (grpc, http) = (address("grpc=")?, address("http=")?);
-        Ok(Self { process, folder: folder.to_owned(), grpc, http })
+        // Where it does not listen, what it was told stands for it: nobody will answer.
+        let ports = [port("grpc=")?.unwrap_or(grpc.port()), port("http=")?.unwrap_or(http.port())];
+        let [grpc, http] = ports.map(|port| SocketAddr::new(start.place.seen, port));
+        let servers =
+            vec![(SocketAddr::new(start.place.ip, ports[0]), SocketAddr::new(start.place.ip, ports[1]))];
+        let listen = start.place.listen();
+        let listen = (SocketAddr::new(listen, ports[0]), SocketAddr::new(listen, ports[1]));
+        Ok(Self { process, start, folder: folder.to_owned(), listen, grpc, http, servers })
+    }
+
+    /// Tells commands of these others.
+    pub(super) fn introduce(&mut self, others: impl Iterator<Item = (SocketAddr, SocketAddr)>) {
+        let own = self.own();
+        self.servers = [own].into_iter().chain(others.filter(|other| *other != own)).collect();
+    }
+
+    /// Its addresses for all but the test.
+    pub(super) fn own(&self) -> (SocketAddr, SocketAddr) {
+        self.servers[0]
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.start.name
+    }
+
+    /// Ends it as a supervisor does, with SIGTERM.
+    pub(crate) fn terminate(&mut self) -> anyhow::Result<()> {
+        self.process.signal(Signal::TERM)?;
+        let status = self.process.ended(PATIENCE)?;
+        if !status.success() {
+            bail!("{} ended with {status} on SIGTERM\n{}", self.name(), self.process.output());
+        }
+        Ok(())
+    }
+
+    /// What it has logged.
+    pub(crate) fn output(&self) -> String {
+        self.process.output()
+    }
+
+    pub(crate) fn wait_ready(&self) -> anyhow::Result<()> {
+        eventually(&format!("readiness of {}", self.name()), PATIENCE, || {
+            let answer = request(self.http, "GET", "/readyz", b"").ok()?;
+            (answer.status == 200).then_some(())
+        })
     }
 
     /// `kill -9`.
@@ -82,7 +149,9 @@ impl Disco {
     /// Starts it again, with the same data and on the same ports.
     pub(crate) fn start_again(&mut self) -> anyhow::Result<()> {
         self.process.kill();
-        *self = Self::start_on(&self.folder, self.grpc, self.http)?;
+        let servers = std::mem::take(&mut self.servers);
+        let (grpc, http) = self.listen;
+        *self = Self { servers, ..Self::run(&self.folder, self.start.clone(), grpc, http)? };
         Ok(())
     }
 
@@ -92,8 +161,16 @@ impl Disco {
 
     /// A `disco` command that speaks to this server.
     pub(crate) fn command(&self) -> anyhow::Result<Command> {
-        let mut command = disco_command()?;
-        command.env("DISCO_GRPC", self.grpc.to_string()).env("DISCO_HTTP", self.http.to_string());
+        self.command_at(&Place::here())
+    }
+
+    /// Likewise, run elsewhere.
+    pub(crate) fn command_at(&self, place: &Place) -> anyhow::Result<Command> {
+        let mut command = place.command(sibling("disco")?);
+        let list = |address: fn(&(SocketAddr, SocketAddr)) -> SocketAddr| {
+            self.servers.iter().map(|of| address(of).to_string()).collect::<Vec<_>>().join(",")
+        };
+        forget_settings(&mut command).env("DISCO_GRPC", list(|it| it.0)).env("DISCO_HTTP", list(|it| it.1));
         Ok(command)
     }
 
@@ -160,11 +237,10 @@ impl Disco {
     }
 }
 
-/// `disco` without the settings of whoever runs the tests.
-fn disco_command() -> anyhow::Result<Command> {
-    let mut command = Command::new(sibling("disco")?);
+/// The settings of whoever runs the tests are not for what they start.
+fn forget_settings(command: &mut Command) -> &mut Command {
     for name in ["DISCO_GRPC", "DISCO_HTTP", "DISCO_TOKEN"] {
         command.env_remove(name);
     }
-    Ok(command)
+    command
 }

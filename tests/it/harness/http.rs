@@ -21,9 +21,21 @@ impl Answer {
 
 /// One HTTP/1.1 request on a connection of its own. Fails when nothing comes for a minute.
 pub(crate) fn request(server: SocketAddr, method: &str, path: &str, body: &[u8]) -> anyhow::Result<Answer> {
-    let mut connection = TcpStream::connect(server).with_context(|| format!("nobody listens on {server}"))?;
+    request_within(Duration::from_secs(60), server, method, path, body)
+}
+
+/// Likewise, but fails when it cannot connect, or nothing comes, for as long as `patience`.
+pub(crate) fn request_within(
+    patience: Duration,
+    server: SocketAddr,
+    method: &str,
+    path: &str,
+    body: &[u8],
+) -> anyhow::Result<Answer> {
+    let connection = TcpStream::connect_timeout(&server, patience);
+    let mut connection = connection.with_context(|| format!("nobody listens on {server}"))?;
     connection.set_nodelay(true)?;
-    connection.set_read_timeout(Some(Duration::from_secs(60)))?;
+    connection.set_read_timeout(Some(patience))?;
     let head = format!(
         "{method} {path} HTTP/1.1\r\nhost: {server}\r\nconnection: close\r\n\
          content-type: application/json\r\ncontent-length: {}\r\n\r\n",

@@ -4,17 +4,25 @@
 
 mod disco;
 mod envoy;
+mod etcd;
 mod greeter;
 mod http;
 mod load;
+mod network;
+mod nodes;
+mod place;
 pub(crate) mod process;
 
 pub(crate) use self::{
     disco::Disco,
     envoy::{Envoy, Protocol},
+    etcd::Etcd,
     greeter::Greeter,
-    http::{Answer, request},
+    http::{Answer, request, request_within},
     load::{Client, Load},
+    network::Network,
+    nodes::{Nodes, example_files},
+    place::Place,
     process::{Process, free_port, sibling, tool},
 };
 
