@@ -4,12 +4,14 @@ mod backoff;
 mod boot;
 mod hangup;
 mod ready;
+mod seldom;
 mod task;
 
 pub use backoff::Backoff;
 pub use boot::{boot_time, sleep_until_boot};
 pub use hangup::{Fate, Hangup, Watched};
 pub use ready::{Gate, Readiness};
+pub use seldom::Seldom;
 pub use task::{Leave, Shutdown, Tasks};
 
 use std::{error::Error, time::SystemTime};

@@ -6,6 +6,8 @@ use tokio_util::{
 };
 use tracing::Instrument as _;
 
+use super::Seldom;
+
 /// Tells tasks to end. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Shutdown(CancellationToken);
@@ -21,9 +23,10 @@ impl Shutdown {
         self.0.is_cancelled()
     }
 
-    /// Returns once asked to end.
-    pub fn wait(&self) -> WaitForCancellationFuture<'_> {
-        self.0.cancelled()
+    /// Returns once asked to end. It is one signal for thousands of tasks: to ask it takes locks that all of them share, so it is
+    /// asked only when it has something to say.
+    pub fn wait(&self) -> Seldom<WaitForCancellationFuture<'_>> {
+        Seldom::new(self.0.cancelled())
     }
 
     /// One that starts when this starts, and that can be started by itself.

@@ -1,3 +1,5 @@
+use std::mem;
+
 use tokio::time::Instant;
 
 use super::{
@@ -16,6 +18,8 @@ pub(super) struct Served<V> {
     follower: Follower,
     /// Something happened since there was nothing to send.
     due: bool,
+    /// What the stream asked for may have changed, or what there is, since its follower was told.
+    asked: bool,
     /// There is something to make a response of.
     known: bool,
     armed: Option<Instant>,
@@ -23,14 +27,15 @@ pub(super) struct Served<V> {
 
 impl<V: Variant> Served<V> {
     pub(super) fn new(engine: Engine<V>, follower: Follower) -> Self {
-        let known = follower.latest().is_some();
-        Self { engine, follower, due: true, known, armed: None }
+        let known = follower.peek().is_some();
+        Self { engine, follower, due: true, asked: true, known, armed: None }
     }
 
     /// Takes a request in.
     pub(super) fn hear(&mut self, asked: Asked<V::Request>, now: Instant) -> Result<Heard, ProtocolError> {
         self.due = true;
-        let set = self.follower.latest();
+        self.asked = true;
+        let set = self.follower.peek();
         self.engine.on_request(asked, set.as_ref(), now)
     }
 
@@ -57,19 +62,23 @@ impl<V: Variant> Served<V> {
     /// There are news, or the time of [`Served::timer`] has come.
     pub(super) fn wake(&mut self) {
         self.due = true;
-        self.known = self.follower.latest().is_some();
+        self.asked = true;
+        self.known = self.follower.peek().is_some();
     }
 
     /// The next response, made from the newest set. Call until `None`; after that the status is to be reported.
     pub(super) fn next(&mut self, now: Instant) -> Result<Option<Response>, ProtocolError> {
         // Before the set is taken: what comes in between is in it, or is news.
-        self.engine.subscriptions().for_each(|(kind, to)| self.follower.subscribe(kind, to));
+        if mem::take(&mut self.asked) {
+            self.engine.subscriptions().for_each(|(kind, to)| self.follower.subscribe(kind, to));
+        }
         let Some(Taken { set, quiet, since }) = self.follower.take() else { return Ok(None) };
+        let Some(set) = set.as_ref() else { return Ok(None) };
         if let Some(since) = since {
             self.engine.on_news(since);
         }
         self.engine.skip(quiet);
-        let response = self.engine.next_response(&set, now)?;
+        let response = self.engine.next_response(set, now)?;
         self.due = response.is_some();
         Ok(response)
     }

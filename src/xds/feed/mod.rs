@@ -13,7 +13,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwapOption, Guard};
 use imbl::{OrdSet, ordset::DiffItem};
 use tokio::time::Instant;
 
@@ -294,10 +294,14 @@ pub(super) struct Follower {
     following: [Following; ResourceType::ALL.len()],
 }
 
+/// A look at the newest set; not to be kept.
+pub(super) type Peek = Guard<Option<Arc<ResourceSet>>>;
+
 /// What a stream takes at its turn.
 #[derive(Debug)]
 pub(super) struct Taken {
-    pub set: Arc<ResourceSet>,
+    /// There is one.
+    pub set: Peek,
     /// Up to here nothing concerns the stream that it has not looked at before.
     pub quiet: Revision,
     /// When the first publication came that does.
@@ -305,8 +309,9 @@ pub(super) struct Taken {
 }
 
 impl Follower {
-    pub(super) fn latest(&self) -> Option<Arc<ResourceSet>> {
-        self.standing.feed.latest()
+    /// The newest set, for a look at it: it is not counted among those who have it, which all streams would do at the same time.
+    pub(super) fn peek(&self) -> Peek {
+        self.standing.feed.shared.set.load()
     }
 
     /// Where the ledger sees how far it got.
@@ -320,11 +325,11 @@ impl Follower {
         let Some(following) = self.following.get_mut(kind as usize) else { return };
         let shared = &self.standing.feed.shared;
         // What all of a type makes is not worth to be told by name.
+        let there = || shared.set.load().as_ref().map_or(0, |set| set.len(kind));
         let all = || {
-            let there = shared.set.load().as_ref().map_or(0, |set| set.len(kind));
             to.is_wildcard()
                 || to.names().len() > self.grain.names
-                || to.names().len().saturating_mul(self.grain.share) > there
+                || to.names().len().saturating_mul(self.grain.share) > there()
         };
         match following {
             Following::Nothing if to.is_empty() => return,
@@ -369,17 +374,17 @@ impl Follower {
 
     /// What is noted is there too: it is noted first.
     fn has_news(&self, marks: &Marks) -> bool {
-        let set = self.standing.feed.shared.set.load();
-        marks.news.is_some() && set.as_ref().is_some_and(|set| set.revision() >= marks.newest)
+        marks.news.is_some() && self.peek().as_ref().is_some_and(|set| set.revision() >= marks.newest)
     }
 
     /// The newest set, if there is one; its news are news no longer.
     pub(super) fn take(&self) -> Option<Taken> {
         let mut marks = self.standing.place.marks();
-        let set = self.latest()?;
-        let news = if set.revision() >= marks.newest { marks.news.take() } else { marks.news };
+        let set = self.peek();
+        let revision = set.as_ref()?.revision();
+        let news = if revision >= marks.newest { marks.news.take() } else { marks.news };
         Some(Taken {
-            quiet: news.map_or(set.revision(), |news| news.after.min(set.revision())),
+            quiet: news.map_or(revision, |news| news.after.min(revision)),
             since: news.and_then(|news| news.since),
             set,
         })

@@ -111,7 +111,7 @@ fn run(steps: Vec<Step>, grain: Grain) {
                 let stream = usize::from(stream);
                 let newest = publisher.latest().unwrap().revision();
                 let taken = followers[stream].take().unwrap();
-                assert_eq!(taken.set.revision(), newest);
+                assert_eq!(taken.set.as_ref().unwrap().revision(), newest);
                 let want = models[stream].news.take().unwrap_or(newest.0);
                 assert!(taken.quiet.0 == want || !exact && taken.quiet.0 < want);
             }
@@ -160,7 +160,12 @@ async fn nothing_is_missed_between_asking_and_publishing() {
                 let target = LAST / u64::from(ROUNDS) * u64::from(round + 1);
                 // Until both names have come this far, which each does.
                 while names.iter().any(|name| {
-                    taken.set.get(EDS, &name.to_string()).is_none_or(|entry| entry.changed.0 + 4 <= target)
+                    taken
+                        .set
+                        .as_ref()
+                        .unwrap()
+                        .get(EDS, &name.to_string())
+                        .is_none_or(|entry| entry.changed.0 + 4 <= target)
                 }) {
                     assert!(follower.news().await);
                     taken = follower.take().unwrap();

@@ -585,6 +585,64 @@ async fn k2_s_e6_first_requests_take_turns_and_wait_only_so_long() {
     assert_eq!(waiting.take().await, ["a"]);
 }
 
+/// However often a response was waited for in vain and however much is newer: what was not taken is replaced.
+#[tokio::test]
+async fn pitfall_19_k8_one_response_of_a_type_is_held_for_a_reader_that_is_stuck() {
+    const LAST: u64 = 10;
+    // More than its connection takes in without it.
+    const LARGE: usize = 3 << 20;
+    let config = Config { ack_timeout: Duration::from_millis(1), ..Config::default() };
+    let server = start_with(Some(ResourceSet::default()), config).await;
+    let kinds = [CDS, EDS];
+    // The memory of what was published, which is this list's alone once the server is done with it.
+    let mut memory = Vec::new();
+    let mut publish = |revision: u64| {
+        let text = format!("{}{revision}", "x".repeat(LARGE));
+        let resources = kinds.map(|kind| resource(kind, "a", &text));
+        memory.extend(resources.iter().map(|resource| (revision, resource.kind, resource.delta_field())));
+        server.publish(revision, resources.map(Change::Put));
+    };
+    publish(1);
+    let ask = async |id| {
+        let client = server.delta(id).await;
+        for kind in kinds {
+            client.ask(delta(kind, &["a"], &[])).await;
+        }
+        client
+    };
+    let mut stuck = ask("stuck").await;
+    server.until("it is sent something", |server| server.counts.get("sent") > 0).await;
+    let mut good = ask("good").await;
+    for revision in 2..=LAST {
+        assert_eq!((good.take().await.len(), good.take().await.len()), (1, 1));
+        publish(revision);
+    }
+    let newest = server.sets.latest().unwrap();
+    let held = |kind| {
+        let of = memory
+            .iter()
+            .filter(|(revision, of, memory)| *of == kind && !memory.is_unique() && *revision < LAST);
+        of.map(|(revision, ..)| *revision).collect::<Vec<_>>()
+    };
+    drop(good);
+    server.until("one of a type is held", |_| kinds.iter().all(|kind| held(*kind).len() <= 1)).await;
+    assert!(kinds.iter().any(|kind| !held(*kind).is_empty()), "it has read all of it");
+    assert_eq!(stuck.take().await, ["a"]);
+    for kind in kinds {
+        // Nothing in between, once what was made before it read is through.
+        let want = newest.get(kind, "a").unwrap().resource.version.to_string();
+        let mut responses = 0;
+        loop {
+            let response = stuck.next().await.unwrap().unwrap();
+            if response.type_url == kind.url() && response.resources[0].version == want {
+                break;
+            }
+            responses += 1;
+            assert!(responses <= 1, "{:?}", response.nonce);
+        }
+    }
+}
+
 #[tokio::test]
 async fn pitfall_23_in_a_storm_nobody_who_is_stuck_holds_up_the_others() {
     let server = start_with(None, Config { arrivals: 1, ..Config::default() }).await;
