@@ -112,47 +112,37 @@ async fn instances_that_are_gone_go_at_once() {
     assert_eq!(until(&registry, 0, 0).await.as_secs(), TTL.as_secs());
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_session_that_hung_up_is_evidence_of_few_but_not_of_all() {
-    let (registry, process) = (node().await.registry, Process::start().await);
+#[tokio::test]
+async fn a_connection_that_was_closed_is_the_end_of_those_that_refuse() {
+    let (registry, process, dead) = (node().await.registry, Process::start().await, Process::start().await);
     let mut sessions = Vec::new();
-    for id in ["a", "b", "c", "d"] {
+    for id in ["a", "b", "c"] {
         let session = registry.session();
         session.register(registration(id, process.port, Some(1))).await.unwrap();
         sessions.push(session);
     }
+    let of_dead = registry.session();
+    of_dead.register(registration("dead", dead.port, Some(1))).await.unwrap();
+    dead.kill().await;
     let start = Instant::now();
-    let mut sessions = sessions.into_iter();
-    for (left, held) in [(vec!["b", "c", "d"], vec![]), (vec!["c", "d"], vec![]), (vec!["c", "d"], vec!["c"])]
-    {
-        sessions.next().unwrap().end(Ended::HungUp).await;
-        assert_eq!(ids(registry.catalog()), left);
-        assert_eq!(stale(registry.catalog()), held);
-    }
+    of_dead.end(Ended::HungUp).await;
+    assert_eq!(ids(registry.catalog()), ["a", "b", "c"]);
     assert!(start.elapsed() < GRACE);
-    // Its owner comes back; the other closes its session itself.
-    let session = registry.session();
-    session.register(registration("c", process.port, Some(1))).await.unwrap();
+
+    // As when a network mends: all at once, and all are there.
+    futures_util::future::join_all(sessions.into_iter().map(|session| session.end(Ended::HungUp))).await;
+    assert_eq!(ids(registry.catalog()), ["a", "b", "c"]);
     assert_eq!(stale(registry.catalog()), [""; 0]);
-    sessions.next().unwrap().end(Ended::Closed).await;
-    assert_eq!(ids(registry.catalog()), ["c"]);
+    let instance = |id: &str| Arc::clone(registry.catalog().latest().instance(&key(id)).unwrap());
+    assert!(registry.is_abandoned(&instance("a")), "its owner has the grace");
+    let session = registry.session();
+    session.register(registration("a", process.port, Some(1))).await.unwrap();
+    assert!(!registry.is_abandoned(&instance("a")));
+
+    // The end of the last one is believed, too, when it refuses.
     process.kill().await;
     session.end(Ended::HungUp).await;
-    assert_eq!(ids(registry.catalog()), [""; 0]);
-}
-
-#[tokio::test]
-async fn many_that_hang_up_at_the_same_time_are_counted_together() {
-    let (registry, process) = (node().await.registry, Process::start().await);
-    let mut sessions = Vec::new();
-    for n in 0..40 {
-        let session = registry.session();
-        session.register(registration(&format!("i{n}"), process.port, Some(1))).await.unwrap();
-        sessions.push(session);
-    }
-    futures_util::future::join_all(sessions.into_iter().map(|session| session.end(Ended::HungUp))).await;
-    let snapshot = registry.catalog().latest();
-    assert_eq!((snapshot.instances(), snapshot.stale()), (20, 20));
+    assert_eq!(ids(registry.catalog()), ["b", "c"]);
 }
 
 #[tokio::test(start_paused = true)]

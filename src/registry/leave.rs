@@ -137,6 +137,10 @@ impl Registry {
 
 impl Inner {
     async fn leave(&self, over: Vec<Run>, cause: Cause) -> usize {
+        let over = match cause {
+            Cause::HungUp => self.really_gone(over).await,
+            Cause::Expired | Cause::Closed => over,
+        };
         let mut services: BTreeMap<ServiceId, Vec<Run>> = BTreeMap::new();
         let mut left = over.len();
         for run in over {
@@ -150,6 +154,30 @@ impl Inner {
             groups.extend(self.judge_in_turn(&runs, left).await);
         }
         join_all(groups.into_iter().map(|group| self.let_go(group, cause))).await.into_iter().sum()
+    }
+
+    /// A connection is also closed by a network that mends: the owner had given it up, and its last words arrive now. So it
+    /// is the end of those instances only that refuse connections; the owner of another one has the time to come back.
+    async fn really_gone(&self, over: Vec<Run>) -> Vec<Run> {
+        let snapshot = self.catalog.latest();
+        let present = over.iter().filter_map(|(key, incarnation)| {
+            let present = snapshot.instance(key).filter(|present| present.incarnation == *incarnation)?;
+            (self.is_over(present) && present.stale.is_none()).then(|| Arc::clone(present))
+        });
+        let (_, unsure) = self.ask_all(present.collect()).await;
+        let mut gone = over;
+        for (instance, answer) in unsure {
+            let (key, incarnation) = (&instance.key, instance.incarnation);
+            gone.retain(|(of, run)| of != key || *run != incarnation);
+            tracing::info!(
+                instance = %key, answer, grace = ?self.config.session_grace,
+                "its connection was closed, but it is there: it is removed after the grace unless its owner comes back"
+            );
+            let is_there =
+                || self.catalog.latest().instance(key).is_some_and(|now| now.incarnation == incarnation);
+            self.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
+        }
+        gone
     }
 
     fn text(&self, cause: Cause, instance: &Instance) -> String {
