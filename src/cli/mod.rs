@@ -10,6 +10,7 @@ mod failure;
 mod instance;
 mod lock;
 mod output;
+mod peers;
 mod proxy;
 mod rollout;
 mod run;
@@ -125,6 +126,9 @@ enum Command {
     /// Locks for what must run exactly once: run, list, show, release
     #[command(subcommand, visible_alias = "locks")]
     Lock(lock::Command),
+    /// The replicas of Raft and other databases: create, list, show, wait, verify, propose
+    #[command(subcommand)]
+    Peers(peers::Command),
     /// Backups of everything that is registered: save, show, restore
     #[command(subcommand)]
     Snapshot(snapshot::Command),
@@ -195,6 +199,7 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Proxy(command) => proxy::run(command, &global).await?,
         Command::Rollout(command) => rollout::run(command, &global).await?,
         Command::Lock(command) => return Box::pin(lock::run(command, &global)).await.map(ExitCode::from),
+        Command::Peers(command) => Box::pin(peers::run(command, &global)).await?,
         Command::Snapshot(command) => snapshot::run(command, &global).await?,
         Command::Xds(command) => xds::run(command, &global).await?,
         Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
