@@ -2,15 +2,20 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    io::Write as _,
+    net::TcpStream,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use clap::{Args, Subcommand};
 
-use super::{Failure, Global, run::host};
+use super::{
+    Failure, Global,
+    output::{note, print},
+    run::host,
+};
 use crate::{
     client::Servers,
     model::{Locality, ServiceId},
@@ -19,6 +24,9 @@ use crate::{
 
 /// Where the tests and the demo install it, seen from the top of the checkout.
 const INSTALLED: &str = ".tools/bin/envoy";
+
+/// How long a look at one server may take.
+const GLANCE: Duration = Duration::from_millis(200);
 
 const BOOTSTRAP_EXAMPLE: &str = "\
 Example:
@@ -91,24 +99,26 @@ pub(super) struct Sidecar {
 pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failure> {
     match command {
         EnvoyCommand::Bootstrap(sidecar) => {
-            let yaml = sidecar.bootstrap(global, &host())?.to_yaml();
-            std::io::stdout()
-                .write_all(yaml.as_bytes())
-                .map_err(|error| Failure::failed(format!("cannot write the bootstrap: {error}")))?;
+            print(&sidecar.bootstrap(global, &host())?.to_yaml())?;
             Ok(0)
         }
         EnvoyCommand::Run { sidecar, envoy, arguments } => {
             let bootstrap = sidecar.bootstrap(global, &host())?;
             let program = find(envoy, std::env::var_os("PATH").as_deref(), Path::new("."))?;
-            // Nobody to tell when standard error is closed.
-            let _ = writeln!(
-                std::io::stderr(),
+            note(&format!(
                 "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin 127.0.0.1:{}",
                 bootstrap.node_id,
                 program.display(),
                 bootstrap.outbound_port,
                 bootstrap.admin_port
-            );
+            ));
+            let reached = |server| TcpStream::connect_timeout(server, GLANCE).is_ok();
+            if !bootstrap.servers.iter().any(reached) {
+                note(&format!(
+                    "disco envoy: no Disco server answers at {} yet; Envoy has no routes until one does. `disco dev` starts one",
+                    bootstrap.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                ));
+            }
             let error = Command::new(&program).args(envoy_arguments(&bootstrap.to_yaml(), arguments)).exec();
             Err(Failure { code: 126, message: format!("{} cannot be run: {error}", program.display()) })
         }

@@ -4,12 +4,25 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde_json::{Map, Value, json};
+use tokio::time::Instant;
 
 use super::{
     Failure,
     output::{cell, clean},
 };
-use crate::client::{Http, HttpError};
+use crate::{
+    client::{Http, HttpError},
+    model::ServiceId,
+};
+
+/// How long one question for acknowledgements may wait at the servers.
+const ASK: Duration = Duration::from_secs(20);
+
+/// Likewise while somebody watches the progress.
+const TURN: Duration = Duration::from_millis(500);
+
+/// Shortest time between two questions, should a server not wait as asked.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// The field for servers that did not answer: what their proxies have is not known.
 const UNKNOWN: &str = "unknown";
@@ -87,6 +100,41 @@ fn join(whole: &mut Map<String, Value>, other: Map<String, Value>) {
             _ => {}
         }
     }
+}
+
+/// Asks who has acknowledged `revision` until all that it concerns have, at most for `limit`; zero asks once. Each answer that is not
+/// the last goes to `tell`.
+///
+/// # Errors
+/// As [`ask_all`].
+pub(super) async fn rollout(
+    http: &Http,
+    revision: u64,
+    service: Option<&ServiceId>,
+    limit: Duration,
+    tell: Option<&dyn Fn(&Value)>,
+) -> Result<Value, Failure> {
+    let only = service.map(|service| format!("&service={service}")).unwrap_or_default();
+    let started = Instant::now();
+    loop {
+        let asked = Instant::now();
+        let left = limit.saturating_sub(started.elapsed());
+        let turn = left.min(if tell.is_some() { TURN } else { ASK });
+        let path = format!("/v1/revisions/{revision}?wait={}ms{only}", turn.as_millis());
+        let delivery = ask_all(http, &path, turn, Elsewhere::No).await?;
+        if is_complete(&delivery) || started.elapsed() >= limit {
+            return Ok(delivery);
+        }
+        if let Some(tell) = tell {
+            tell(&delivery);
+        }
+        tokio::time::sleep_until(asked + PAUSE.min(left)).await;
+    }
+}
+
+/// Whether all that it concerns have acknowledged it.
+pub(super) fn is_complete(delivery: &Value) -> bool {
+    delivery.get("complete").and_then(Value::as_bool).unwrap_or_default()
 }
 
 /// The proxies that have not acknowledged, as safe text.

@@ -1,7 +1,7 @@
 use comfy_table::{ContentArrangement, Table, presets};
 
 /// Narrowest a column gets.
-const NARROWEST: usize = 8;
+const NARROWEST: usize = 6;
 /// Space between columns.
 const GAP: usize = 2;
 
@@ -10,17 +10,23 @@ const GAP: usize = 2;
 pub(in crate::cli) struct Column {
     title: &'static str,
     wide_only: bool,
+    whole: bool,
 }
 
 impl Column {
     /// A column of every table.
     pub(in crate::cli) const fn new(title: &'static str) -> Self {
-        Self { title, wide_only: false }
+        Self { title, wide_only: false, whole: false }
+    }
+
+    /// A column of every table that says nothing when it is cut, such as an address: names are shortened before it.
+    pub(in crate::cli) const fn whole(title: &'static str) -> Self {
+        Self { title, wide_only: false, whole: true }
     }
 
     /// A column that is left out when the table has to fit a width.
     pub(in crate::cli) const fn wide(title: &'static str) -> Self {
-        Self { title, wide_only: true }
+        Self { title, wide_only: true, whole: false }
     }
 }
 
@@ -33,7 +39,8 @@ pub(in crate::cli) fn render(columns: &[Column], rows: &[Vec<String>], width: Op
     let mut lines = vec![keep(columns.iter().map(|column| column.title.to_owned()).collect())];
     lines.extend(rows.iter().cloned().map(keep));
     if let Some(width) = width {
-        let widths = fit(&lines, width);
+        let shown = columns.iter().filter(|column| !column.wide_only);
+        let widths = fit(&lines, &shown.map(|column| column.whole).collect::<Vec<_>>(), width);
         for line in &mut lines {
             for (cell, width) in line.iter_mut().zip(&widths) {
                 shorten(cell, *width);
@@ -50,8 +57,9 @@ pub(in crate::cli) fn render(columns: &[Column], rows: &[Vec<String>], width: Op
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
-/// The widths at which the lines fit: taken from the widest column, one character at a time.
-fn fit(lines: &[Vec<String>], width: usize) -> Vec<usize> {
+/// The widths at which the lines fit: taken from the widest column, one character at a time, and from those that are to stay
+/// `whole` only when the others have nothing left to give.
+fn fit(lines: &[Vec<String>], whole: &[bool], width: usize) -> Vec<usize> {
     let columns = lines.first().map_or(0, Vec::len);
     let mut widths: Vec<usize> = (0..columns)
         .map(|index| lines.iter().filter_map(|line| line.get(index)).map(|cell| cell.chars().count()).max())
@@ -59,13 +67,14 @@ fn fit(lines: &[Vec<String>], width: usize) -> Vec<usize> {
         .collect();
     let room = width.saturating_sub(GAP * columns.saturating_sub(1));
     let mut over = widths.iter().sum::<usize>().saturating_sub(room);
-    while over > 0 {
-        let Some(widest) = widths.iter_mut().max_by_key(|width| **width).filter(|width| **width > NARROWEST)
-        else {
-            break;
-        };
-        *widest -= 1;
-        over -= 1;
+    for stays in [false, true] {
+        while over > 0 {
+            let some = widths.iter_mut().zip(whole).filter(|(_, whole)| **whole == stays);
+            let widest = some.map(|(width, _)| width).max_by_key(|width| **width);
+            let Some(widest) = widest.filter(|width| **width > NARROWEST) else { break };
+            *widest -= 1;
+            over -= 1;
+        }
     }
     widths
 }
@@ -119,6 +128,17 @@ mod tests {
         assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
         assert!(table.contains("start-n") && table.contains('…') && table.contains("-end "), "{table}");
         assert!(render(&columns(), &rows, None).contains(&long));
+    }
+
+    #[test]
+    fn names_give_way_to_what_says_nothing_when_it_is_cut() {
+        let columns = ["SERVICE", "ID"].map(Column::new).into_iter().chain([Column::whole("ADDRESS")]);
+        let columns: Vec<_> = columns.collect();
+        let cells = ["payments-api.production", "ip-10-0-13-37", "10.0.13.37:50051"].map(str::to_owned);
+        let table = render(&columns, &[cells.to_vec()], Some(34));
+        assert_eq!(table.lines().nth(1), Some("pay…ion  ip-…-37  10.0.13.37:50051"), "{table}");
+        let table = render(&columns, &[cells.to_vec()], Some(24));
+        assert!(table.lines().all(|line| line.chars().count() <= 24), "{table}");
     }
 
     #[test]
