@@ -35,7 +35,7 @@ pub(super) enum Elsewhere {
 }
 
 /// Asks all servers and puts their answers together: lists one after the other without what is there twice, numbers added, and
-/// true only if all say so. Servers that did not answer are listed beside, and then nothing is complete. Who says that there is no
+/// true only if all say so, but for what only one can know. Servers that did not answer are listed beside, and then nothing is complete. Who says that there is no
 /// such thing counts as no answer, unless it may well be known `elsewhere` only.
 ///
 /// # Errors
@@ -86,11 +86,14 @@ fn join(whole: &mut Map<String, Value>, other: Map<String, Value>) {
             (None, value) => drop(whole.insert(name, value)),
             (Some(Value::Array(all)), Value::Array(more)) => {
                 for item in more {
-                    if !all.contains(&item) {
+                    // Views are counted by each server for itself.
+                    if name == "views" || !all.contains(&item) {
                         all.push(item);
                     }
                 }
             }
+            // Only the server that counts an instance's lease can know it.
+            (Some(Value::Bool(all)), Value::Bool(this)) if name == "abandoned" => *all |= this,
             (Some(Value::Bool(all)), Value::Bool(this)) => *all &= this,
             // A revision is the same for all.
             (Some(all), Value::Number(this)) if name != "revision" => {
@@ -150,4 +153,28 @@ pub(super) fn unknown(document: &Value) -> Vec<String> {
         format!("not known: the proxies of {} ({})", cell(server, "/server"), clean(&cell(server, "/error")))
     };
     servers.map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_put_together() {
+        let answer = |see: u64, node: &str, abandoned: bool| {
+            json!({"revision": 7, "complete": true, "acknowledged": 2, "abandoned": abandoned,
+                   "views": [{"client": "envoy", "proxies": 1, "see": see}], "proxies": [{"node_id": node}]})
+        };
+        let Value::Object(mut whole) = answer(1, "a", false) else { panic!("an object") };
+        for other in [answer(1, "a", true), answer(0, "b", false)] {
+            let Value::Object(other) = other else { panic!("an object") };
+            join(&mut whole, other);
+        }
+        let view = |see: u64| json!({"client": "envoy", "proxies": 1, "see": see});
+        assert_eq!(
+            Value::Object(whole),
+            json!({"revision": 7, "complete": true, "acknowledged": 6, "abandoned": true,
+                   "views": [view(1), view(1), view(0)], "proxies": [{"node_id": "a"}, {"node_id": "b"}]})
+        );
+    }
 }

@@ -235,6 +235,10 @@ async fn all_servers_are_asked_about_proxies_and_one_that_is_away_leaves_it_open
     against(format!("{away},{one},{other}"), "proxy diff late").await.unwrap();
     against(format!("{away},{one}"), "proxy list").await.unwrap();
     against(format!("{away},{one}"), "instance list").await.unwrap();
+    // Each is to be in order.
+    against(format!("{one},{two}"), "check").await.unwrap();
+    let failure = against(format!("{one},{away}"), "check").await.unwrap_err();
+    assert_eq!((failure.code, failure.message.as_str()), (failure::FINDINGS, "1 problem found"));
     let failure = against(format!("{away},{away}"), "rollout status 5").await.unwrap_err();
     assert_eq!(failure.code, failure::FAILED, "{failure}");
 }
@@ -258,6 +262,7 @@ async fn exit_codes() {
     let (address, _tasks) = server(router).await;
     let sad = Router::new()
         .route("/readyz", answer(json!({})))
+        .route("/v1/checks", answer(json!({})))
         .route("/v1/services", empty)
         .route("/v1/proxies", answer(json!({"proxies": []})));
     let (sad, _tasks) = server(sad).await;

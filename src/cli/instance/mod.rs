@@ -14,7 +14,7 @@ use super::{
     Failure, Global,
     output::{ListOptions, Refresh, ShowOptions, View, count, list, number, print, some_of},
     parse::{self, KEY},
-    servers::{is_complete, pending, rollout, unknown},
+    servers::{Elsewhere, ask_all, is_complete, pending, rollout, unknown},
 };
 use crate::{
     client::{Http, HttpError},
@@ -136,7 +136,8 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
             View { document, items: None, table: show::past, empty: "" }.print(options.output)
         }
         Command::Explain { instance, at: None, options } => {
-            let document = http.get(&path(&instance, "/explain", None), Duration::ZERO).await?;
+            let path = path(&instance, "/explain", None);
+            let document = ask_all(&http, &path, Duration::ZERO, Elsewhere::No).await?;
             View { document, items: None, table: show::explained, empty: "" }.print(options.output)
         }
         Command::Register(arguments) => register::run(&http, &arguments).await,

@@ -5,7 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use serde_json::Value;
 
 use crate::{
-    cli::output::{Column, age, cell, clean, count, number, render},
+    cli::{
+        output::{Column, age, cell, clean, count, number, render},
+        servers::unknown,
+    },
     rt,
 };
 
@@ -265,6 +268,9 @@ pub(super) fn explained(document: &Value, width: Option<usize>) -> String {
     if !rows.is_empty() {
         text.push('\n');
         text.push_str(&render(&columns, &rows, width));
+    }
+    for line in unknown(document) {
+        text.push_str(&format!("{line}\n"));
     }
     text
 }
