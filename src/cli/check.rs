@@ -153,26 +153,53 @@ fn readiness(status: StatusCode, body: &Value) -> Option<Finding> {
 }
 
 fn service_findings(services: &Value) -> Vec<Finding> {
-    items(services, "services")
-        .filter(|service| number(service, "/serving") == 0)
-        .map(|service| {
-            let name = cell(service, "/name");
-            let problem = match (number(service, "/draining"), number(service, "/unhealthy")) {
-                (_, unhealthy @ 1..) => {
-                    let all = count(unhealthy, "instance");
-                    let problem =
-                        format!("all checks fail ({all}): calls go to them all the same, as a last resort");
-                    let next = format!("`disco instance list {name} -o wide` shows what the checks see");
-                    return Finding::new(format!("service {name}"), problem, next);
-                }
-                (0, _) => "has no instances: calls to it fail".to_owned(),
-                (draining, _) => format!("has no serving instance, {draining} draining: calls to it fail"),
-            };
-            let next =
-                format!("start one with `disco run --service {name} …`, or `disco service remove {name}`");
-            Finding::new(format!("service {name}"), problem, next)
-        })
-        .collect()
+    let each = || items(services, "services");
+    let none = each().filter(|service| number(service, "/serving") == 0).map(nobody_serves);
+    let some = each().filter(|service| number(service, "/serving") > 0).filter_map(some_fail);
+    none.chain(some).chain(each().filter_map(some_are_stale)).collect()
+}
+
+fn some_fail(service: &Value) -> Option<Finding> {
+    let (unhealthy, serving) = (number(service, "/unhealthy"), number(service, "/serving"));
+    let name = cell(service, "/name");
+    (unhealthy > 0).then(|| {
+        Finding::new(
+            format!("service {name}"),
+            format!("checks fail: {unhealthy} unhealthy, {serving} serving: calls go to those that serve"),
+            format!("`disco instance list {name} -o wide` shows what the checks see"),
+        )
+    })
+}
+
+fn some_are_stale(service: &Value) -> Option<Finding> {
+    let held = number(service, "/held");
+    let name = cell(service, "/name");
+    (held > 0).then(|| {
+        Finding::new(
+            format!("service {name}"),
+            format!(
+                "{}: too many leases ended at once to be believed; they go on taking calls",
+                count(held, "stale instance")
+            ),
+            format!("`disco service release {name}` removes them if they are gone"),
+        )
+    })
+}
+
+fn nobody_serves(service: &Value) -> Finding {
+    let name = cell(service, "/name");
+    let problem = match (number(service, "/draining"), number(service, "/unhealthy")) {
+        (_, unhealthy @ 1..) => {
+            let all = count(unhealthy, "instance");
+            let problem = format!("all checks fail ({all}): calls go to them all the same, as a last resort");
+            let next = format!("`disco instance list {name} -o wide` shows what the checks see");
+            return Finding::new(format!("service {name}"), problem, next);
+        }
+        (0, _) => "has no instances: calls to it fail".to_owned(),
+        (draining, _) => format!("has no serving instance, {draining} draining: calls to it fail"),
+    };
+    let next = format!("start one with `disco run --service {name} …`, or `disco service remove {name}`");
+    Finding::new(format!("service {name}"), problem, next)
 }
 
 fn check_findings(checks: &Value) -> Option<Finding> {
@@ -236,6 +263,7 @@ mod tests {
             {"name": "empty", "serving": 0, "draining": 0},
             {"name": "leaving", "serving": 0, "draining": 2},
             {"name": "ill", "serving": 0, "draining": 1, "unhealthy": 2},
+            {"name": "partly", "serving": 2, "draining": 0, "unhealthy": 1, "held": 2},
         ]});
         let named = |findings: &[Finding]| {
             findings.iter().map(|f| format!("{}: {}", f.what, f.problem)).collect::<Vec<_>>()
@@ -245,7 +273,9 @@ mod tests {
             [
                 "service empty: has no instances: calls to it fail",
                 "service leaving: has no serving instance, 2 draining: calls to it fail",
-                "service ill: all checks fail (2 instances): calls go to them all the same, as a last resort"
+                "service ill: all checks fail (2 instances): calls go to them all the same, as a last resort",
+                "service partly: checks fail: 1 unhealthy, 2 serving: calls go to those that serve",
+                "service partly: 2 stale instances: too many leases ended at once to be believed; they go on taking calls"
             ]
         );
 

@@ -2,7 +2,8 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    net::TcpStream,
+    io::ErrorKind,
+    net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
@@ -105,12 +106,16 @@ pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failur
         EnvoyCommand::Run { sidecar, envoy, arguments } => {
             let bootstrap = sidecar.bootstrap(global, &host())?;
             let program = find(envoy, std::env::var_os("PATH").as_deref(), Path::new("."))?;
+            ports_are_free(&bootstrap, &arguments)?;
             note(&format!(
-                "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin 127.0.0.1:{}",
+                "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin {}",
                 bootstrap.node_id,
                 program.display(),
                 bootstrap.outbound_port,
-                bootstrap.admin_port
+                match bootstrap.admin_port {
+                    0 => "at any free port".to_owned(),
+                    port => format!("127.0.0.1:{port}"),
+                }
             ));
             let reached = |server| TcpStream::connect_timeout(server, GLANCE).is_ok();
             if !bootstrap.servers.iter().any(reached) {
@@ -196,6 +201,27 @@ fn find(given: Option<PathBuf>, path: Option<&OsStr>, top: &Path) -> Result<Path
              a checkout of Disco, with `make tools`; or name it with --envoy or DISCO_ENVOY"
         ))
     })
+}
+
+/// Envoy would say so after its whole configuration, or share the outbound port of another sidecar and take some of its calls.
+fn ports_are_free(bootstrap: &Bootstrap, arguments: &[OsString]) -> Result<(), Failure> {
+    let restart = |argument: &OsString| argument.to_str().is_some_and(|it| it.starts_with("--restart-epoch"));
+    if arguments.iter().any(restart) {
+        return Ok(());
+    }
+    for (flag, port) in [("--outbound-port", bootstrap.outbound_port), ("--admin-port", bootstrap.admin_port)]
+    {
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+            .is_err_and(|error| error.kind() == ErrorKind::AddrInUse)
+        {
+            return Err(Failure::failed(format!(
+                "127.0.0.1:{port} is in use ({flag}), perhaps by another sidecar: a second one needs ports of its own, such as \
+                 --outbound-port {} --admin-port 0",
+                bootstrap.outbound_port.saturating_add(1)
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The bootstrap goes in as an argument, so that no file is left behind. Without hot restart no memory is shared, so any
@@ -302,6 +328,20 @@ mod tests {
         let given = touch("mine");
         assert_eq!(find(Some(given.clone())), Ok(given));
         assert!(find(Some("/no/such/envoy".into())).unwrap_err().message.contains("/no/such/envoy"));
+    }
+
+    #[test]
+    fn a_second_sidecar_needs_ports_of_its_own() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        for flag in ["--outbound-port", "--admin-port"] {
+            let other = if flag == "--outbound-port" { "--admin-port 0" } else { "--outbound-port 1" };
+            let bootstrap = bootstrap(&format!("{flag} {port} {other}")).unwrap();
+            let message = ports_are_free(&bootstrap, &[]).unwrap_err().message;
+            assert!(message.contains(&format!("127.0.0.1:{port} is in use ({flag})")), "{message}");
+            // The next epoch takes the ports over.
+            assert_eq!(ports_are_free(&bootstrap, &["--restart-epoch=1".into()]), Ok(()));
+        }
     }
 
     #[test]

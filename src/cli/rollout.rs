@@ -104,7 +104,7 @@ fn status_table(document: &Value, width: Option<usize>) -> String {
         Column::new("TYPE"),
         Column::new("REASON"),
         Column::new("FOR"),
-        Column::new("ERROR"),
+        Column::sentence("ERROR"),
         Column::wide("SINCE"),
         Column::wide("PEER"),
         Column::wide("PROTOCOL"),

@@ -250,7 +250,7 @@ fn history_table(document: &Value, width: Option<usize>) -> String {
         Column::new("ID"),
         Column::new("WHAT"),
         Column::new("BY"),
-        Column::new("WHY"),
+        Column::sentence("WHY"),
         Column::wide("INCARNATION"),
         Column::wide("REVISION"),
         Column::wide("ADDRESS"),

@@ -160,7 +160,7 @@ fn describe(backup: &Backup) -> Value {
     }
     let taken = jiff::Timestamp::try_from(backup.taken_at).unwrap_or_default();
     json!({
-        "taken_at": taken.to_string(),
+        "taken_at": format!("{taken:.3}"),
         "revision": backup.listing.revision.0,
         "entries": backup.listing.entries.len(),
         "kinds": kinds,

@@ -255,7 +255,7 @@ pub(super) fn explained(document: &Value, width: Option<usize>) -> String {
     let columns = [
         Column::new("NODE"),
         Column::new("SEES IT"),
-        Column::new("WHY"),
+        Column::sentence("WHY"),
         Column::wide("PEER"),
         Column::wide("PROTOCOL"),
     ];

@@ -140,7 +140,8 @@ async fn release(http: &Http, name: &LockName, token: Option<Revision>) -> Resul
             cell(lock, "/holder"),
             cell(lock, "/ttl")
         ),
-        _ => format!("{name} released at revision {}\n", number(&answer, "/revision")),
+        (Some(token), _) => format!("{name} is not held with token {token} any more\n"),
+        (None, None) => format!("{name} released at revision {}\n", number(&answer, "/revision")),
     })
 }
 

@@ -2,6 +2,8 @@ use comfy_table::{ContentArrangement, Table, presets};
 
 /// Narrowest a column gets.
 const NARROWEST: usize = 6;
+/// Most lines that a sentence takes.
+const LINES: usize = 4;
 /// Space between columns.
 const GAP: usize = 2;
 
@@ -11,22 +13,28 @@ pub(in crate::cli) struct Column {
     title: &'static str,
     wide_only: bool,
     whole: bool,
+    sentence: bool,
 }
 
 impl Column {
     /// A column of every table.
     pub(in crate::cli) const fn new(title: &'static str) -> Self {
-        Self { title, wide_only: false, whole: false }
+        Self { title, wide_only: false, whole: false, sentence: false }
     }
 
     /// A column of every table that says nothing when it is cut, such as an address: names are shortened before it.
     pub(in crate::cli) const fn whole(title: &'static str) -> Self {
-        Self { title, wide_only: false, whole: true }
+        Self { title, wide_only: false, whole: true, sentence: false }
+    }
+
+    /// A column of every table that takes several lines where it does not fit, up to [`LINES`].
+    pub(in crate::cli) const fn sentence(title: &'static str) -> Self {
+        Self { title, wide_only: false, whole: false, sentence: true }
     }
 
     /// A column that is left out when the table has to fit a width.
     pub(in crate::cli) const fn wide(title: &'static str) -> Self {
-        Self { title, wide_only: true, whole: false }
+        Self { title, wide_only: true, whole: false, sentence: false }
     }
 }
 
@@ -39,11 +47,15 @@ pub(in crate::cli) fn render(columns: &[Column], rows: &[Vec<String>], width: Op
     let mut lines = vec![keep(columns.iter().map(|column| column.title.to_owned()).collect())];
     lines.extend(rows.iter().cloned().map(keep));
     if let Some(width) = width {
-        let shown = columns.iter().filter(|column| !column.wide_only);
-        let widths = fit(&lines, &shown.map(|column| column.whole).collect::<Vec<_>>(), width);
+        let shown: Vec<&Column> = columns.iter().filter(|column| !column.wide_only).collect();
+        let widths = fit(&lines, &shown, width);
         for line in &mut lines {
-            for (cell, width) in line.iter_mut().zip(&widths) {
-                shorten(cell, *width);
+            for ((cell, width), column) in line.iter_mut().zip(&widths).zip(&shown) {
+                if column.sentence {
+                    *cell = wrap(cell, *width);
+                } else {
+                    shorten(cell, *width);
+                }
             }
         }
     }
@@ -59,17 +71,17 @@ pub(in crate::cli) fn render(columns: &[Column], rows: &[Vec<String>], width: Op
 
 /// The widths at which the lines fit: taken from the widest column, one character at a time, and from those that are to stay
 /// `whole` only when the others have nothing left to give.
-fn fit(lines: &[Vec<String>], whole: &[bool], width: usize) -> Vec<usize> {
-    let columns = lines.first().map_or(0, Vec::len);
-    let mut widths: Vec<usize> = (0..columns)
+fn fit(lines: &[Vec<String>], columns: &[&Column], width: usize) -> Vec<usize> {
+    let count = lines.first().map_or(0, Vec::len);
+    let mut widths: Vec<usize> = (0..count)
         .map(|index| lines.iter().filter_map(|line| line.get(index)).map(|cell| cell.chars().count()).max())
         .map(Option::unwrap_or_default)
         .collect();
-    let room = width.saturating_sub(GAP * columns.saturating_sub(1));
+    let room = width.saturating_sub(GAP * count.saturating_sub(1));
     let mut over = widths.iter().sum::<usize>().saturating_sub(room);
     for stays in [false, true] {
         while over > 0 {
-            let some = widths.iter_mut().zip(whole).filter(|(_, whole)| **whole == stays);
+            let some = widths.iter_mut().zip(columns).filter(|(_, column)| column.whole == stays);
             let widest = some.map(|(width, _)| width).max_by_key(|width| **width);
             let Some(widest) = widest.filter(|width| **width > NARROWEST) else { break };
             *widest -= 1;
@@ -77,6 +89,33 @@ fn fit(lines: &[Vec<String>], whole: &[bool], width: usize) -> Vec<usize> {
         }
     }
     widths
+}
+
+/// Breaks a sentence into lines between words, and what is longer than a line anywhere.
+fn wrap(sentence: &str, width: usize) -> String {
+    let width = width.max(1);
+    let mut sentence = sentence.to_owned();
+    shorten(&mut sentence, width * LINES - width / 2);
+    let (mut lines, mut line) = (Vec::new(), String::new());
+    for word in sentence.split(' ') {
+        let (room, length) = (width.saturating_sub(line.chars().count()), word.chars().count());
+        if !line.is_empty() && length < room {
+            line.push(' ');
+            line.push_str(word);
+            continue;
+        }
+        if !line.is_empty() {
+            lines.push(std::mem::take(&mut line));
+        }
+        for c in word.chars() {
+            if line.chars().count() == width {
+                lines.push(std::mem::take(&mut line));
+            }
+            line.push(c);
+        }
+    }
+    lines.push(line);
+    lines.join("\n")
 }
 
 /// Cuts the middle out: names often differ at their ends.
@@ -139,6 +178,24 @@ mod tests {
         assert_eq!(table.lines().nth(1), Some("pay…ion  ip-…-37  10.0.13.37:50051"), "{table}");
         let table = render(&columns, &[cells.to_vec()], Some(24));
         assert!(table.lines().all(|line| line.chars().count() <= 24), "{table}");
+    }
+
+    #[test]
+    fn sentences_take_several_lines() {
+        let columns = [Column::new("NODE"), Column::sentence("WHY")];
+        let row = |why: &str| vec!["edge".to_owned(), why.to_owned()];
+        let rows = [row("it has not passed its check yet"), row("a-word-longer-than-a-line"), row("-")];
+        assert_eq!(
+            render(&columns, &rows, Some(20)),
+            "NODE  WHY\n\
+             edge  it has not\n      passed its\n      check yet\n\
+             edge  a-word-longer-\n      than-a-line\n\
+             edge  -\n"
+        );
+        let long = render(&columns, &[row(&"word ".repeat(90))], Some(40));
+        assert!((3..=6).contains(&long.lines().count()) && long.contains('…'), "{long}");
+        assert!(long.lines().all(|line| line.chars().count() <= 40), "{long}");
+        assert_eq!(render(&columns, &rows, None).lines().count(), 4);
     }
 
     #[test]
