@@ -12,6 +12,7 @@ mod change;
 mod found;
 mod lead;
 mod refusal;
+pub mod render;
 mod set;
 
 pub use change::{Step, Want};
