@@ -39,7 +39,7 @@ const ATTEMPTS: usize = 16;
 const SHOWN: Duration = Duration::from_secs(1);
 
 /// How long what a replica said is believed.
-const BELIEVED: Duration = Duration::from_secs(10);
+const BELIEVED: Duration = Duration::from_secs(9);
 
 /// How often it is looked whether something is to be believed no more.
 const LOOK: Duration = Duration::from_secs(1);
@@ -191,22 +191,25 @@ impl Peers {
         Ok(View::new(&known, &self.inner.catalog.latest(), board.stale))
     }
 
-    /// All sets by name, as far as this process knows.
-    pub fn views(&self) -> Vec<View> {
+    /// All sets by name, as far as this process knows, and the change that they are as of.
+    ///
+    /// # Errors
+    /// [`Error::Unread`].
+    pub fn views(&self) -> Result<(Revision, Vec<View>), Error> {
         let board = self.inner.board.borrow().clone();
+        if !board.loaded {
+            return Err(Error::Unread);
+        }
         let snapshot = self.inner.catalog.latest();
         let known = board.names().filter_map(|name| board.set(name));
-        known.map(|known| View::new(&known, &snapshot, board.stale)).collect()
+        Ok((board.revision, known.map(|known| View::new(&known, &snapshot, board.stale)).collect()))
     }
 
-    /// Returns once a set has changed; at once when it is not known any more which it was. Cancel-safe.
-    pub async fn changed(&self, seen: Revision) -> Revision {
+    /// Returns once a set has changed after `seen`. Cancel-safe.
+    pub async fn changed(&self, seen: Revision) {
         let mut board = self.inner.board.subscribe();
         // The sender lives as long as `self`.
-        match board.wait_for(|board| board.loaded && board.revision > seen).await {
-            Ok(board) => board.revision,
-            Err(_) => seen,
-        }
+        let _ = board.wait_for(|board| board.loaded && board.revision > seen).await;
     }
 
     fn known(&self, board: &Board, name: &ServiceId) -> Result<Known, Error> {
@@ -296,7 +299,7 @@ impl Peers {
         }
         let now = rt::now();
         let Outcome { value: node, set } = self.update(name, |set, _| set.register(new.clone(), now)).await?;
-        let peer = set.peers.get(&node).cloned().ok_or_else(|| Refusal::NoPeer(new.key))?;
+        let peer = set.peers.get(&node).cloned().ok_or(Refusal::NoPeer(new.key))?;
         Ok((set, peer))
     }
 

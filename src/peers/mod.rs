@@ -11,6 +11,7 @@
 mod board;
 mod change;
 mod found;
+mod hint;
 mod keep;
 mod lead;
 mod record;
@@ -20,7 +21,8 @@ mod set;
 
 pub use board::View;
 pub use change::{Step, Want};
-pub use found::Newcomer;
+pub use found::{Newcomer, parse_address};
+pub use hint::hint;
 pub use keep::{Error, Peers, Until};
 pub use record::{
     birth_to_proto, liveness_to_proto, observation_from_proto, observation_to_proto, observe_from_proto,
