@@ -16,6 +16,7 @@ mod keep;
 mod lead;
 mod record;
 mod refusal;
+pub mod render;
 mod set;
 
 pub use board::View;
