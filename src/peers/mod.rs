@@ -11,6 +11,7 @@
 mod change;
 mod found;
 mod lead;
+pub mod observe;
 mod refusal;
 mod set;
 
