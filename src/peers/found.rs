@@ -11,7 +11,7 @@ use super::{
         PeerSet, Spec, Suffrage,
     },
 };
-use crate::model::{InstanceId, Problems, Revision};
+use crate::model::{InstanceId, Problems, Revision, excerpt};
 
 /// Longest text that marks a disk, a zone or a version, in bytes.
 const MAX_TEXT: usize = 128;
@@ -32,6 +32,18 @@ pub struct Newcomer {
     pub zone: String,
     /// Of its software; empty when unknown.
     pub version: String,
+}
+
+/// Reads an address that is given to others: no host name (rule N9).
+///
+/// # Errors
+/// What would be right.
+pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    let wrong = |_| {
+        let what = excerpt(text);
+        format!("{what} is not an IP address and a port, such as 10.0.0.7:2380; host names are not given out")
+    };
+    text.parse().map_err(wrong)
 }
 
 impl Newcomer {

@@ -8,15 +8,26 @@
 //! [`PeerSet`] and its transitions are pure. [`Peers`] keeps them in the store, each set one record that is written by
 //! compare-and-set. The rules N1 to N14 are those of the brief; each has a test that names it.
 
+mod board;
 mod change;
 mod found;
+mod hint;
+mod keep;
 mod lead;
 pub mod observe;
+mod record;
 mod refusal;
 mod set;
 
+pub use board::View;
 pub use change::{Step, Want};
-pub use found::Newcomer;
+pub use found::{Newcomer, parse_address};
+pub use hint::hint;
+pub use keep::{Error, Peers, Until};
+pub use record::{
+    birth_to_proto, liveness_to_proto, observation_from_proto, observation_to_proto, observe_from_proto,
+    pending_to_proto, role_to_proto, set_to_proto, spec_to_proto,
+};
 pub use refusal::Refusal;
 pub use set::{
     Addresses, Birth, Change, Class, ClusterId, Facts, Founder, Founding, Gone, Kind, Leadership, Liveness,

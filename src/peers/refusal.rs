@@ -7,12 +7,12 @@ use crate::model::{InstanceId, Revision, ServiceId};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The list is not frozen: there is nothing to hand out (rule N1). Not wrong, only too early.
-    #[error("{set} is not founded yet: {have} of {expect} founders have come; ask again, or wait for it")]
+    #[error("{set} is not founded yet: {} of {expect} founders have come{}; ask again, or wait for it", came.len(), names(came))]
     NotYet {
         /// The set.
         set: ServiceId,
-        /// How many have come.
-        have: usize,
+        /// Who has come, by name: nothing that a database could be started with.
+        came: Vec<InstanceId>,
         /// How many are to come.
         expect: u32,
     },
@@ -144,6 +144,17 @@ pub enum Refusal {
 impl PeerSet {
     /// What is answered while there is no list (rule N1).
     pub fn not_yet(&self) -> Refusal {
-        Refusal::NotYet { set: self.spec.name.clone(), have: self.peers.len(), expect: self.spec.expect }
+        Refusal::NotYet {
+            set: self.spec.name.clone(),
+            came: self.peers.values().map(|peer| peer.key.clone()).collect(),
+            expect: self.spec.expect,
+        }
     }
+}
+
+fn names(came: &[InstanceId]) -> String {
+    if came.is_empty() {
+        return String::new();
+    }
+    format!(" ({})", came.iter().map(InstanceId::as_str).collect::<Vec<_>>().join(", "))
 }

@@ -388,6 +388,11 @@ pub struct Observe {
     pub every: std::time::Duration,
 }
 
+impl Observe {
+    /// How often, unless it is said.
+    pub const EVERY: std::time::Duration = std::time::Duration::from_millis(100);
+}
+
 /// The replicas of one database: who founded it, who is in it, and which change is under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerSet {
