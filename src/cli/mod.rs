@@ -7,6 +7,7 @@ mod check;
 mod configuration;
 mod envoy;
 mod failure;
+mod files;
 mod instance;
 mod lock;
 mod output;
