@@ -208,7 +208,7 @@ async fn list_nodes(State(api): State<Api>) -> Reply {
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
     let snapshot = api.catalog.latest();
-    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
+    let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
     Ok(Json(ServiceDto::from(&**service)).into_response())
 }
 
@@ -242,7 +242,7 @@ async fn list_instances(
     })
     .await;
     let snapshot = catalog.latest();
-    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
+    let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
     let instances: Vec<_> = service.instances().map(|instance| InstanceDto::from(&**instance)).collect();
     Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances, "stale": StaleDto::of(&api.catalog)})).into_response())
 }

@@ -50,9 +50,7 @@ pub struct Addresses {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An address cannot be listened on.
-    #[error(
-        "cannot listen on {address} ({field}): {source}; choose another port there, or 0 for any free one"
-    )]
+    #[error("cannot listen on {address}: {source}; choose another port in {field}, or 0 for any free one")]
     Listen {
         /// The setting that names it.
         field: &'static str,
@@ -119,8 +117,12 @@ impl Running {
         // Bound before the store is read: a port that is taken should not cost a restart its wait, and connections that
         // come meanwhile wait in the backlog.
         let has = |role| config.roles.contains(&role);
-        let grpc = listen::bind("listen.grpc", config.listen.grpc, has(Role::Registry) || has(Role::Xds))?;
-        let http = listen::bind("listen.http", config.listen.http, has(Role::Admin))?;
+        let grpc = listen::bind(
+            "listen.grpc (--grpc-listen)",
+            config.listen.grpc,
+            has(Role::Registry) || has(Role::Xds),
+        )?;
+        let http = listen::bind("listen.http (--http-listen)", config.listen.http, has(Role::Admin))?;
         let address = |incoming: &Option<Incoming>| incoming.as_ref().and_then(Incoming::address);
         let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 

@@ -2,15 +2,21 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    io::Write as _,
+    io::ErrorKind,
+    net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use clap::{Args, Subcommand};
 
-use super::{Failure, Global, run::host};
+use super::{
+    Failure, Global,
+    output::{note, print},
+    run::host,
+};
 use crate::{
     client::Servers,
     model::{Locality, ServiceId},
@@ -19,6 +25,9 @@ use crate::{
 
 /// Where the tests and the demo install it, seen from the top of the checkout.
 const INSTALLED: &str = ".tools/bin/envoy";
+
+/// How long a look at one server may take.
+const GLANCE: Duration = Duration::from_millis(200);
 
 const BOOTSTRAP_EXAMPLE: &str = "\
 Example:
@@ -91,24 +100,30 @@ pub(super) struct Sidecar {
 pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failure> {
     match command {
         EnvoyCommand::Bootstrap(sidecar) => {
-            let yaml = sidecar.bootstrap(global, &host())?.to_yaml();
-            std::io::stdout()
-                .write_all(yaml.as_bytes())
-                .map_err(|error| Failure::failed(format!("cannot write the bootstrap: {error}")))?;
+            print(&sidecar.bootstrap(global, &host())?.to_yaml())?;
             Ok(0)
         }
         EnvoyCommand::Run { sidecar, envoy, arguments } => {
             let bootstrap = sidecar.bootstrap(global, &host())?;
             let program = find(envoy, std::env::var_os("PATH").as_deref(), Path::new("."))?;
-            // Nobody to tell when standard error is closed.
-            let _ = writeln!(
-                std::io::stderr(),
-                "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin 127.0.0.1:{}",
+            ports_are_free(&bootstrap, &arguments)?;
+            note(&format!(
+                "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin {}",
                 bootstrap.node_id,
                 program.display(),
                 bootstrap.outbound_port,
-                bootstrap.admin_port
-            );
+                match bootstrap.admin_port {
+                    0 => "at any free port".to_owned(),
+                    port => format!("127.0.0.1:{port}"),
+                }
+            ));
+            let reached = |server| TcpStream::connect_timeout(server, GLANCE).is_ok();
+            if !bootstrap.servers.iter().any(reached) {
+                note(&format!(
+                    "disco envoy: no Disco server answers at {} yet; Envoy has no routes until one does. `disco dev` starts one",
+                    bootstrap.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                ));
+            }
             let error = Command::new(&program).args(envoy_arguments(&bootstrap.to_yaml(), arguments)).exec();
             Err(Failure { code: 126, message: format!("{} cannot be run: {error}", program.display()) })
         }
@@ -186,6 +201,27 @@ fn find(given: Option<PathBuf>, path: Option<&OsStr>, top: &Path) -> Result<Path
              a checkout of Disco, with `make tools`; or name it with --envoy or DISCO_ENVOY"
         ))
     })
+}
+
+/// Envoy would say so after its whole configuration, or share the outbound port of another sidecar and take some of its calls.
+fn ports_are_free(bootstrap: &Bootstrap, arguments: &[OsString]) -> Result<(), Failure> {
+    let restart = |argument: &OsString| argument.to_str().is_some_and(|it| it.starts_with("--restart-epoch"));
+    if arguments.iter().any(restart) {
+        return Ok(());
+    }
+    for (flag, port) in [("--outbound-port", bootstrap.outbound_port), ("--admin-port", bootstrap.admin_port)]
+    {
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+            .is_err_and(|error| error.kind() == ErrorKind::AddrInUse)
+        {
+            return Err(Failure::failed(format!(
+                "127.0.0.1:{port} is in use ({flag}), perhaps by another sidecar: a second one needs ports of its own, such as \
+                 --outbound-port {} --admin-port 0",
+                bootstrap.outbound_port.saturating_add(1)
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The bootstrap goes in as an argument, so that no file is left behind. Without hot restart no memory is shared, so any
@@ -292,6 +328,20 @@ mod tests {
         let given = touch("mine");
         assert_eq!(find(Some(given.clone())), Ok(given));
         assert!(find(Some("/no/such/envoy".into())).unwrap_err().message.contains("/no/such/envoy"));
+    }
+
+    #[test]
+    fn a_second_sidecar_needs_ports_of_its_own() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        for flag in ["--outbound-port", "--admin-port"] {
+            let other = if flag == "--outbound-port" { "--admin-port 0" } else { "--outbound-port 1" };
+            let bootstrap = bootstrap(&format!("{flag} {port} {other}")).unwrap();
+            let message = ports_are_free(&bootstrap, &[]).unwrap_err().message;
+            assert!(message.contains(&format!("127.0.0.1:{port} is in use ({flag})")), "{message}");
+            // The next epoch takes the ports over.
+            assert_eq!(ports_are_free(&bootstrap, &["--restart-epoch=1".into()]), Ok(()));
+        }
     }
 
     #[test]

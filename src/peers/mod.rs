@@ -14,6 +14,7 @@ mod found;
 mod hint;
 mod keep;
 mod lead;
+pub mod observe;
 mod record;
 mod refusal;
 pub mod render;
