@@ -53,6 +53,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/locks/{name}/renew", routing::post(locks::renew))
         .route("/v1/peers", routing::get(peers::list))
         .route("/v1/peers/{set}", routing::get(peers::show).put(peers::create))
+        .route("/v1/peers/{set}/render", routing::get(peers::rendered))
         .route("/v1/peers/{set}/propose", routing::post(peers::propose))
         .route("/v1/peers/{set}/finish", routing::post(peers::finish))
         .route("/v1/peers/{set}/refound", routing::post(peers::refound))
@@ -338,6 +339,7 @@ async fn index() -> &'static str {
      DELETE /v1/locks/{name}                           ?token=N gives it back; without one its holder loses it\n\
      GET    /v1/peers                                  peer sets, without lists\n\
      GET    /v1/peers/{set}                            one with its list, once it is founded (425 before); ?up=N&leader=true&added=KEY&wait=30s waits\n\
+     GET    /v1/peers/{set}/render                     its list for a database: ?format=etcd-env&peer=KEY&wait=30s\n\
      PUT    /v1/peers/{set}                            make one: {\"kind\":\"etcd\",\"expect\":3}\n\
      POST   /v1/peers/{set}/propose                    the next safe step: {\"add\":KEY} or remove, replace, demote, and from_revision\n\
      POST   /v1/peers/{set}/finish                     the pending change was made, or {\"cancel\":true} will not be\n\
