@@ -29,7 +29,7 @@ test: requirements tools ## All tests, with real Envoy and real gRPC clients
 	@$(CARGO) test --profile $(PROFILE)
 	@echo "All tests passed"
 
-tools: requirements ## Install Envoy, etcd and the gRPC clients into .tools/
+tools: requirements ## Install Envoy, the databases and the gRPC clients into .tools/
 	@$(PYTHON) tests/tools/install.py
 
 check: requirements ## Formatting, lints and documentation, as CI checks them

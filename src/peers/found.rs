@@ -110,6 +110,9 @@ impl Spec {
             }
             Some(_) | None => {}
         }
+        if let Some(observe) = &self.observe {
+            observe.check(problems);
+        }
     }
 }
 

@@ -390,6 +390,16 @@ impl Peers {
         self.hear(name, &news).await
     }
 
+    /// All sets, for who observes them.
+    pub(super) fn follow(&self) -> watch::Receiver<Board> {
+        self.inner.board.subscribe()
+    }
+
+    /// The processes that observe.
+    pub(super) fn members(&self) -> watch::Receiver<Members> {
+        self.inner.members.clone()
+    }
+
     /// How long what a replica says is believed.
     pub fn believed(&self) -> Duration {
         BELIEVED
