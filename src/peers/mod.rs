@@ -16,6 +16,8 @@ mod lead;
 mod record;
 mod refusal;
 mod set;
+#[cfg(test)]
+mod tests;
 
 pub use board::View;
 pub use change::{Step, Want};
