@@ -49,9 +49,15 @@ pub enum Change {
 }
 
 impl Change {
-    /// Whether it is for the board only.
-    pub(super) fn is_live(&self) -> bool {
-        matches!(self, Self::PutLive(..) | Self::RemoveLive(_))
+    /// What it touches in the snapshot: an instance, or the service as such. `None` where it is for the board only.
+    pub(super) fn touches(&self) -> Option<(&ServiceId, Option<&InstanceId>)> {
+        match self {
+            Self::PutService(id) | Self::RemoveService(id) => Some((id, None)),
+            Self::PutInstance(Instance { key, .. })
+            | Self::RemoveInstance(key)
+            | Self::PutHealth(key, ..) => Some((&key.service, Some(&key.id))),
+            Self::PutLive(..) | Self::RemoveLive(_) => None,
+        }
     }
 
     pub(super) fn removed_service(&self) -> Option<&ServiceId> {
@@ -120,7 +126,7 @@ impl Snapshot {
         for change in changes {
             match change {
                 Change::PutService(id) => {
-                    next.service_mut(revision, id);
+                    next.service_mut(revision, &id);
                 }
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
@@ -135,8 +141,10 @@ impl Snapshot {
                     {
                         instance.health = present.health.clone();
                     }
-                    let service = next.service_mut(revision, instance.key.service.clone());
+                    let service = next.service_mut(revision, &instance.key.service);
                     service.revision = revision;
+                    // One name in memory for all of them.
+                    instance.key.service.clone_from(&service.id);
                     let stale = usize::from(instance.stale.is_some());
                     let instance = Arc::new(instance);
                     let before = service.instances.insert(instance.key.id.clone(), Arc::clone(&instance));
@@ -151,7 +159,7 @@ impl Snapshot {
                     let present = next.instance(&key).filter(|present| present.incarnation == incarnation);
                     if let Some(present) = present.filter(|present| present.check.is_some()) {
                         let instance = Instance { health, ..(**present).clone() };
-                        let service = next.service_mut(revision, key.service);
+                        let service = next.service_mut(revision, &key.service);
                         service.revision = revision;
                         let instance = Arc::new(instance);
                         let before = service.instances.insert(key.id, Arc::clone(&instance));
@@ -160,7 +168,7 @@ impl Snapshot {
                 }
                 Change::RemoveInstance(key) => {
                     if next.instance(&key).is_some() {
-                        let service = next.service_mut(revision, key.service);
+                        let service = next.service_mut(revision, &key.service);
                         service.revision = revision;
                         let before = service.instances.remove(&key.id);
                         service.follow(before.as_deref(), None);
@@ -175,10 +183,10 @@ impl Snapshot {
         next
     }
 
-    fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
+    fn service_mut(&mut self, revision: Revision, id: &ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
             let instances = imbl::OrdMap::new();
-            Arc::new(Service { id, revision, instances, stale: 0, endpoints: None })
+            Arc::new(Service { id: id.clone(), revision, instances, stale: 0, endpoints: None })
         });
         Arc::make_mut(service)
     }
