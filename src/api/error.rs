@@ -30,6 +30,8 @@ pub(super) enum Kind {
     NotFound,
     MethodNotAllowed,
     Conflict,
+    /// Not wrong, only too early: ask again, or wait.
+    NotYet,
     TooLarge,
     Limit,
     Unavailable,
@@ -46,6 +48,7 @@ impl Kind {
                 ("method_not_allowed", StatusCode::METHOD_NOT_ALLOWED, Code::Unimplemented)
             }
             Self::Conflict => ("conflict", StatusCode::CONFLICT, Code::Aborted),
+            Self::NotYet => ("not_yet", StatusCode::TOO_EARLY, Code::FailedPrecondition),
             Self::TooLarge => ("too_large", StatusCode::PAYLOAD_TOO_LARGE, Code::OutOfRange),
             Self::Limit => ("limit", StatusCode::TOO_MANY_REQUESTS, Code::ResourceExhausted),
             Self::Unavailable => ("unavailable", StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable),
@@ -67,6 +70,11 @@ impl ApiError {
             }
             None => registry::Error::NoService(id).into(),
         }
+    }
+
+    /// The HTTP status and the message.
+    pub(super) fn http(&self) -> (StatusCode, &str) {
+        (self.kind.codes().1, &self.message)
     }
 
     /// The gRPC code and the message.

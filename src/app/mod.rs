@@ -27,6 +27,7 @@ use crate::{
     config::{Config, Role, Store as StoreConfig},
     health::{Checker, Duty},
     model::Members,
+    peers::Peers,
     registry::{self, Forward, GrpcForward, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, EtcdStore, FileStore, MemoryStore, Store},
@@ -151,6 +152,10 @@ impl Running {
         }
         let locks = has(Role::Registry)
             .then(|| Locks::start(Arc::clone(&store), members(Role::Registry), &metrics, &core));
+        let peers = has(Role::Registry).then(|| {
+            let (store, catalog) = (Arc::clone(&store), reader.clone());
+            Peers::start(store, catalog, members(Role::Registry), &metrics, &core)
+        });
         let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
             let members = members(Role::Registry);
@@ -185,6 +190,7 @@ impl Running {
             nodes,
             registry: registry.filter(|_| has(Role::Registry)),
             locks,
+            peers,
             checks: checks.unwrap_or_default(),
             proxies,
             loads,
@@ -212,6 +218,9 @@ impl Running {
             }
             if let Some(locks) = api.locks_service() {
                 services.add(locks);
+            }
+            if let Some(peers) = api.peers_service() {
+                services.add(peers);
             }
             services.add(api.proxies_service());
             let reflection = listen::reflection(&services.names);

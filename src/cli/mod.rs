@@ -11,6 +11,7 @@ mod instance;
 mod lock;
 mod output;
 mod parse;
+mod peers;
 mod proxy;
 mod rollout;
 mod run;
@@ -127,6 +128,9 @@ enum Command {
     /// Locks for what must run exactly once: run, list, show, release
     #[command(subcommand, visible_alias = "locks")]
     Lock(lock::Command),
+    /// The replicas of Raft and other databases: create, list, show, wait, verify, propose, finish, register, withdraw, report, refound
+    #[command(subcommand)]
+    Peers(peers::Command),
     /// Backups of everything that is registered: save, show, restore
     #[command(subcommand)]
     Snapshot(snapshot::Command),
@@ -197,6 +201,7 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Proxy(command) => proxy::run(command, &global).await?,
         Command::Rollout(command) => rollout::run(command, &global).await?,
         Command::Lock(command) => return Box::pin(lock::run(command, &global)).await.map(ExitCode::from),
+        Command::Peers(command) => Box::pin(peers::run(command, &global)).await?,
         Command::Snapshot(command) => snapshot::run(command, &global).await?,
         Command::Xds(command) => xds::run(command, &global).await?,
         Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),
