@@ -9,8 +9,8 @@ use futures_util::FutureExt as _;
 
 use super::{Cache, Error, cache::Cached, membership, record};
 use crate::{
-    catalog::{Change, Reader, Stale, Writer},
-    model::{InstanceKey, Revision, Roles, ServiceId},
+    catalog::{Change, Reader, Snapshot, Stale, Writer},
+    model::{Group, InstanceKey, Revision, Roles, ServiceId},
     rt::{self, Backoff, Gate, Tasks},
     store::{Condition, Entry, Event, Fault, Key, Listing, Op, Store, StoreError, Watch},
 };
@@ -91,8 +91,29 @@ impl Mirror {
         let feed = self.store.watch(record::CATALOG, revision).await.map_err(Error::Store)?;
         instances_first(&mut all);
         self.writer.apply(revision, all);
+        self.tell_of_names_taken(&Snapshot::default());
         self.followed = true;
         Ok(feed)
+    }
+
+    /// Says so where a service is registered under a name that would stand for some of another one's instances. It keeps the name:
+    /// those who call it mean it.
+    fn tell_of_names_taken(&self, before: &Snapshot) {
+        let now = self.catalog.latest();
+        for service in now.services().filter(|service| service.roles.is_some()) {
+            if before.service(&service.id).is_some_and(|before| before.roles.is_some()) {
+                continue;
+            }
+            for name in Group::ALL.map(|group| group.of(&service.id)) {
+                if name.parse().is_ok_and(|id| now.service(&id).is_some()) {
+                    let service = &service.id;
+                    tracing::warn!(
+                        %service, %name,
+                        "a service of this name is registered, so it does not stand for instances of the replicated one"
+                    );
+                }
+            }
+        }
     }
 
     /// Publishes the copy, and returns whether there was one.
@@ -174,7 +195,14 @@ impl Mirror {
                     Some(Err(_)) | None => break,
                 }
             }
-            self.writer.apply_all(events.into_iter().map(changes));
+            let batches: Vec<_> = events.into_iter().map(changes).collect();
+            let mut changes = batches.iter().flat_map(|(_, changes)| changes);
+            let roles = changes.any(|change| matches!(change, Change::PutRoles(..)));
+            let before = roles.then(|| self.catalog.latest());
+            self.writer.apply_all(batches);
+            if let Some(before) = before {
+                self.tell_of_names_taken(&before);
+            }
         }
     }
 

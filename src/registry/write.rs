@@ -4,9 +4,10 @@ use tokio::{sync::oneshot, time::Instant};
 
 use super::{Error, Inner, Registry, history::What, leases::Holder, leave::Cause, record};
 use crate::{
+    catalog::Snapshot,
     model::{
-        Health, Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision, ServiceId,
-        State, Update,
+        Group, Health, Incarnation, Instance, InstanceKey, Lease, MemberId, Registration, Revision,
+        ServiceId, State, Update,
     },
     rt,
     store::{Condition, Op, StoreError},
@@ -309,6 +310,15 @@ impl Inner {
                         ),
                     ));
                 }
+                None if is_group(&snapshot, &registration.key.service) => {
+                    return Err(Error::conflict(
+                        "service",
+                        format!(
+                            "{} stands for some of the instances of a replicated service: choose another name or namespace",
+                            registration.key.service
+                        ),
+                    ));
+                }
                 None if snapshot.services().len() >= limits.services => {
                     return Err(Error::limit(
                         "service",
@@ -552,6 +562,13 @@ impl Inner {
             Err(error) => Err(Some(Error::Store(error))),
         }
     }
+}
+
+/// Whether callers know some of the instances of another service by this name, such as `db.leader`: who took it would be sent what is
+/// meant for them.
+fn is_group(snapshot: &Snapshot, id: &ServiceId) -> bool {
+    let group = Group::parse(id.as_str());
+    group.and_then(|(of, _)| snapshot.service(&of)?.roles.as_ref()).is_some()
 }
 
 /// Takes an instance and the verdict on it out of the store.
