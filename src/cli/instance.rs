@@ -278,7 +278,7 @@ async fn all_instances(http: &Http) -> Result<View, Failure> {
 }
 
 /// Columns of [`instance_row`].
-pub(super) const INSTANCE_COLUMNS: [Column; 17] = [
+const INSTANCE_COLUMNS: [Column; 17] = [
     Column::new("SERVICE"),
     Column::new("ID"),
     Column::new("ADDRESS"),
@@ -298,8 +298,29 @@ pub(super) const INSTANCE_COLUMNS: [Column; 17] = [
     Column::wide("STALE"),
 ];
 
+/// Where [`ROLE`] comes in, if any of the instances has one.
+const ROLE_AT: usize = 3;
+
+const ROLE: Column = Column::new("ROLE");
+
+/// Instances as a table; nothing where there are none.
+pub(super) fn instance_rows<'a>(
+    instances: impl Iterator<Item = &'a Value> + Clone,
+    width: Option<usize>,
+) -> String {
+    let mut columns = INSTANCE_COLUMNS.to_vec();
+    let mut rows: Vec<_> = instances.clone().map(instance_row).collect();
+    if instances.clone().any(|instance| instance.get("role").is_some()) {
+        columns.insert(ROLE_AT, ROLE);
+        rows.iter_mut()
+            .zip(instances)
+            .for_each(|(row, instance)| row.insert(ROLE_AT, cell(instance, "/role")));
+    }
+    render(&columns, &rows, width)
+}
+
 /// One instance as a row of a table.
-pub(super) fn instance_row(instance: &Value) -> Vec<String> {
+fn instance_row(instance: &Value) -> Vec<String> {
     vec![
         cell(instance, "/service"),
         cell(instance, "/id"),
@@ -393,8 +414,7 @@ fn metadata(instance: &Value, separator: &str) -> String {
 
 fn instances_table(document: &Value, width: Option<usize>) -> String {
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
-    let rows: Vec<_> = instances.map(instance_row).collect();
-    render(&INSTANCE_COLUMNS, &rows, width)
+    instance_rows(instances, width)
 }
 
 fn instance_table(instance: &Value, _: Option<usize>) -> String {
@@ -405,6 +425,7 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
         ("Incarnation", field("/incarnation")),
         ("Address", endpoint(instance)),
         ("State", field("/state")),
+        ("Role", field("/role")),
         ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
         ("Health", health(instance)),
         ("Check", check(instance)),
@@ -420,7 +441,9 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
         ("Revision", field("/revision")),
         ("Metadata", metadata(instance, "\n             ")),
     ];
-    rows.iter().map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
+    // Few services are replicated.
+    let rows = rows.iter().filter(|(name, value)| *name != "Role" || value != "-");
+    rows.map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
 }
 
 /// What an instance was at a time.
@@ -510,6 +533,9 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
         ("Seen by", seen),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
+    if instance.get("role").is_some() {
+        text.push_str(&format!("{:<10}  {}\n", "Role", cell(instance, "/role")));
+    }
     if let Some(stale) = stale {
         text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
     }
