@@ -314,9 +314,8 @@ impl registry_server::Registry for RegistryService {
     ) -> Answer<v1::ListInstancesResponse> {
         let service = read_service(&request.into_inner().service)?;
         let snapshot = self.registry.catalog().latest();
-        let found = snapshot
-            .service(&service)
-            .ok_or_else(|| ApiError::from(crate::registry::Error::NoService(service.clone())))?;
+        let found =
+            snapshot.service(&service).ok_or_else(|| ApiError::no_service(&snapshot, service.clone()))?;
         Ok(Response::new(v1::ListInstancesResponse {
             revision: snapshot.revision().0,
             instances: found.instances().map(|instance| instance_to_proto(instance)).collect(),

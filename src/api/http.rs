@@ -20,7 +20,7 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, RolesDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    history, ledger, live, load, locks, proxies,
+    history, ledger, live, load, locks, peers, proxies,
     request::{
         Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
     },
@@ -52,6 +52,13 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/locks", routing::get(locks::list))
         .route("/v1/locks/{name}", routing::get(locks::show).put(locks::acquire).delete(locks::release))
         .route("/v1/locks/{name}/renew", routing::post(locks::renew))
+        .route("/v1/peers", routing::get(peers::list))
+        .route("/v1/peers/{set}", routing::get(peers::show).put(peers::create))
+        .route("/v1/peers/{set}/propose", routing::post(peers::propose))
+        .route("/v1/peers/{set}/finish", routing::post(peers::finish))
+        .route("/v1/peers/{set}/refound", routing::post(peers::refound))
+        .route("/v1/peers/{set}/peers/{key}", routing::put(peers::register).delete(peers::withdraw))
+        .route("/v1/peers/{set}/peers/{key}/report", routing::post(peers::report))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
@@ -200,7 +207,7 @@ async fn list_nodes(State(api): State<Api>) -> Reply {
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
     let snapshot = api.catalog.latest();
-    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
+    let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
     Ok(Json(ServiceDto::from(&**service)).into_response())
 }
 
@@ -234,7 +241,7 @@ async fn list_instances(
     })
     .await;
     let snapshot = catalog.latest();
-    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
+    let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
     let instances: Vec<_> =
         service.instances().map(|instance| InstanceDto::of(instance, &snapshot)).collect();
     let mut shown = json!({
@@ -401,6 +408,15 @@ async fn index() -> &'static str {
      PUT    /v1/locks/{name}                           take it: {\"holder\":\"me\",\"ttl\":\"10s\",\"wait\":\"30s\"}\n\
      POST   /v1/locks/{name}/renew                     ?token=N\n\
      DELETE /v1/locks/{name}                           ?token=N gives it back; without one its holder loses it\n\
+     GET    /v1/peers                                  peer sets, without lists\n\
+     GET    /v1/peers/{set}                            one with its list, once it is founded (425 before); ?up=N&leader=true&added=KEY&wait=30s waits\n\
+     PUT    /v1/peers/{set}                            make one: {\"kind\":\"etcd\",\"expect\":3}\n\
+     POST   /v1/peers/{set}/propose                    the next safe step: {\"add\":KEY} or remove, replace, demote, and from_revision\n\
+     POST   /v1/peers/{set}/finish                     the pending change was made, or {\"cancel\":true} will not be\n\
+     POST   /v1/peers/{set}/refound                    give the database up and found another: {\"cluster_id\":ID,\"expect\":3}\n\
+     PUT    /v1/peers/{set}/peers/{key}                register a replica: {\"disk\":ID,\"raft\":\"IP:PORT\",\"client\":\"IP:PORT\"}\n\
+     DELETE /v1/peers/{set}/peers/{key}                withdraw one that was handed nothing\n\
+     POST   /v1/peers/{set}/peers/{key}/report         what it does: {\"role\":\"leader\",\"term\":N}\n\
      GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
@@ -447,6 +463,7 @@ mod tests {
             nodes: None,
             registry: Some(registry),
             locks: None,
+            peers: None,
             checks: Default::default(),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),

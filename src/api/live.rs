@@ -25,7 +25,7 @@ use crate::{
     catalog::{Live, LiveService, Reader},
     model::{InstanceId, InstanceKey, Problems, ServiceId, check_metadata},
     proto::v1,
-    registry::{self, Registry, live_to_proto},
+    registry::{Registry, live_to_proto},
     rt::Tasks,
 };
 
@@ -70,10 +70,11 @@ pub(super) async fn list(
     Ok(Json(json!({"revision": revision.0, "instances": instances})).into_response())
 }
 
-fn known(catalog: &Reader, service: &ServiceId) -> Result<(), registry::Error> {
-    match catalog.latest().service(service) {
+fn known(catalog: &Reader, service: &ServiceId) -> Result<(), ApiError> {
+    let snapshot = catalog.latest();
+    match snapshot.service(service) {
         Some(_) => Ok(()),
-        None => Err(registry::Error::NoService(service.clone())),
+        None => Err(ApiError::no_service(&snapshot, service.clone())),
     }
 }
 
@@ -85,7 +86,7 @@ pub(super) fn watch(
     request: Request<v1::WatchLiveRequest>,
 ) -> Result<Response<Answers<v1::WatchLiveResponse>>, Status> {
     let service = read_service(&request.into_inner().service)?;
-    known(registry.catalog(), &service).map_err(ApiError::from)?;
+    known(registry.catalog(), &service)?;
     let mut board = registry.catalog().live().watch(&service);
     let (answers, stream) = mpsc::channel(QUEUE);
     tasks.spawn_until_shutdown("live-watch", async move {

@@ -14,6 +14,7 @@ mod ledger;
 mod live;
 mod load;
 mod locks;
+mod peers;
 mod proxies;
 mod request;
 mod snapshot;
@@ -29,7 +30,11 @@ use error::{ApiError, Kind};
 use crate::{
     catalog::Reader,
     health::Monitor,
-    proto::v1::{locks_server::LocksServer, proxies_server::ProxiesServer, registry_server::RegistryServer},
+    peers::Peers,
+    proto::v1::{
+        locks_server::LocksServer, peers_server::PeersServer, proxies_server::ProxiesServer,
+        registry_server::RegistryServer,
+    },
     registry::{Locks, Membership, Registry},
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
@@ -63,6 +68,8 @@ pub struct Api {
     pub registry: Option<Registry>,
     /// Keeps the locks, in a process that takes writes.
     pub locks: Option<Locks>,
+    /// Keeps the peer sets, in a process that takes writes.
+    pub peers: Option<Peers>,
     /// What the health checks of this node are doing.
     pub checks: Monitor,
     /// Who is connected and has acknowledged what.
@@ -97,6 +104,12 @@ impl Api {
     pub fn locks_service(&self) -> Option<LocksServer<impl crate::proto::v1::locks_server::Locks + use<>>> {
         let service = locks::LocksService::new(self.locks.clone()?, self.tasks.clone());
         Some(LocksServer::new(service).max_decoding_message_size(self.config.body_limit))
+    }
+
+    /// `disco.v1.Peers`, in a process that takes writes.
+    pub fn peers_service(&self) -> Option<PeersServer<impl crate::proto::v1::peers_server::Peers + use<>>> {
+        let service = peers::PeersService::new(self.peers.clone()?, self.tasks.clone());
+        Some(PeersServer::new(service).max_decoding_message_size(self.config.body_limit))
     }
 
     fn registry(&self) -> Result<&Registry, ApiError> {

@@ -42,7 +42,7 @@ pub(super) fn streams_of(api: &Api, node: &str) -> Result<Vec<ProxyStatus>, ApiE
     if !all.iter().any(|proxy| proxy.node.id == node) {
         let hint = match nearest(node, all.iter().map(|proxy| proxy.node.id.as_str())) {
             Some(near) => format!("did you mean {}?", excerpt(near)),
-            None => "GET /v1/proxies lists those that are".to_owned(),
+            None => "`disco proxy list` (GET /v1/proxies) shows those that are".to_owned(),
         };
         let message = format!("no proxy with node id {} is connected; {hint}", excerpt(node));
         return Err(ApiError::new(Kind::NotFound, message));

@@ -175,45 +175,43 @@ impl Snapshot {
                     {
                         instance.health = present.health.clone();
                     }
-                    let service = next.service_mut(revision, instance.key.service.clone());
-                    service.revision = revision;
-                    service.registered = true;
-                    let stale = usize::from(instance.stale.is_some());
-                    let instance = Arc::new(instance);
-                    let before = service.instances.insert(instance.key.id.clone(), Arc::clone(&instance));
-                    service.follow(before.as_deref(), Some(&instance));
-                    let was_stale = before.as_ref().is_some_and(|before| before.stale.is_some());
-                    service.stale = service.stale + stale - usize::from(was_stale);
-                    next.stale = next.stale + stale - usize::from(was_stale);
-                    next.instances += usize::from(before.is_none());
+                    next.set(revision, instance.key.clone(), Some(instance));
                 }
                 Change::PutLive(..) | Change::RemoveLive(_) => {}
                 Change::PutHealth(key, incarnation, health) => {
                     let present = next.instance(&key).filter(|present| present.incarnation == incarnation);
                     if let Some(present) = present.filter(|present| present.check.is_some()) {
                         let instance = Instance { health, ..(**present).clone() };
-                        let service = next.service_mut(revision, key.service);
-                        service.revision = revision;
-                        let instance = Arc::new(instance);
-                        let before = service.instances.insert(key.id, Arc::clone(&instance));
-                        service.follow(before.as_deref(), Some(&instance));
+                        next.set(revision, key, Some(instance));
                     }
                 }
                 Change::RemoveInstance(key) => {
                     if next.instance(&key).is_some() {
-                        let service = next.service_mut(revision, key.service);
-                        service.revision = revision;
-                        let before = service.instances.remove(&key.id);
-                        service.follow(before.as_deref(), None);
-                        let was_stale = before.is_some_and(|before| before.stale.is_some());
-                        service.stale -= usize::from(was_stale);
-                        next.stale -= usize::from(was_stale);
-                        next.instances -= 1;
+                        next.set(revision, key, None);
                     }
                 }
             }
         }
         next
+    }
+
+    /// What an instance is from now on; `None`: it is gone.
+    fn set(&mut self, revision: Revision, key: InstanceKey, instance: Option<Instance>) {
+        let instance = instance.map(Arc::new);
+        let service = self.service_mut(revision, key.service);
+        service.revision = revision;
+        service.registered |= instance.is_some();
+        let before = match &instance {
+            Some(instance) => service.instances.insert(key.id, Arc::clone(instance)),
+            None => service.instances.remove(&key.id),
+        };
+        service.follow(before.as_deref(), instance.as_ref());
+        let count = |it: &Option<Arc<Instance>>| usize::from(it.is_some());
+        let stale =
+            |it: &Option<Arc<Instance>>| usize::from(it.as_ref().is_some_and(|it| it.stale.is_some()));
+        service.stale = service.stale + stale(&instance) - stale(&before);
+        self.stale = self.stale + stale(&instance) - stale(&before);
+        self.instances = self.instances + count(&instance) - count(&before);
     }
 
     fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {

@@ -3,15 +3,21 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
-    io::Write as _,
+    io::ErrorKind,
+    net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
 use clap::{Args, Subcommand};
 
-use super::{Failure, Global, run::host};
+use super::{
+    Failure, Global,
+    output::{note, print},
+    run::host,
+};
 use crate::{
     client::Servers,
     model::{Locality, ServiceId, Upstream, excerpt},
@@ -21,9 +27,12 @@ use crate::{
 /// Where the tests and the demo install it, seen from the top of the checkout.
 const INSTALLED: &str = ".tools/bin/envoy";
 
-/// How soon Envoy closes the connections of a listener that changed. Here these are only those of TCP services whose leader is another
-/// one: the listener for HTTP never changes. Also when Envoy is told to drain.
-const DRAIN: [&str; 4] = ["--drain-time-s", "2", "--drain-strategy", "immediate"];
+/// Envoy is to close the connections of a listener that changed at once. Here these are only those of TCP services whose leader is
+/// another one: the listener for HTTP never changes. The default is to close them within 10 min. Also when Envoy is told to drain.
+const DRAIN: [&str; 4] = ["--drain-time-s", "0", "--drain-strategy", "immediate"];
+
+/// How long a look at one server may take.
+const GLANCE: Duration = Duration::from_millis(200);
 
 const BOOTSTRAP_EXAMPLE: &str = "\
 Example:
@@ -100,31 +109,36 @@ pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failur
     match command {
         EnvoyCommand::Bootstrap(sidecar) => {
             let bootstrap = sidecar.bootstrap(global, &host())?;
-            std::io::stdout()
-                .write_all(bootstrap.to_yaml().as_bytes())
-                .map_err(|error| Failure::failed(format!("cannot write the bootstrap: {error}")))?;
+            print(&bootstrap.to_yaml())?;
             if !bootstrap.tcp.is_empty() {
-                // Nobody to tell when standard error is closed.
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "disco envoy: give Envoy `{}`, so that connections to an old leader are cut when there is another",
+                note(&format!(
+                    "disco envoy: start Envoy with `{}`, so that connections to an old leader are cut as soon as there is another",
                     DRAIN.join(" ")
-                );
+                ));
             }
             Ok(0)
         }
         EnvoyCommand::Run { sidecar, envoy, arguments } => {
             let bootstrap = sidecar.bootstrap(global, &host())?;
             let program = find(envoy, std::env::var_os("PATH").as_deref(), Path::new("."))?;
-            // Nobody to tell when standard error is closed.
-            let _ = writeln!(
-                std::io::stderr(),
-                "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin 127.0.0.1:{}",
+            ports_are_free(&bootstrap, &arguments)?;
+            note(&format!(
+                "disco envoy: {} is {}, outbound 127.0.0.1:{}, admin {}",
                 bootstrap.node_id,
                 program.display(),
                 bootstrap.outbound_port,
-                bootstrap.admin_port
-            );
+                match bootstrap.admin_port {
+                    0 => "at any free port".to_owned(),
+                    port => format!("127.0.0.1:{port}"),
+                }
+            ));
+            let reached = |server| TcpStream::connect_timeout(server, GLANCE).is_ok();
+            if !bootstrap.servers.iter().any(reached) {
+                note(&format!(
+                    "disco envoy: no Disco server answers at {} yet; Envoy has no routes until one does. `disco dev` starts one",
+                    bootstrap.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                ));
+            }
             let drain = if bootstrap.tcp.is_empty() { &[] as &[&str] } else { &DRAIN };
             let arguments = envoy_arguments(&bootstrap.to_yaml(), drain, arguments);
             let error = Command::new(&program).args(arguments).exec();
@@ -235,6 +249,27 @@ fn find(given: Option<PathBuf>, path: Option<&OsStr>, top: &Path) -> Result<Path
              a checkout of Disco, with `make tools`; or name it with --envoy or DISCO_ENVOY"
         ))
     })
+}
+
+/// Envoy would say so after its whole configuration, or share the outbound port of another sidecar and take some of its calls.
+fn ports_are_free(bootstrap: &Bootstrap, arguments: &[OsString]) -> Result<(), Failure> {
+    let restart = |argument: &OsString| argument.to_str().is_some_and(|it| it.starts_with("--restart-epoch"));
+    if arguments.iter().any(restart) {
+        return Ok(());
+    }
+    let own = [("--outbound-port", bootstrap.outbound_port), ("--admin-port", bootstrap.admin_port)];
+    for (flag, port) in own.into_iter().chain(bootstrap.tcp.values().map(|port| ("--tcp", *port))) {
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+            .is_err_and(|error| error.kind() == ErrorKind::AddrInUse)
+        {
+            return Err(Failure::failed(format!(
+                "127.0.0.1:{port} is in use ({flag}), perhaps by another sidecar: a second one needs ports of its own, such as \
+                 --outbound-port {} --admin-port 0",
+                bootstrap.outbound_port.saturating_add(1)
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The bootstrap goes in as an argument, so that no file is left behind. Without hot restart no memory is shared, so any
@@ -356,6 +391,20 @@ mod tests {
     }
 
     #[test]
+    fn a_second_sidecar_needs_ports_of_its_own() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        for flag in ["--outbound-port", "--admin-port"] {
+            let other = if flag == "--outbound-port" { "--admin-port 0" } else { "--outbound-port 1" };
+            let bootstrap = bootstrap(&format!("{flag} {port} {other}")).unwrap();
+            let message = ports_are_free(&bootstrap, &[]).unwrap_err().message;
+            assert!(message.contains(&format!("127.0.0.1:{port} is in use ({flag})")), "{message}");
+            // The next epoch takes the ports over.
+            assert_eq!(ports_are_free(&bootstrap, &["--restart-epoch=1".into()]), Ok(()));
+        }
+    }
+
+    #[test]
     fn arguments_after_the_dashes_win() {
         let arguments = |drain: &[&str], further: &[&str]| {
             let further = further.iter().map(OsString::from).collect();
@@ -368,7 +417,7 @@ mod tests {
             "--config-yaml YAML --log-level=info --base-id 3"
         );
         let rest = "--config-yaml YAML --disable-hot-restart --log-level warn";
-        assert_eq!(arguments(&DRAIN, &[]), format!("{rest} --drain-time-s 2 --drain-strategy immediate"));
+        assert_eq!(arguments(&DRAIN, &[]), format!("{rest} --drain-time-s 0 --drain-strategy immediate"));
         assert_eq!(
             arguments(&DRAIN, &["--drain-time-s", "9"]),
             format!("{rest} --drain-strategy immediate --drain-time-s 9")

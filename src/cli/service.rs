@@ -7,18 +7,15 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    instance::{POLL, endpoint, instance_rows},
+    instance::{endpoint, table},
     output::{
-        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, number, parse_when,
-        print, render, some_of,
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, number, print,
+        render, some_of,
     },
-    servers::{Elsewhere, ask_all, pending},
+    parse,
+    servers::{pending, rollout},
 };
-use crate::{
-    client::Http,
-    model::{ServiceId, format_duration},
-    rt,
-};
+use crate::{client::Http, model::ServiceId, rt};
 
 /// Verbs of `disco service`.
 #[derive(Debug, Subcommand)]
@@ -49,7 +46,7 @@ pub(super) enum Command {
         /// Its name
         service: ServiceId,
         /// Only what changed since then: a time, e.g. 2026-01-31T12:00:00Z, or how long ago, e.g. 10m
-        #[arg(long, value_name = "TIME", value_parser = parse_when)]
+        #[arg(long, value_name = "TIME", value_parser = parse::when)]
         since: Option<Timestamp>,
         #[command(flatten)]
         options: ShowOptions,
@@ -114,8 +111,14 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
         Command::Release { service } => {
             let path = format!("/v1/services/{service}/release");
             let answer = http.send(Method::POST, &path, None, Duration::ZERO).await?;
-            let removed = count(number(&answer, "/removed"), "stale instance");
-            print(&format!("{service}: {removed} removed, revision {}\n", number(&answer, "/revision")))
+            print(&match number(&answer, "/removed") {
+                0 => format!("{service} has no stale instances\n"),
+                removed => format!(
+                    "{service}: {} removed at revision {}\n",
+                    count(removed, "stale instance"),
+                    number(&answer, "/revision")
+                ),
+            })
         }
         Command::Live { service, options } => {
             list(&options, async |refresh| live(&http, &service, refresh).await).await
@@ -138,13 +141,7 @@ async fn services(http: &Http) -> Result<View, Failure> {
 }
 
 async fn live(http: &Http, service: &ServiceId, refresh: Refresh) -> Result<View, Failure> {
-    let path = format!("/v1/services/{service}/live");
-    let document = match refresh {
-        Refresh::Now => http.get(&path, Duration::ZERO).await?,
-        Refresh::After(revision) => {
-            http.get(&format!("{path}?index={revision}&wait={}", format_duration(POLL)), POLL).await?
-        }
-    };
+    let document = refresh.get(http, &format!("/v1/services/{service}/live")).await?;
     let empty = "no instance says anything; `disco instance publish SERVICE/ID KEY=VALUE` does";
     Ok(View { document, items: Some("instances"), table: live_tables, empty })
 }
@@ -173,8 +170,7 @@ fn services_table(document: &Value, width: Option<usize>) -> String {
 async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
     let mut answer = http.get(&format!("/v1/services/{service}/instances"), Duration::ZERO).await?;
     let revision = number(&answer, "/revision");
-    let path = format!("/v1/revisions/{revision}?service={service}&wait=0s");
-    let delivery = ask_all(http, &path, Duration::ZERO, Elsewhere::No).await?;
+    let delivery = rollout(http, revision, Some(service), Duration::ZERO, None).await?;
 
     let instances = answer.get_mut("instances").map(Value::take).unwrap_or_default();
     let each = || instances.as_array().into_iter().flatten();
@@ -251,7 +247,7 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
     if instances.clone().next().is_some() {
         text.push('\n');
-        text.push_str(&instance_rows(instances, width));
+        text.push_str(&table(instances, width));
     }
     text
 }
@@ -259,11 +255,11 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
 fn history_table(document: &Value, width: Option<usize>) -> String {
     let entries = document.get("entries").and_then(Value::as_array).into_iter().flatten();
     let columns = [
-        Column::new("AT"),
+        Column::whole("AT"),
         Column::new("ID"),
         Column::new("WHAT"),
         Column::new("BY"),
-        Column::new("WHY"),
+        Column::sentence("WHY"),
         Column::wide("INCARNATION"),
         Column::wide("REVISION"),
         Column::wide("ADDRESS"),

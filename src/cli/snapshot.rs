@@ -154,11 +154,13 @@ async fn restore_offline(dir: &Path, backup: Backup, replace: bool) -> Result<Va
 fn describe(backup: &Backup) -> Value {
     let mut kinds = BTreeMap::<&str, u64>::new();
     for entry in &backup.listing.entries {
-        *kinds.entry(entry.key.split('/').next().unwrap_or_default()).or_default() += 1;
+        // Most is in the catalog: what of it tells more.
+        let key = entry.key.strip_prefix("catalog/").unwrap_or(&entry.key);
+        *kinds.entry(key.split('/').next().unwrap_or_default()).or_default() += 1;
     }
     let taken = jiff::Timestamp::try_from(backup.taken_at).unwrap_or_default();
     json!({
-        "taken_at": taken.to_string(),
+        "taken_at": format!("{taken:.3}"),
         "revision": backup.listing.revision.0,
         "entries": backup.listing.entries.len(),
         "kinds": kinds,

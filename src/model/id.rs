@@ -74,47 +74,59 @@ impl fmt::Display for ServiceId {
     }
 }
 
-/// The id of an instance, unique within its service. Not its address: an instance may move and keep its id.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct InstanceId(Arc<str>);
+/// A name that may stand in keys and paths: its text, how it is read, and how it is shown.
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(std::sync::Arc<str>);
 
-impl InstanceId {
-    /// The id as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for InstanceId {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if is_id(text) {
-            return Ok(Self(text.into()));
+        impl $name {
+            /// As text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
         }
-        Err(format!(
-            "{} is not an instance id: want 1 to {MAX_INSTANCE_ID} of A-Z, a-z, 0-9, '-', '_', '.' and ':', with a \
-             letter or digit at both ends",
-            excerpt(text)
-        ))
-    }
+
+        impl std::str::FromStr for $name {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                $crate::model::id::check_name(text, $what).map(Self)
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+    };
+}
+pub(super) use name;
+
+name! {
+    /// The id of an instance, unique within its service. Not its address: an instance may move and keep its id.
+    InstanceId, "an instance id"
 }
 
-/// Whether it may be an id: it stands in keys and paths.
-pub(super) fn is_id(text: &str) -> bool {
+/// The text, if it may be such a name.
+pub(super) fn check_name(text: &str, what: &str) -> Result<Arc<str>, String> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b':');
     let edge = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
     let bytes = text.as_bytes();
-    bytes.len() <= MAX_INSTANCE_ID
+    if bytes.len() <= MAX_INSTANCE_ID
         && edge(bytes.first())
         && edge(bytes.last())
         && bytes.iter().all(|b| plain(*b))
-}
-
-impl fmt::Display for InstanceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&self.0)
+    {
+        return Ok(text.into());
     }
+    Err(format!(
+        "{} is not {what}: want 1 to {MAX_INSTANCE_ID} of A-Z, a-z, 0-9, '-', '_', '.' and ':', with a letter or digit at \
+         both ends",
+        excerpt(text)
+    ))
 }
 
 /// What identifies an instance: never its address.

@@ -1,12 +1,7 @@
-use std::{
-    fmt,
-    str::FromStr,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
 use super::{
-    id::{MAX_INSTANCE_ID, Revision, is_id},
+    id::{Revision, name},
     input::{Problems, excerpt},
     members::MemberId,
     registration::format_duration,
@@ -21,36 +16,9 @@ const MAX_ATTEMPT: usize = 64;
 /// Shortest and longest TTL of a lock.
 const TTL: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60 * 60));
 
-/// The name of a lock: what at most one holder does at a time.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LockName(Arc<str>);
-
-impl LockName {
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for LockName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if is_id(text) {
-            return Ok(Self(text.into()));
-        }
-        Err(format!(
-            "{} is not the name of a lock: want 1 to {MAX_INSTANCE_ID} of A-Z, a-z, 0-9, '-', '_', '.' and ':', with a \
-             letter or digit at both ends",
-            excerpt(text)
-        ))
-    }
-}
-
-impl fmt::Display for LockName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&self.0)
-    }
+name! {
+    /// The name of a lock: what at most one holder does at a time.
+    LockName, "the name of a lock"
 }
 
 /// A lock that is held.

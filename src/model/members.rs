@@ -1,44 +1,18 @@
-use std::{collections::BTreeSet, fmt, str::FromStr, sync::Arc};
+use std::collections::BTreeSet;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::id::{MAX_INSTANCE_ID, is_id};
-use super::input::excerpt;
+use super::id::name;
 
-/// A Disco process among those that share a store. Stable across its restarts, unique among the others.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct MemberId(Arc<str>);
+name! {
+    /// A Disco process among those that share a store. Stable across its restarts, unique among the others.
+    MemberId, "the name of a node"
+}
 
 impl MemberId {
     /// What a process is called that has its store to itself.
     pub fn sole() -> Self {
         Self("disco".into())
-    }
-
-    /// The id as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for MemberId {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if is_id(text) {
-            return Ok(Self(text.into()));
-        }
-        Err(format!(
-            "{} is not the name of a node: want 1 to {MAX_INSTANCE_ID} of A-Z, a-z, 0-9, '-', '_', '.' and ':', with a \
-             letter or digit at both ends",
-            excerpt(text)
-        ))
-    }
-}
-
-impl fmt::Display for MemberId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&self.0)
     }
 }
 

@@ -37,6 +37,9 @@ const QUESTIONS: usize = 256;
 /// Services that are judged and written down together; stores bound the operations of a commit (etcd: 128).
 const TOGETHER: usize = 50;
 
+/// How long leases that end are collected for.
+const COLLECTED: Duration = Duration::from_millis(20);
+
 /// How long a count of the silent leases is good for.
 const COUNTED: Duration = Duration::from_millis(200);
 
@@ -132,6 +135,21 @@ impl Registry {
             })
         });
         removed.await.unwrap_or_default()
+    }
+
+    /// Looks after instances whose lease is over.
+    pub(super) async fn expire(self) {
+        loop {
+            let due = self.inner.leases.next_due().await;
+            let registry = self.clone();
+            // Those that are asked may take their time, and nobody waits for them.
+            self.inner.tasks.spawn("leases-over", async move {
+                let removed = registry.leave(due, Cause::Expired).await;
+                registry.inner.metrics.expired.inc_by(removed);
+            });
+            // What ends within this time goes together: one look at who else is silent, and few commits.
+            tokio::time::sleep(COLLECTED).await;
+        }
     }
 }
 

@@ -15,8 +15,6 @@ mod check;
 mod error;
 mod forward;
 mod guard;
-#[cfg(test)]
-mod guard_tests;
 mod health;
 mod held;
 mod history;
@@ -29,6 +27,8 @@ mod losses;
 mod membership;
 mod mirror;
 mod record;
+mod register;
+mod services;
 mod sessions;
 #[cfg(test)]
 mod sim;

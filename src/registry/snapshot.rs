@@ -17,6 +17,12 @@ use crate::{
 /// no revision and no fencing token is given out twice.
 const JUMP: u64 = 1_000_000_000;
 
+/// How far the ids that replicas are given jump, likewise (rule N12 of peer sets): small, since some databases want small ones.
+const ID_JUMP: u64 = 1000;
+
+/// Where peer sets are kept.
+const PEER_SETS: &str = "peers/sets/";
+
 /// Operations of one commit. etcd takes at most 128 with what a commit adds to them.
 const BATCH: usize = 100;
 
@@ -82,7 +88,11 @@ pub async fn restore(store: &dyn Store, backup: Backup, replace: bool) -> Result
     let when = if replace { Condition::Always } else { Condition::Absent };
     let written = entries.len();
     let puts = entries.into_iter().map(|Entry { key, value, .. }| {
-        let value = if key.starts_with(record::INSTANCES) { without_owner(value) } else { value };
+        let value = match &*key {
+            key if key.starts_with(record::INSTANCES) => without_owner(value),
+            key if key.starts_with(PEER_SETS) => with_later_ids(value),
+            _ => value,
+        };
         Op::Put { key, value, when }
     });
     let ops: Vec<_> = removals.into_iter().chain(puts).collect();
@@ -98,6 +108,18 @@ pub async fn restore(store: &dyn Store, backup: Backup, replace: bool) -> Result
 fn without_owner(value: Bytes) -> Bytes {
     match v1::Instance::decode(value.clone()) {
         Ok(instance) => v1::Instance { owner: String::new(), ..instance }.encode_to_vec().into(),
+        // Whoever reads it reports it.
+        Err(_) => value,
+    }
+}
+
+/// Replicas that came after the backup have ids that it does not know of.
+fn with_later_ids(value: Bytes) -> Bytes {
+    match v1::PeerSetRecord::decode(value.clone()) {
+        Ok(record) => {
+            let next_node = record.next_node.saturating_add(ID_JUMP);
+            v1::PeerSetRecord { next_node, ..record }.encode_to_vec().into()
+        }
         // Whoever reads it reports it.
         Err(_) => value,
     }

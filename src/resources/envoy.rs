@@ -228,9 +228,9 @@ fn cluster_not_found() -> LocalReplyConfig {
 }
 
 /// One table for all names of the view, so it changes only when one of them comes or goes.
-pub(super) fn routes<'a>(names: impl Iterator<Item = (Arc<str>, Source<'a>)>, view: &View) -> Resource {
+pub(super) fn routes(names: &[(Arc<str>, Source<'_>)], view: &View) -> Resource {
     let mut virtual_hosts: Vec<_> = if view.on_demand {
-        let (leaders, others): (Vec<_>, Vec<_>) = names.partition(|(_, source)| source.is_leader());
+        let (leaders, others): (Vec<_>, Vec<_>) = names.iter().partition(|(_, source)| source.is_leader());
         let hosts = [("services", others, retry_policy()), ("leaders", leaders, leader_retry_policy())];
         let hosts = hosts.into_iter().filter_map(|(host, names, retry_policy)| {
             let names = names.iter().map(|(name, _)| name.to_string()).collect();
@@ -241,7 +241,7 @@ pub(super) fn routes<'a>(names: impl Iterator<Item = (Arc<str>, Source<'a>)>, vi
         let policies = [retry_policy(), leader_retry_policy()];
         let [of_others, of_leaders] = &policies;
         let of = |source: Source<'_>| if source.is_leader() { of_leaders } else { of_others };
-        names.map(|(name, source)| virtual_host(&name, Some(of(source).clone()))).collect()
+        names.iter().map(|(name, source)| virtual_host(name, Some(of(*source).clone()))).collect()
     };
     // No service can have this name.
     virtual_hosts.push(host("*", vec!["*".to_owned()], vec![no_such_service(view)]));

@@ -120,7 +120,7 @@ pub fn update_beside(
             }
         }
         Changes::Resync => {
-            let all: BTreeMap<_, _> = Source::all(snapshot, view).collect();
+            let all: BTreeMap<_, _> = Source::all(snapshot, view).into_iter().collect();
             all.iter().for_each(|(name, source)| settle(name, Some(*source), Touched::All));
             let names = old.iter(ResourceType::Cluster).map(|(name, _)| name);
             names.filter(|name| !all.contains_key(*name)).for_each(|name| settle(name, None, Touched::All));
@@ -132,7 +132,7 @@ pub fn update_beside(
             out.push(Change::Put(envoy::listener(view)));
         }
         if names_changed || old.get(ResourceType::Route, OUTBOUND).is_none() {
-            out.push(Change::Put(envoy::routes(Source::all(snapshot, view), view)));
+            out.push(Change::Put(envoy::routes(&Source::all(snapshot, view), view)));
         }
         out.extend(tcp::listeners(old, snapshot, changes, view));
     }

@@ -27,16 +27,15 @@ impl<'a> Source<'a> {
         view.includes_group(&id, group).then_some(Self::Group(service, group))
     }
 
-    /// Everything that a view is told of, each once.
-    pub(super) fn all(
-        snapshot: &'a Snapshot,
-        view: &View,
-    ) -> Box<dyn Iterator<Item = (Arc<str>, Source<'a>)> + 'a> {
+    /// Everything that a view is told of, each once, by name.
+    pub(super) fn all(snapshot: &'a Snapshot, view: &View) -> Vec<(Arc<str>, Self)> {
         let of_service = move |service: &'a Arc<Service>| {
             std::iter::once((service.id.shared(), Self::Service(service))).chain(groups(service, snapshot))
         };
         let Some(names) = &view.upstreams else {
-            return Box::new(snapshot.services().flat_map(of_service));
+            let mut all: Vec<_> = snapshot.services().flat_map(of_service).collect();
+            all.sort_by(|(a, _), (b, _)| a.cmp(b));
+            return all;
         };
         let mut all = BTreeMap::new();
         for name in names.iter() {
@@ -45,7 +44,7 @@ impl<'a> Source<'a> {
             let group = Self::of(name.as_str(), snapshot, view);
             all.extend(group.map(|source| (name.as_str().into(), source)));
         }
-        Box::new(all.into_iter())
+        all.into_iter().collect()
     }
 
     pub(super) fn is_leader(self) -> bool {
@@ -93,7 +92,7 @@ fn groups<'a>(
 
 /// The names that a view is told of, each the name of its cluster.
 pub fn names(snapshot: &Snapshot, view: &View) -> Vec<String> {
-    Source::all(snapshot, view).map(|(name, _)| name.to_string()).collect()
+    Source::all(snapshot, view).iter().map(|(name, _)| name.to_string()).collect()
 }
 
 /// The service whose instances are behind a name, all or some of them.

@@ -7,6 +7,7 @@ use super::{
     Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, Subscription,
     TypeStatus,
     asked::{Asked, Decode},
+    by_type::ByType,
     response::Head,
     subscription::Terms,
     track::{Outstanding, Track},
@@ -430,7 +431,7 @@ impl<V: Variant> Engine<V> {
     /// Likewise the members of the collections that its endpoints are in, and after those: a cluster that does not get them
     /// anew has no endpoints at all (rule L4).
     fn repush_members(&mut self, set: &ResourceSet) {
-        let [_, Some(endpoints), members, ..] = &mut self.tracks else { return };
+        let ByType([_, Some(endpoints), members, ..]) = &mut self.tracks else { return };
         for name in endpoints.outstanding.iter().flat_map(|outstanding| outstanding.names.iter()) {
             if !self.warming.remove(name) {
                 continue;
@@ -447,8 +448,8 @@ impl<V: Variant> Engine<V> {
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
         let released = self.release_members(set)?;
-        let mut others = self.tracks.iter().flatten().filter(|track| track.kind != ResourceType::LbEndpoint);
-        if others.all(|track| track.held.is_empty()) {
+        let is_other = |track: &Track| track.kind != ResourceType::LbEndpoint;
+        if self.tracks.iter().flatten().all(|track| track.held.is_empty() || !is_other(track)) {
             return Ok(released);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);
@@ -466,8 +467,7 @@ impl<V: Variant> Engine<V> {
                 return Ok(released);
             }
         }
-        let others = |track: &&mut Box<Track>| track.kind != ResourceType::LbEndpoint;
-        for track in self.tracks.iter_mut().flatten().filter(others) {
+        for track in self.tracks.iter_mut().flatten().filter(|track| is_other(track)) {
             track.due.extend(mem::take(&mut track.held).into_keys());
         }
         Ok(true)
@@ -475,7 +475,7 @@ impl<V: Variant> Engine<V> {
 
     /// Removes members that were held, once the client has all endpoints: those that it has refer to no collection that went.
     fn release_members(&mut self, set: &Arc<ResourceSet>) -> Result<bool, ProtocolError> {
-        let [_, endpoints, Some(members), ..] = &mut self.tracks else { return Ok(false) };
+        let ByType([_, endpoints, Some(members), ..]) = &mut self.tracks else { return Ok(false) };
         if members.held.is_empty() {
             return Ok(false);
         }
@@ -530,40 +530,20 @@ impl<V: Variant> Engine<V> {
 
     /// Where the stream stands with a type, if it has anything to do with it.
     pub(super) fn track(&self, kind: ResourceType) -> Option<&Track> {
-        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &self.tracks;
-        match kind {
-            ResourceType::Cluster => cluster,
-            ResourceType::Endpoints => endpoints,
-            ResourceType::LbEndpoint => lb_endpoint,
-            ResourceType::Listener => listener,
-            ResourceType::Route => route,
-            ResourceType::VirtualHost => virtual_host,
-        }
-        .as_deref()
+        self.tracks.of(kind).as_deref()
     }
 
     fn known_mut(&mut self, kind: ResourceType) -> Option<&mut Track> {
-        slot(&mut self.tracks, kind).as_deref_mut()
+        self.tracks.of_mut(kind).as_deref_mut()
     }
 }
 
-/// In push order; a type that a stream never asked for costs it nothing.
-type Tracks = [Option<Box<Track>>; 6];
-
-fn slot(tracks: &mut Tracks, kind: ResourceType) -> &mut Option<Box<Track>> {
-    let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = tracks;
-    match kind {
-        ResourceType::Cluster => cluster,
-        ResourceType::Endpoints => endpoints,
-        ResourceType::LbEndpoint => lb_endpoint,
-        ResourceType::Listener => listener,
-        ResourceType::Route => route,
-        ResourceType::VirtualHost => virtual_host,
-    }
-}
+/// A type that a stream never asked for costs it nothing.
+type Tracks = ByType<Option<Box<Track>>>;
 
 fn track_mut<'a>(tracks: &'a mut Tracks, kind: ResourceType, config: &Config) -> &'a mut Track {
-    slot(tracks, kind)
+    tracks
+        .of_mut(kind)
         .get_or_insert_with(|| Box::new(Track::new(kind, config.resend_on_reconnect.contains(&kind))))
 }
 

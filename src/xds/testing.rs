@@ -1,6 +1,11 @@
 //! Builders and a bench for tests: scripts read as data, responses are decoded from their real bytes.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    iter,
+    sync::Arc,
+    time::Duration,
+};
 
 use envoy_types::pb::{
     envoy::{
@@ -374,6 +379,20 @@ impl<V: Speak> Bench<V> {
         self.now += time;
     }
 
+    /// Takes in all that is on the way to it, and sends all that it then may. Returns how much that is.
+    pub(super) fn exchange(
+        &mut self,
+        requests: &mut VecDeque<V::Request>,
+        responses: &mut VecDeque<Sent>,
+    ) -> usize {
+        for request in requests.drain(..) {
+            self.request(request);
+        }
+        let before = responses.len();
+        responses.extend(iter::from_fn(|| self.next()));
+        responses.len() - before
+    }
+
     pub(super) fn next(&mut self) -> Option<Sent> {
         let set = self.set.clone()?;
         if self.served.news().now_or_never() == Some(true) {
@@ -421,7 +440,7 @@ impl<V: Speak> Bench<V> {
 
     /// Everything that is sent now.
     pub(super) fn out(&mut self) -> Vec<String> {
-        std::iter::from_fn(|| self.next()).map(|sent| sent.show()).collect()
+        iter::from_fn(|| self.next()).map(|sent| sent.show()).collect()
     }
 
     pub(super) fn answer(&mut self, kind: ResourceType, error: Option<&str>) -> Heard {

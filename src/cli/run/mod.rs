@@ -7,7 +7,7 @@ mod registrar;
 use std::{collections::BTreeMap, ffi::OsString, fmt, io::Write as _, net::SocketAddr, time::Duration};
 
 use crate::{
-    cli::{Failure, Global},
+    cli::{Failure, Global, parse},
     client::Servers,
     health::{Ask, Command, Network, Outcome, Prober},
     model::{
@@ -25,7 +25,7 @@ const CHECK: Duration = Duration::from_secs(2);
 /// Longest look at the port before the command is started.
 const GLANCE: Duration = Duration::from_millis(200);
 
-const LONG: &str = "\
+pub(super) const LONG: &str = "\
 Starts COMMAND and registers it as an instance of a service once its check passes. The registration lasts as long as \
 this program: when the command ends, however it ends, it is removed at once.
 
@@ -48,7 +48,7 @@ Examples:
 
 /// Run a command as an instance of a service.
 #[derive(Debug, Clone, clap::Args)]
-#[command(long_about = LONG, after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct RunArgs {
     /// The service that the command is an instance of
     #[arg(long)]
@@ -93,7 +93,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     weight: i64,
     /// What else to tell of it; may be given several times
-    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::pair)]
     metadata: Vec<(String, String)>,
     /// Longest wait for the proxies to acknowledge a drain
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
@@ -277,13 +277,6 @@ fn probe(words: &[String], path: Option<&str>) -> Result<Option<Probe>, String> 
     }
     let wrong = |error| format!("{error}; or none");
     text.parse().map(Some).map_err(wrong)
-}
-
-fn key_value(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(format!("{} is not KEY=VALUE, such as version=1.2", excerpt(text))),
-    }
 }
 
 /// The name of this machine; empty when it has none.

@@ -45,13 +45,7 @@ fn ports(set: &ResourceSet, name: &str) -> String {
     let sent = load_assignment(set, name);
     assert_eq!(sent.cluster_name, name);
     let mut ports: Vec<_> = sent.endpoints.iter().flat_map(|locality| &locality.lb_endpoints).collect();
-    let port = |endpoint: &envoy_types::pb::envoy::config::endpoint::v3::LbEndpoint| {
-        let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else { panic!("no host") };
-        let address = host.address.as_ref().and_then(|address| address.address.clone());
-        let Some(address::Address::SocketAddress(socket)) = address else { panic!("no address") };
-        let Some(PortSpecifier::PortValue(port)) = socket.port_specifier else { panic!("no port") };
-        port
-    };
+    let port = |endpoint: &LbEndpoint| socket(endpoint).1;
     ports.sort_by_key(|endpoint| port(endpoint));
     let shown = ports.iter().map(|endpoint| {
         let health = match endpoint.health_status() {

@@ -19,7 +19,7 @@ mod writer;
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
@@ -271,6 +271,9 @@ impl Store for FileStore {
 fn create_dir(dir: &Path) -> Result<(), FileError> {
     if dir.is_dir() {
         return Ok(());
+    }
+    if dir.exists() {
+        return Err(at(dir)(ErrorKind::NotADirectory.into()));
     }
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(at(dir))?;
     match dir.parent() {

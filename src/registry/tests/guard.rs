@@ -1,19 +1,10 @@
 //! Guards with real connections to instances, in paused time.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::net::SocketAddr;
 
 use tokio::{net::TcpListener, time::Instant};
 
-use super::{
-    ask::tests::silence,
-    tests::{GRACE, Node, TTL, ids, key, node, refused, registration},
-    *,
-};
-use crate::{
-    catalog::Reader,
-    model::Revision,
-    store::{MemoryStore, Store},
-};
+use super::{super::ask::tests::silence, *};
 
 /// A port at which a process accepts connections, until it is dropped.
 struct Process {
