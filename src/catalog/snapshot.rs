@@ -3,7 +3,9 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::{endpoints::Endpoints, live::Live};
-use crate::model::{Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, ServiceId};
+use crate::model::{
+    Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, Role, Roles, ServiceId,
+};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
 #[derive(Debug, Clone, Default)]
@@ -20,8 +22,12 @@ pub struct Snapshot {
 pub struct Service {
     /// Its name.
     pub id: ServiceId,
-    /// The change that last touched it or one of its instances.
+    /// The change that last touched it, its roles or one of its instances.
     pub revision: Revision,
+    /// Which of its instances does what, if it is replicated. They may be known before it or its instances are.
+    pub roles: Option<Arc<Roles>>,
+    /// Whether it is there for more than its roles.
+    pub(super) registered: bool,
     pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
     stale: usize,
     /// Kept up for a large service only.
@@ -33,8 +39,12 @@ pub struct Service {
 pub enum Change {
     /// The service exists.
     PutService(ServiceId),
-    /// The service and its instances are gone.
+    /// The service and its instances are gone. Roles stay until they are removed, and the service with them.
     RemoveService(ServiceId),
+    /// This is what the service's instances do; it exists.
+    PutRoles(ServiceId, Arc<Roles>),
+    /// Nobody says any more what its instances do. It is gone if there was no more to it.
+    RemoveRoles(ServiceId),
     /// This is what the instance is now, except that the same incarnation keeps its health while it is checked; its service
     /// exists.
     PutInstance(Instance),
@@ -52,7 +62,10 @@ impl Change {
     /// What it touches in the snapshot: an instance, or the service as such. `None` where it is for the board only.
     pub(super) fn touches(&self) -> Option<(&ServiceId, Option<&InstanceId>)> {
         match self {
-            Self::PutService(id) | Self::RemoveService(id) => Some((id, None)),
+            Self::PutService(id)
+            | Self::RemoveService(id)
+            | Self::PutRoles(id, _)
+            | Self::RemoveRoles(id) => Some((id, None)),
             Self::PutInstance(Instance { key, .. })
             | Self::RemoveInstance(key)
             | Self::PutHealth(key, ..) => Some((&key.service, Some(&key.id))),
@@ -79,6 +92,16 @@ impl Service {
     /// How many of them are stale.
     pub fn stale(&self) -> usize {
         self.stale
+    }
+
+    /// Whether it is there for more than its roles.
+    pub fn is_registered(&self) -> bool {
+        self.registered
+    }
+
+    /// What an instance does; `None` where instances have no roles.
+    pub fn role(&self, id: &InstanceId) -> Option<Role> {
+        self.roles.as_ref().map(|roles| roles.of(id))
     }
 }
 
@@ -126,14 +149,34 @@ impl Snapshot {
         for change in changes {
             match change {
                 Change::PutService(id) => {
-                    next.service_mut(revision, &id);
+                    next.service_mut(revision, &id).registered = true;
                 }
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
                         next.stale -= service.stale;
+                        if let Some(roles) = &service.roles {
+                            let left = next.service_mut(revision, &id);
+                            left.roles = Some(Arc::clone(roles));
+                        }
                     }
                 }
+                Change::PutRoles(id, roles) => {
+                    let service = next.service_mut(revision, &id);
+                    service.revision = revision;
+                    service.roles = Some(roles);
+                }
+                Change::RemoveRoles(id) => match next.services.get(&id) {
+                    Some(service) if !service.registered => {
+                        next.services.remove(&id);
+                    }
+                    Some(service) if service.roles.is_some() => {
+                        let service = next.service_mut(revision, &id);
+                        service.revision = revision;
+                        service.roles = None;
+                    }
+                    Some(_) | None => {}
+                },
                 Change::PutInstance(mut instance) => {
                     if instance.check.is_some()
                         && let Some(present) = next.instance(&instance.key)
@@ -170,6 +213,7 @@ impl Snapshot {
             instance.key.service.clone_from(&service.id);
             Arc::new(instance)
         });
+        service.registered |= instance.is_some();
         let before = match &instance {
             Some(instance) => service.instances.insert(key.id, Arc::clone(instance)),
             None => service.instances.remove(&key.id),
@@ -186,7 +230,8 @@ impl Snapshot {
     fn service_mut(&mut self, revision: Revision, id: &ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
             let instances = imbl::OrdMap::new();
-            Arc::new(Service { id: id.clone(), revision, instances, stale: 0, endpoints: None })
+            let (roles, registered) = (None, false);
+            Arc::new(Service { id: id.clone(), revision, roles, registered, instances, stale: 0, endpoints: None })
         });
         Arc::make_mut(service)
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    instance::{COLUMNS, endpoint, row},
+    instance::{endpoint, table},
     output::{
         Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, number, print,
         render, some_of,
@@ -197,6 +197,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
+        "roles": answer.get("roles"),
         "stale": answer.get("stale"),
     });
     Ok(View { document, items: None, table: service_table, empty: "" })
@@ -225,6 +226,15 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
             number(document, "/held")
         ));
     }
+    if let Some(roles) = document.get("roles").filter(|roles| !roles.is_null()) {
+        let leader = match cell(roles, "/leader").as_str() {
+            "-" => "none now".to_owned(),
+            leader => leader.to_owned(),
+        };
+        let name = field("/name");
+        text.push_str(&format!("Leader     {leader}, term {}\n", number(roles, "/term")));
+        text.push_str(&format!("Called     {name}, {name}.leader, {name}.followers, {name}.any\n"));
+    }
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
     }
@@ -235,10 +245,9 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     }
     text.push('\n');
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
-    let rows: Vec<_> = instances.map(row).collect();
-    if !rows.is_empty() {
+    if instances.clone().next().is_some() {
         text.push('\n');
-        text.push_str(&render(&COLUMNS, &rows, width));
+        text.push_str(&table(instances, width));
     }
     text
 }
@@ -316,6 +325,33 @@ mod tests {
         let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[1], ["r", "z\\u{1b}", "-", "2", "12.345", "0.0", "3"], "{text}");
         assert!(text.ends_with("\nDropped by clients, calls a second: other 0.5\n"), "{text}");
+    }
+
+    #[test]
+    fn who_leads() {
+        let instance = |id: &str, role: &str| {
+            json!({"service": "db", "id": id, "address": "127.0.0.1", "port": 1, "state": "serving", "role": role,
+                   "weight": 1, "locality": {"zone": ""}, "registered_at": "2000-01-01T00:00:00Z"})
+        };
+        let document = |leader: Value| {
+            json!({"name": "db", "revision": 7, "zones": {}, "proxies": {"acknowledged": 0, "pending": []},
+                   "roles": {"term": 3, "leader": leader},
+                   "instances": [instance("a", "leader"), instance("b", "follower")]})
+        };
+        let text = service_table(&document(json!("a")), Some(100));
+        assert!(
+            text.contains("\nLeader     a, term 3\nCalled     db, db.leader, db.followers, db.any\n"),
+            "{text}"
+        );
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        let rows = &rows[rows.len() - 3..];
+        assert_eq!(
+            rows.iter().map(|row| row[3]).collect::<Vec<_>>(),
+            ["ROLE", "leader", "follower"],
+            "{text}"
+        );
+        let text = service_table(&document(Value::Null), Some(100));
+        assert!(text.contains("\nLeader     none now, term 3\n"), "{text}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod lock;
 mod members;
 mod registration;
 mod roles;
+mod upstream;
 
 pub use health::{Check, Health, HealthReport, Probe, RawCheck, RawKind, ServerCheck, Statuses, Verdict};
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
@@ -23,3 +24,4 @@ pub use registration::{
     Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,
 };
 pub use roles::{Role, Roles};
+pub use upstream::{Group, Upstream};

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Columns of [`row`].
-pub(in crate::cli) const COLUMNS: [Column; 17] = [
+const COLUMNS: [Column; 17] = [
     Column::new("SERVICE"),
     Column::new("ID"),
     Column::whole("ADDRESS"),
@@ -33,8 +33,27 @@ pub(in crate::cli) const COLUMNS: [Column; 17] = [
     Column::wide("STALE"),
 ];
 
+/// Where the role comes in, if any of the instances has one: few services are replicated.
+const ROLE_AT: usize = 3;
+
+/// Instances as a table.
+pub(in crate::cli) fn table<'a>(
+    instances: impl Iterator<Item = &'a Value> + Clone,
+    width: Option<usize>,
+) -> String {
+    let mut columns = COLUMNS.to_vec();
+    let mut rows: Vec<_> = instances.clone().map(row).collect();
+    if instances.clone().any(|instance| instance.get("role").is_some()) {
+        columns.insert(ROLE_AT, Column::whole("ROLE"));
+        rows.iter_mut()
+            .zip(instances)
+            .for_each(|(row, instance)| row.insert(ROLE_AT, cell(instance, "/role")));
+    }
+    render(&columns, &rows, width)
+}
+
 /// One instance as a row of a table.
-pub(in crate::cli) fn row(instance: &Value) -> Vec<String> {
+fn row(instance: &Value) -> Vec<String> {
     vec![
         cell(instance, "/service"),
         cell(instance, "/id"),
@@ -130,8 +149,7 @@ fn metadata(instance: &Value, separator: &str) -> String {
 /// A list of instances.
 pub(super) fn many(document: &Value, width: Option<usize>) -> String {
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
-    let rows: Vec<_> = instances.map(row).collect();
-    render(&COLUMNS, &rows, width)
+    table(instances, width)
 }
 
 /// Everything about one instance.
@@ -143,6 +161,7 @@ pub(super) fn one(instance: &Value, _: Option<usize>) -> String {
         ("Incarnation", field("/incarnation")),
         ("Address", endpoint(instance)),
         ("State", field("/state")),
+        ("Role", field("/role")),
         ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
         ("Health", health(instance)),
         ("Check", check(instance)),
@@ -158,7 +177,8 @@ pub(super) fn one(instance: &Value, _: Option<usize>) -> String {
         ("Revision", field("/revision")),
         ("Metadata", metadata(instance, "\n             ")),
     ];
-    rows.iter().map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
+    let rows = rows.iter().filter(|(name, value)| *name != "Role" || value != "-");
+    rows.map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
 }
 
 /// What an instance was at a time.
@@ -249,6 +269,9 @@ pub(super) fn explained(document: &Value, width: Option<usize>) -> String {
         ("Seen by", seen),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
+    if instance.get("role").is_some() {
+        text.push_str(&format!("{:<10}  {}\n", "Role", cell(instance, "/role")));
+    }
     if let Some(stale) = stale {
         text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
     }
