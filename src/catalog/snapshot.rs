@@ -12,6 +12,7 @@ pub struct Snapshot {
     services: imbl::OrdMap<ServiceId, Arc<Service>>,
     instances: usize,
     stale: usize,
+    damped: usize,
     pub(super) taken: Option<Instant>,
 }
 
@@ -24,6 +25,7 @@ pub struct Service {
     pub revision: Revision,
     pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
     stale: usize,
+    damped: usize,
     /// Kept up for a large service only.
     pub(super) endpoints: Option<Box<Endpoints>>,
 }
@@ -74,6 +76,11 @@ impl Service {
     pub fn stale(&self) -> usize {
         self.stale
     }
+
+    /// How many of them are damped.
+    pub fn damped(&self) -> usize {
+        self.damped
+    }
 }
 
 impl Snapshot {
@@ -112,6 +119,11 @@ impl Snapshot {
         self.stale
     }
 
+    /// How many of them are damped.
+    pub fn damped(&self) -> usize {
+        self.damped
+    }
+
     /// The state after `changes`, as of `revision`. Costs as much as the changes.
     #[must_use]
     pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
@@ -126,6 +138,7 @@ impl Snapshot {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
                         next.stale -= service.stale;
+                        next.damped -= service.damped;
                     }
                 }
                 Change::PutInstance(mut instance) => {
@@ -165,18 +178,21 @@ impl Snapshot {
             None => service.instances.remove(&key.id),
         };
         service.follow(before.as_deref(), instance.as_ref());
-        let count = |it: &Option<Arc<Instance>>| usize::from(it.is_some());
-        let stale =
-            |it: &Option<Arc<Instance>>| usize::from(it.as_ref().is_some_and(|it| it.stale.is_some()));
-        service.stale = service.stale + stale(&instance) - stale(&before);
-        self.stale = self.stale + stale(&instance) - stale(&before);
-        self.instances = self.instances + count(&instance) - count(&before);
+        let counts = |it: &Option<Arc<Instance>>| {
+            let (is, stale) = (it.is_some(), it.as_ref().is_some_and(|it| it.stale.is_some()));
+            [is, stale, it.as_ref().is_some_and(|it| it.damped.is_some())].map(usize::from)
+        };
+        let ([is, stale, damped], [was, was_stale, was_damped]) = (counts(&instance), counts(&before));
+        (service.stale, service.damped) =
+            (service.stale + stale - was_stale, service.damped + damped - was_damped);
+        (self.stale, self.damped) = (self.stale + stale - was_stale, self.damped + damped - was_damped);
+        self.instances = self.instances + is - was;
     }
 
     fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
             let instances = imbl::OrdMap::new();
-            Arc::new(Service { id, revision, instances, stale: 0, endpoints: None })
+            Arc::new(Service { id, revision, instances, stale: 0, endpoints: None, damped: 0 })
         });
         Arc::make_mut(service)
     }

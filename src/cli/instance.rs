@@ -317,13 +317,16 @@ pub(super) fn instance_row(instance: &Value) -> Vec<String> {
         cell(instance, "/registered_at"),
         cell(instance, "/health/reason"),
         metadata(instance, ","),
-        cell(instance, "/stale/reason"),
+        match cell(instance, "/stale/reason") {
+            reason if reason.is_empty() => cell(instance, "/damped/reason"),
+            reason => reason,
+        },
     ]
 }
 
 fn state(instance: &Value) -> String {
-    let mark = if instance.get("stale").is_some() { ", stale" } else { "" };
-    cell(instance, "/state") + mark
+    let marks = ["stale", "damped"].into_iter().filter(|mark| instance.get(mark).is_some());
+    marks.fold(cell(instance, "/state"), |state, mark| format!("{state}, {mark}"))
 }
 
 /// `None` for an instance that is not stale.
@@ -331,6 +334,12 @@ fn stale(instance: &Value) -> Option<String> {
     instance.get("stale")?;
     let age = age(instance, "/stale/since", rt::now());
     Some(format!("for {age}: {}", cell(instance, "/stale/reason")))
+}
+
+/// `None` for an instance that proxies are told of, as far as that goes.
+fn damped(instance: &Value) -> Option<String> {
+    instance.get("damped")?;
+    Some(format!("until {}: {}", cell(instance, "/damped/until"), cell(instance, "/damped/reason")))
 }
 
 pub(super) fn endpoint(instance: &Value) -> String {
@@ -406,6 +415,7 @@ fn instance_table(instance: &Value, _: Option<usize>) -> String {
         ("Address", endpoint(instance)),
         ("State", field("/state")),
         ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
+        ("Damped", damped(instance).unwrap_or_else(|| "no".to_owned())),
         ("Health", health(instance)),
         ("Check", check(instance)),
         ("Weight", field("/weight")),
@@ -512,6 +522,9 @@ fn explain_table(document: &Value, width: Option<usize>) -> String {
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
     if let Some(stale) = stale {
         text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
+    }
+    if let Some(damped) = damped(instance) {
+        text.push_str(&format!("{:<10}  {damped}\n", "Damped"));
     }
     let columns = [
         Column::new("NODE"),
