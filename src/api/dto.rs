@@ -42,6 +42,15 @@ pub(super) struct InstanceDto {
     registered_at: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     stale: Option<StaleDto>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damped: Option<DampedDto>,
+}
+
+/// Until when proxies are not told of an instance that comes and goes.
+#[derive(Debug, Serialize)]
+struct DampedDto {
+    until: String,
+    reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -85,6 +94,7 @@ impl From<&Instance> for InstanceDto {
             owner,
             registered_at,
             stale,
+            damped,
         } = instance;
         Self {
             service: key.service.to_string(),
@@ -113,6 +123,9 @@ impl From<&Instance> for InstanceDto {
             stale: stale
                 .as_ref()
                 .map(|stale| StaleDto { since: timestamp(stale.since), reason: stale.reason.clone() }),
+            damped: damped
+                .as_ref()
+                .map(|damped| DampedDto { until: timestamp(damped.until), reason: damped.reason.clone() }),
         }
     }
 }

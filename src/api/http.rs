@@ -28,7 +28,7 @@ use super::{
 use crate::{
     health::Status,
     model::{Fields, Problems, Revision, excerpt, format_duration},
-    registry::{self, Accepted, Membership, Registry},
+    registry::{self, Accepted, Membership, Registry, Released},
 };
 
 /// All routes.
@@ -161,8 +161,8 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
 }
 
 async fn release(Called(registry): Called, Path(service): Path<String>) -> Reply {
-    let (revision, removed) = registry.release(service_id(&service)?).await?;
-    Ok(Json(json!({"revision": revision.0, "removed": removed})).into_response())
+    let Released { revision, removed, published } = registry.release(service_id(&service)?).await?;
+    Ok(Json(json!({"revision": revision.0, "removed": removed, "published": published})).into_response())
 }
 
 async fn list_instances(
@@ -335,7 +335,7 @@ async fn index() -> &'static str {
      GET    /v1/services                               all services\n\
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
-     POST   /v1/services/{service}/release             remove its stale instances, whatever they answer\n\
+     POST   /v1/services/{service}/release             remove its stale instances, and show proxies those that are damped\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
      GET    /v1/services/{service}/history             what changed, when, by whom and why; ?since=TIME&id=ID\n\
      GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\

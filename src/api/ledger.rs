@@ -320,6 +320,10 @@ impl Sight {
                 _ if !instance.is_published() => {
                     "it has not passed its check yet: proxies are told of it once it does".to_owned()
                 }
+                _ if instance.damped.is_some() => {
+                    "it is damped, because it comes and goes: proxies are told of it once it has lasted"
+                        .to_owned()
+                }
                 (Health::Draining, _) => "it drains: clients of this kind are told no more of it".to_owned(),
                 (_, Verdict::Unhealthy) => {
                     "its checks fail: clients of this kind are told no more of it".to_owned()

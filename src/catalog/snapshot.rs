@@ -14,6 +14,7 @@ pub struct Snapshot {
     services: imbl::OrdMap<ServiceId, Arc<Service>>,
     instances: usize,
     stale: usize,
+    damped: usize,
     pub(super) taken: Option<Instant>,
 }
 
@@ -30,6 +31,7 @@ pub struct Service {
     pub(super) registered: bool,
     pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
     stale: usize,
+    damped: usize,
     /// Kept up for a large service only.
     pub(super) endpoints: Option<Box<Endpoints>>,
 }
@@ -94,6 +96,11 @@ impl Service {
         self.stale
     }
 
+    /// How many of them are damped.
+    pub fn damped(&self) -> usize {
+        self.damped
+    }
+
     /// Whether it is there for more than its roles.
     pub fn is_registered(&self) -> bool {
         self.registered
@@ -141,6 +148,11 @@ impl Snapshot {
         self.stale
     }
 
+    /// How many of them are damped.
+    pub fn damped(&self) -> usize {
+        self.damped
+    }
+
     /// The state after `changes`, as of `revision`. Costs as much as the changes.
     #[must_use]
     pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
@@ -155,6 +167,7 @@ impl Snapshot {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
                         next.stale -= service.stale;
+                        next.damped -= service.damped;
                         if let Some(roles) = &service.roles {
                             let left = next.service_mut(revision, &id);
                             left.roles = Some(Arc::clone(roles));
@@ -219,19 +232,29 @@ impl Snapshot {
             None => service.instances.remove(&key.id),
         };
         service.follow(before.as_deref(), instance.as_ref());
-        let count = |it: &Option<Arc<Instance>>| usize::from(it.is_some());
-        let stale =
-            |it: &Option<Arc<Instance>>| usize::from(it.as_ref().is_some_and(|it| it.stale.is_some()));
-        service.stale = service.stale + stale(&instance) - stale(&before);
-        self.stale = self.stale + stale(&instance) - stale(&before);
-        self.instances = self.instances + count(&instance) - count(&before);
+        let counts = |it: &Option<Arc<Instance>>| {
+            let (is, stale) = (it.is_some(), it.as_ref().is_some_and(|it| it.stale.is_some()));
+            [is, stale, it.as_ref().is_some_and(|it| it.damped.is_some())].map(usize::from)
+        };
+        let ([is, stale, damped], [was, was_stale, was_damped]) = (counts(&instance), counts(&before));
+        (service.stale, service.damped) =
+            (service.stale + stale - was_stale, service.damped + damped - was_damped);
+        (self.stale, self.damped) = (self.stale + stale - was_stale, self.damped + damped - was_damped);
+        self.instances = self.instances + is - was;
     }
 
     fn service_mut(&mut self, revision: Revision, id: &ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
-            let instances = imbl::OrdMap::new();
-            let (roles, registered) = (None, false);
-            Arc::new(Service { id: id.clone(), revision, roles, registered, instances, stale: 0, endpoints: None })
+            Arc::new(Service {
+                id: id.clone(),
+                revision,
+                roles: None,
+                registered: false,
+                instances: imbl::OrdMap::new(),
+                stale: 0,
+                damped: 0,
+                endpoints: None,
+            })
         });
         Arc::make_mut(service)
     }

@@ -160,6 +160,7 @@ mod tests {
             owner: None,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,
+            damped: None,
             stale: port
                 .is_multiple_of(2)
                 .then(|| Box::new(Stale { since: SystemTime::UNIX_EPOCH, reason: String::new() })),

@@ -51,11 +51,13 @@ pub(super) enum Command {
         #[command(flatten)]
         options: ShowOptions,
     },
-    /// Remove the stale instances of a service
+    /// Remove the stale instances of a service, and show proxies those that are damped
     #[command(
-        long_about = "Remove the stale instances of a service.\n\nWhen more leases end at once than can be believed, the \
-                      instances that do not refuse connections are held: they go on taking calls, and are shown as stale. This \
-                      removes them, whatever they answer; one whose owner is alive comes back with its next registration.",
+        long_about = "Remove the stale instances of a service, and show proxies those that are damped.\n\nAn instance whose lease is \
+                      over and that accepts connections is held, as is one that answers nothing when more are silent than can be \
+                      believed: it goes on taking calls, and is shown as stale. This removes it, whatever it answers; one whose \
+                      owner is alive comes back with its next registration.\n\nAn instance that comes and goes is damped: \
+                      proxies are not told of it until it has lasted for a while. This has them told now.",
         after_help = "Example:\n  disco service release greeter"
     )]
     Release {
@@ -111,11 +113,13 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
         Command::Release { service } => {
             let path = format!("/v1/services/{service}/release");
             let answer = http.send(Method::POST, &path, None, Duration::ZERO).await?;
-            print(&match number(&answer, "/removed") {
-                0 => format!("{service} has no stale instances\n"),
-                removed => format!(
-                    "{service}: {} removed at revision {}\n",
+            let (removed, published) = (number(&answer, "/removed"), number(&answer, "/published"));
+            print(&match (removed, published) {
+                (0, 0) => format!("{service} has no stale and no damped instances\n"),
+                _ => format!(
+                    "{service}: {} removed, {} published at revision {}\n",
                     count(removed, "stale instance"),
+                    count(published, "damped instance"),
                     number(&answer, "/revision")
                 ),
             })
@@ -194,6 +198,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
         "draining": draining,
         "unhealthy": unhealthy,
         "held": each().filter(|instance| instance.get("stale").is_some()).count(),
+        "damped": each().filter(|instance| instance.get("damped").is_some()).count(),
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
@@ -222,8 +227,14 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     );
     if number(document, "/held") > 0 {
         text.push_str(&format!(
-            "Stale      {}: their leases are over, with too many others; they stay unless they refuse connections\n",
+            "Stale      {}: their leases are over; they stay unless they refuse connections\n",
             number(document, "/held")
+        ));
+    }
+    if number(document, "/damped") > 0 {
+        text.push_str(&format!(
+            "Damped     {}: they come and go; proxies are told of them when they last\n",
+            number(document, "/damped")
         ));
     }
     if let Some(roles) = document.get("roles").filter(|roles| !roles.is_null()) {

@@ -16,7 +16,7 @@ use crate::{
     catalog::{Change, Live},
     client::check_to_proto,
     model::{
-        Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Role, Roles, ServiceId, Stale,
+        Damped, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Role, Roles, ServiceId, Stale,
         State,
     },
     proto::v1,
@@ -201,6 +201,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         revision,
         registered_at,
         stale,
+        damped,
     } = instance;
     v1::Instance {
         service: key.service.to_string(),
@@ -226,6 +227,9 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         stale: stale
             .as_ref()
             .map(|stale| v1::Stale { since: Some(stale.since.into()), reason: stale.reason.clone() }),
+        damped: damped
+            .as_ref()
+            .map(|damped| v1::Damped { until: Some(damped.until.into()), reason: damped.reason.clone() }),
         owner: owner.as_ref().map(ToString::to_string).unwrap_or_default(),
         check: check.as_deref().map(check_to_proto),
         health: Some(health_to_proto(health)),
@@ -291,6 +295,13 @@ pub(super) fn instance_from_proto(
             }
             None => None,
         },
+        damped: match message.damped {
+            Some(v1::Damped { until, reason }) => {
+                let until = wire_time(until, "damped.until")?.unwrap_or(SystemTime::UNIX_EPOCH);
+                Some(Box::new(Damped { until, reason }))
+            }
+            None => None,
+        },
     })
 }
 
@@ -335,6 +346,10 @@ mod tests {
             stale: Some(Box::new(Stale {
                 since: SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123),
                 reason: "silent".to_owned(),
+            })),
+            damped: Some(Box::new(Damped {
+                until: SystemTime::UNIX_EPOCH + Duration::from_millis(1_900_000_000_123),
+                reason: "comes and goes".to_owned(),
             })),
         }
     }

@@ -57,6 +57,7 @@ impl Inner {
                 let mut next = merge(&registration, present, holder);
                 next.owner = Some(own.clone());
                 let Some(present) = present.filter(|present| present.incarnation == next.incarnation) else {
+                    next.damped = self.damping(&self.catalog.latest(), &key);
                     return Ok(Decision::Put(next.into()));
                 };
                 // The lease comes before the write, so that a removal under way sees it or loses to the write. Where the old
@@ -187,6 +188,7 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         health,
         // Its owner vouches for it.
         stale: None,
+        damped: same_run.and_then(|present| present.damped.clone()),
     }
 }
 

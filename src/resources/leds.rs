@@ -110,7 +110,7 @@ impl<'a> Collections<'a> {
     fn new(origin: u64, service: &'a Service) -> Self {
         let endpoints = service.endpoints();
         let scale = scale(endpoints.weight());
-        let of_all = [scale, endpoints.best() as u32];
+        let of_all = [scale, endpoints.best() as u32 * 2 + u32::from(endpoints.spare_serve())];
         let globs =
             endpoints.localities().map(|(place, _)| (place.clone(), glob(origin, service, of_all, place)));
         Self { globs: globs.collect(), scale, endpoints }

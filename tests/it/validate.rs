@@ -67,6 +67,7 @@ fn instance(service: &str, id: &str, address: &str, zone: &str, state: State) ->
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
         stale: None,
+        damped: None,
         owner: None,
     })
 }

@@ -71,13 +71,16 @@ fn row(instance: &Value) -> Vec<String> {
         cell(instance, "/registered_at"),
         cell(instance, "/health/reason"),
         metadata(instance, ","),
-        cell(instance, "/stale/reason"),
+        match instance.get("stale") {
+            Some(_) => cell(instance, "/stale/reason"),
+            None => cell(instance, "/damped/reason"),
+        },
     ]
 }
 
 fn state(instance: &Value) -> String {
-    let mark = if instance.get("stale").is_some() { ", stale" } else { "" };
-    cell(instance, "/state") + mark
+    let marks = ["stale", "damped"].into_iter().filter(|mark| instance.get(mark).is_some());
+    marks.fold(cell(instance, "/state"), |state, mark| format!("{state}, {mark}"))
 }
 
 /// `None` for an instance that is not stale.
@@ -85,6 +88,12 @@ fn stale(instance: &Value) -> Option<String> {
     instance.get("stale")?;
     let age = age(instance, "/stale/since", rt::now());
     Some(format!("for {age}: {}", cell(instance, "/stale/reason")))
+}
+
+/// `None` for an instance that proxies are told of, as far as that goes.
+fn damped(instance: &Value) -> Option<String> {
+    instance.get("damped")?;
+    Some(format!("until {}: {}", cell(instance, "/damped/until"), cell(instance, "/damped/reason")))
 }
 
 /// Its IP address and port.
@@ -163,6 +172,7 @@ pub(super) fn one(instance: &Value, _: Option<usize>) -> String {
         ("State", field("/state")),
         ("Role", field("/role")),
         ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
+        ("Damped", damped(instance).unwrap_or_else(|| "no".to_owned())),
         ("Health", health(instance)),
         ("Check", check(instance)),
         ("Weight", field("/weight")),
@@ -274,6 +284,9 @@ pub(super) fn explained(document: &Value, width: Option<usize>) -> String {
     }
     if let Some(stale) = stale {
         text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
+    }
+    if let Some(damped) = damped(instance) {
+        text.push_str(&format!("{:<10}  {damped}\n", "Damped"));
     }
     let columns = [
         Column::new("NODE"),

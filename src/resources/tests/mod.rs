@@ -49,6 +49,7 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
         stale: None,
+        damped: None,
         owner: None,
     }
 }
