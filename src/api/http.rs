@@ -59,6 +59,9 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/peers/{set}/refound", routing::post(peers::refound))
         .route("/v1/peers/{set}/peers/{key}", routing::put(peers::register).delete(peers::withdraw))
         .route("/v1/peers/{set}/peers/{key}/report", routing::post(peers::report))
+        .route("/v1/etcd/{set}", routing::get(peers::etcd::list))
+        .route("/v1/etcd/{set}/_config/size", routing::get(peers::etcd::size))
+        .route("/v1/etcd/{set}/{id}", routing::get(peers::etcd::show).put(peers::etcd::put))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
@@ -402,6 +405,7 @@ async fn index() -> &'static str {
      PUT    /v1/peers/{set}/peers/{key}                register a replica: {\"disk\":ID,\"raft\":\"IP:PORT\",\"client\":\"IP:PORT\"}\n\
      DELETE /v1/peers/{set}/peers/{key}                withdraw one that was handed nothing\n\
      POST   /v1/peers/{set}/peers/{key}/report         what it does: {\"role\":\"leader\",\"term\":N}\n\
+     GET    /v1/etcd/{set}                             etcd's v2 discovery: etcd --discovery http://IP:PORT/v1/etcd/{set}\n\
      GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\

@@ -205,11 +205,14 @@ impl Peers {
         Ok((board.revision, known.map(|known| View::new(&known, &snapshot, board.stale)).collect()))
     }
 
-    /// Returns once a set has changed after `seen`. Cancel-safe.
-    pub async fn changed(&self, seen: Revision) {
+    /// Returns once a set has changed after `seen`, and the change. Cancel-safe.
+    pub async fn changed(&self, seen: Revision) -> Revision {
         let mut board = self.inner.board.subscribe();
         // The sender lives as long as `self`.
-        let _ = board.wait_for(|board| board.loaded && board.revision > seen).await;
+        match board.wait_for(|board| board.loaded && board.revision > seen).await {
+            Ok(board) => board.revision,
+            Err(_) => seen,
+        }
     }
 
     fn known(&self, board: &Board, name: &ServiceId) -> Result<Known, Error> {

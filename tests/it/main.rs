@@ -14,6 +14,7 @@
 mod ageing;
 mod bad_input;
 mod chaos;
+mod databases;
 mod guards;
 mod ha;
 mod harness;
@@ -25,7 +26,7 @@ mod live;
 mod load_reports;
 mod locks;
 mod on_demand;
-mod peers;
+mod peer_sets;
 mod per_type;
 mod plain_http;
 mod real_clients;
