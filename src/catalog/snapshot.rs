@@ -49,9 +49,15 @@ pub enum Change {
 }
 
 impl Change {
-    /// Whether it is for the board only.
-    pub(super) fn is_live(&self) -> bool {
-        matches!(self, Self::PutLive(..) | Self::RemoveLive(_))
+    /// What it touches in the snapshot: an instance, or the service as such. `None` where it is for the board only.
+    pub(super) fn touches(&self) -> Option<(&ServiceId, Option<&InstanceId>)> {
+        match self {
+            Self::PutService(id) | Self::RemoveService(id) => Some((id, None)),
+            Self::PutInstance(Instance { key, .. })
+            | Self::RemoveInstance(key)
+            | Self::PutHealth(key, ..) => Some((&key.service, Some(&key.id))),
+            Self::PutLive(..) | Self::RemoveLive(_) => None,
+        }
     }
 
     pub(super) fn removed_service(&self) -> Option<&ServiceId> {
@@ -120,7 +126,7 @@ impl Snapshot {
         for change in changes {
             match change {
                 Change::PutService(id) => {
-                    next.service_mut(revision, id);
+                    next.service_mut(revision, &id);
                 }
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
@@ -157,9 +163,13 @@ impl Snapshot {
 
     /// What an instance is from now on; `None`: it is gone.
     fn set(&mut self, revision: Revision, key: InstanceKey, instance: Option<Instance>) {
-        let instance = instance.map(Arc::new);
-        let service = self.service_mut(revision, key.service);
+        let service = self.service_mut(revision, &key.service);
         service.revision = revision;
+        let instance = instance.map(|mut instance| {
+            // One name in memory for all of them.
+            instance.key.service.clone_from(&service.id);
+            Arc::new(instance)
+        });
         let before = match &instance {
             Some(instance) => service.instances.insert(key.id, Arc::clone(instance)),
             None => service.instances.remove(&key.id),
@@ -173,10 +183,10 @@ impl Snapshot {
         self.instances = self.instances + count(&instance) - count(&before);
     }
 
-    fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
+    fn service_mut(&mut self, revision: Revision, id: &ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
             let instances = imbl::OrdMap::new();
-            Arc::new(Service { id, revision, instances, stale: 0, endpoints: None })
+            Arc::new(Service { id: id.clone(), revision, instances, stale: 0, endpoints: None })
         });
         Arc::make_mut(service)
     }
