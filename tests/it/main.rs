@@ -14,6 +14,7 @@
 mod ageing;
 mod bad_input;
 mod chaos;
+mod databases;
 mod guards;
 mod ha;
 mod harness;
@@ -26,7 +27,6 @@ mod load_reports;
 mod locks;
 mod on_demand;
 mod peer_sets;
-mod peers;
 mod per_type;
 mod plain_http;
 mod real_clients;
