@@ -16,8 +16,8 @@ use crate::{
     catalog::{Change, Live},
     client::check_to_proto,
     model::{
-        Damped, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Role, Roles, ServiceId, Stale,
-        State,
+        Damped, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Role, Roles,
+        ServiceId, Stale, State,
     },
     proto::v1,
     store::Key,
