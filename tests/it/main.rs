@@ -25,6 +25,7 @@ mod live;
 mod load_reports;
 mod locks;
 mod on_demand;
+mod peer_lists;
 mod per_type;
 mod plain_http;
 mod real_clients;
