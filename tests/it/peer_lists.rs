@@ -267,19 +267,75 @@ fn a_replica_is_started_with_its_list_and_again_without_a_server() {
         ensure!(new.output().contains("was never told its list"), "{}", new.output());
         ensure!(!folder.join("started5").exists());
 
-        // Another database is founded in its place: what belongs to the first one stops, and does not start again.
-        disco.start_again()?;
-        disco.wait_ready()?;
-        let cluster = &first["DISCO_CLUSTER_ID"];
+        Ok(())
+    });
+}
+
+/// N2.
+#[test]
+fn a_replica_of_a_database_that_was_given_up_is_stopped() {
+    scene(|folder| {
+        let disco = Disco::start(folder)?;
+        disco_command(&disco, "peers create db --expect 1 --kind etcd")?;
+        let port = free_port()?;
+        let mut first = replica(&disco, 1, port)?;
+        let cluster = started(&disco, 1)?["DISCO_CLUSTER_ID"].clone();
         disco_command(&disco, &format!("peers refound db --give-up {cluster} --expect 1"))?;
-        for replica in replicas.iter_mut().chain([&mut joiner]) {
-            replica.ended(PATIENCE)?;
-        }
-        let mut old = replica(&disco, 1, ports[0])?;
-        ensure!(old.ended(PATIENCE)?.code() == Some(1));
-        ensure!(old.output().contains(cluster.as_str()), "{}", old.output());
+        first.ended(PATIENCE)?;
+        let mut again = replica(&disco, 1, port)?;
+        ensure!(again.ended(PATIENCE)?.code() == Some(1));
+        ensure!(again.output().contains(&cluster), "{}", again.output());
         let sets: Value = disco.get("/v1/peers")?;
         ensure!(sets["sets"][0]["peers"] == 0, "nobody of the first took a place: {sets}");
+        Ok(())
+    });
+}
+
+/// N1, N5: the file is there once the set is founded, and follows its members; who is dead stays in it.
+#[test]
+fn a_file_follows_the_members() {
+    scene(|folder| {
+        let disco = Disco::start(folder)?;
+        disco_command(&disco, "peers create q --expect 2 --kind nats")?;
+        let (file, changes) = (folder.join("routes.conf"), folder.join("changes"));
+        let mut command = disco.command()?;
+        command.args(["peers", "render", "q", "--format", "nats-routes", "--watch", "--out"]).arg(&file);
+        command.arg("--on-change").arg(format!("cat $DISCO_PEERS_FILE >> {}; false", changes.display()));
+        let mut watch = Process::start("watch", folder, &mut command)?;
+        let register = |n: u64| {
+            let line =
+                format!("peers register q n{n} --disk {n} --raft 127.0.0.1:700{n} --client 127.0.0.1:800{n}");
+            disco_command(&disco, &line)
+        };
+        register(1)?;
+        ensure!(!file.exists());
+        register(2)?;
+        let told = |routes: usize| {
+            let told = |text: String| text.matches("nats-route://").count() == routes;
+            eventually("change told", PATIENCE, || {
+                fs::read_to_string(&changes).ok().filter(|t| told(t.clone()))
+            })
+        };
+        let first = told(2)?;
+        ensure!(first == fs::read_to_string(&file)?);
+        watch.wait_for("failure of the command", PATIENCE, |watch| {
+            watch.output().contains("ended with exit status: 1").then_some(())
+        })?;
+
+        register(3)?;
+        let body = br#"{"address": "127.0.0.1", "port": 8003, "ttl": "10m"}"#;
+        for n in [1, 2, 3] {
+            let answer = disco.request("PUT", &format!("/v1/services/q/instances/n{n}"), body)?;
+            ensure!(answer.status == 200, "{answer:?}");
+        }
+        disco_command(&disco, "peers propose q --add n3")?;
+        disco_command(&disco, "peers finish q")?;
+        let both = told(2 + 3)?;
+        ensure!(both == first + &fs::read_to_string(&file)?, "{both}");
+        let answer = disco.request("DELETE", "/v1/services/q/instances/n1", b"")?;
+        ensure!(answer.status == 200, "{answer:?}");
+        let rendered = disco_command(&disco, "peers render q --format nats-routes")?;
+        ensure!(rendered.contains("127.0.0.1:7001"), "{rendered}");
         Ok(())
     });
 }

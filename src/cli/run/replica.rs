@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -29,13 +29,13 @@ use crate::{
 };
 
 /// How long a question waits at the server.
-const POLL: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_secs(5);
 
 /// For how long servers are looked for before a replica starts from its files, and before one that has none gives up.
-const LOOK: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(5));
+const LOOK: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(4));
 
 /// Pauses while no server answers: the first, and the longest.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(2));
+const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
 
 /// In the data directory: what the disk is marked with.
 const MARK: &str = "disco-disk";
@@ -166,7 +166,7 @@ impl Replica {
         // The command may go elsewhere before it reads them.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
         let data = absolute(data_dir?);
-        let at = |port: u16| SocketAddr::new(IpAddr::from(registration.address), port);
+        let at = |port: u16| SocketAddr::new(registration.address, port);
         Some(Self {
             set: registration.key.service.clone(),
             key: registration.key.id.clone(),
@@ -216,12 +216,12 @@ impl Replica {
                     message
                 }
                 (Trouble::NoSet(Failure { message, .. }), Some(known)) => {
-                    return Ok(self.from_files(known, &message, say));
+                    return Ok(self.with_files(known, &message, say));
                 }
                 // Whatever has become of Disco, the database is the one that it was.
                 (Trouble::Silent(message) | Trouble::NotYet(message), Some(known)) => {
                     if silent.get_or_insert_with(Instant::now).elapsed() >= LOOK.0 {
-                        return Ok(self.from_files(known, &message, say));
+                        return Ok(self.with_files(known, &message, say));
                     }
                     message
                 }
@@ -234,7 +234,7 @@ impl Replica {
         }
     }
 
-    fn from_files(&self, known: &Ready, why: &str, say: fn(&str)) -> Ready {
+    fn with_files(&self, known: &Ready, why: &str, say: fn(&str)) -> Ready {
         say(&format!("starting with what is in {}: {why}", self.data.display()));
         known.clone()
     }
