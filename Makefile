@@ -29,7 +29,7 @@ test: requirements tools ## All tests, with real Envoy and real gRPC clients
 	@$(CARGO) test --profile $(PROFILE)
 	@echo "All tests passed"
 
-tools: requirements ## Install Envoy, etcd and the gRPC clients into .tools/
+tools: requirements ## Install Envoy, the databases and the gRPC clients into .tools/
 	@$(PYTHON) tests/tools/install.py
 
 check: requirements ## Formatting, lints and documentation, as CI checks them
@@ -50,8 +50,8 @@ SECONDS ?= 150
 fuzz: requirements ## Fuzz the xDS decoders and state machines; four targets, SECONDS=150 each
 	@DISCO_FUZZ_SECONDS=$(SECONDS) nice -n 19 $(CARGO) test --profile $(PROFILE) --lib xds::fuzz -- --nocapture --test-threads 1
 
-# In namespaces of its own, so that it needs no root and cuts nobody's network. Linux, with iproute2. DISCO_CHAOS=processes,
-# network or instances for a part of it.
+# In namespaces of its own, so that it needs no root and cuts nobody's network. Linux, with iproute2. DISCO_CHAOS=TEXT
+# for those faults only whose line in the table has the text.
 chaos: requirements ## Kill, freeze and cut everything in turn, under calls; ten minutes, with a table
 	@$(PYTHON) tests/tools/install.py envoy etcd
 	@$(CARGO) build --profile $(PROFILE) --bins --examples

@@ -1,11 +1,13 @@
 //! The JSON forms of the API.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
-use jiff::Timestamp;
 use serde::Serialize;
 
-use super::health::{CheckDto, HealthDto, read_check};
+use super::{
+    health::{CheckDto, HealthDto, read_check},
+    time::timestamp,
+};
 use crate::{
     catalog::{Reader, Service, Snapshot},
     model::{
@@ -215,12 +217,6 @@ pub(super) fn count(service: &Service) -> Counts {
     }
 }
 
-/// RFC 3339, UTC.
-pub(super) fn timestamp(at: std::time::SystemTime) -> String {
-    Timestamp::try_from(at)
-        .map_or_else(|_| String::new(), |at| at.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string())
-}
-
 /// A JSON text as a tree. Duplicate keys are refused: which of them was meant is a guess.
 pub(super) fn parse_json(body: &[u8]) -> Result<Node, Problems> {
     if body.is_empty() {
@@ -312,7 +308,7 @@ pub(super) fn read_registration(
     let port = fields.integer("port", 1..=65_535, &mut problems);
     let weight = fields.integer("weight", 1..=limits.weight_max.into(), &mut problems);
     let incarnation = fields.integer("incarnation", 1..=u64::MAX.into(), &mut problems);
-    let ttl = read_duration("ttl", &mut fields, &mut problems);
+    let ttl = fields.parse("ttl", &mut problems, parse_duration);
     let metadata = read_metadata(&mut fields, &mut problems);
     let locality = match fields.fields("locality", &mut problems) {
         Some(mut parts) => {
@@ -373,14 +369,6 @@ pub(super) fn read_live(body: &[u8]) -> Result<BTreeMap<String, String>, Problem
 fn read_metadata(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<BTreeMap<String, String>> {
     let entries = fields.texts("metadata", problems)?;
     Some(entries.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
-}
-
-pub(super) fn read_duration(
-    name: &'static str,
-    fields: &mut Fields<'_>,
-    problems: &mut Problems,
-) -> Option<Duration> {
-    fields.parse(name, problems, parse_duration)
 }
 
 #[cfg(test)]

@@ -1,7 +1,5 @@
 //! HTTP/JSON over the registry's handlers, and what operators ask a process.
 
-use std::sync::Arc;
-
 use axum::{
     Json, Router,
     extract::{DefaultBodyLimit, FromRequestParts, RawQuery, Request, State},
@@ -10,9 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing,
 };
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use serde_json::json;
-use tokio::sync::Semaphore;
 use tonic::transport::server::TcpConnectInfo;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -20,11 +16,14 @@ use super::{
     Api, SYNCED,
     dto::{self, InstanceDto, LeaseDto, RolesDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    history, ledger, live, load, locks, peers, proxies,
+    history, ledger,
+    limit::{Places, within_limit},
+    live, load, locks, peers, proxies,
     request::{
         Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
     },
     snapshot,
+    time::timestamp,
 };
 use crate::{
     health::Status,
@@ -54,6 +53,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/locks/{name}/renew", routing::post(locks::renew))
         .route("/v1/peers", routing::get(peers::list))
         .route("/v1/peers/{set}", routing::get(peers::show).put(peers::create))
+        .route("/v1/peers/{set}/render", routing::get(peers::rendered))
         .route("/v1/peers/{set}/propose", routing::post(peers::propose))
         .route("/v1/peers/{set}/finish", routing::post(peers::finish))
         .route("/v1/peers/{set}/refound", routing::post(peers::refound))
@@ -117,59 +117,6 @@ async fn when_synced(State(api): State<Api>, request: Request, next: Next) -> Re
     next.run(request).await
 }
 
-/// Places for requests.
-#[derive(Debug, Clone)]
-struct Places {
-    free: Arc<Semaphore>,
-    limit: usize,
-    taken: Gauge,
-    refused: Counter,
-}
-
-impl Places {
-    fn new(api: &Api) -> Self {
-        let limit = api.config.requests;
-        Self {
-            free: Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS))),
-            limit,
-            taken: api.metrics.gauge("http_requests_open", "HTTP requests that are worked on or wait"),
-            refused: api.metrics.counter("http_requests_refused", "HTTP requests beyond the limit"),
-        }
-    }
-}
-
-/// Turns requests away when there are as many as there may be; those that are there go on.
-async fn within_limit(State(places): State<Places>, request: Request, next: Next) -> Reply {
-    let Ok(_place) = places.free.try_acquire() else {
-        if places.refused.inc() == 0 {
-            let limit = places.limit;
-            tracing::warn!(
-                limit,
-                "HTTP requests are turned away (limits.http_requests); further ones are only counted"
-            );
-        }
-        return Err(ApiError::new(
-            Kind::Unavailable,
-            format!(
-                "this server has {} requests, as many as it may (limits.http_requests); ask another one, or later",
-                places.limit
-            ),
-        ));
-    };
-    let _taken = Taken::new(&places.taken);
-    Ok(next.run(request).await)
-}
-
-/// Counts while it is there; a caller that goes away takes it along.
-struct Taken<'a>(&'a Gauge);
-
-impl<'a> Taken<'a> {
-    fn new(gauge: &'a Gauge) -> Self {
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
 /// The registry for the one who asks, whom the history names.
 struct Called(Registry);
 
@@ -180,12 +127,6 @@ impl FromRequestParts<Api> for Called {
         let peer = parts.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
         let registry = api.registry()?;
         Ok(Self(peer.map_or_else(|| registry.clone(), |peer| registry.called_by(peer.to_string()))))
-    }
-}
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }
 
@@ -306,7 +247,7 @@ fn accepted_reply(registry: &Registry, Accepted { revision, instance }: &Accepte
 
 async fn checks(State(api): State<Api>) -> Response {
     let Status { instances, machines, silent, suspended } = api.checks.status();
-    let suspended = suspended.map(dto::timestamp);
+    let suspended = suspended.map(timestamp);
     Json(json!({"instances": instances, "machines": machines, "silent": silent, "suspended": suspended}))
         .into_response()
 }
@@ -413,6 +354,7 @@ async fn index() -> &'static str {
      DELETE /v1/locks/{name}                           ?token=N gives it back; without one its holder loses it\n\
      GET    /v1/peers                                  peer sets, without lists\n\
      GET    /v1/peers/{set}                            one with its list, once it is founded (425 before); ?up=N&leader=true&added=KEY&wait=30s waits\n\
+     GET    /v1/peers/{set}/render                     its list for a database: ?format=etcd-env&peer=KEY&wait=30s\n\
      PUT    /v1/peers/{set}                            make one: {\"kind\":\"etcd\",\"expect\":3}\n\
      POST   /v1/peers/{set}/propose                    the next safe step: {\"add\":KEY} or remove, replace, demote, and from_revision\n\
      POST   /v1/peers/{set}/finish                     the pending change was made, or {\"cancel\":true} will not be\n\
@@ -437,7 +379,7 @@ async fn index() -> &'static str {
 mod tests {
     use tower::ServiceExt as _;
 
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
 
     use super::*;
     use crate::{

@@ -23,11 +23,12 @@ use serde_json::{Value, json};
 
 use super::{
     Api,
-    dto::{self, InstanceDto},
+    dto::InstanceDto,
     error::{ApiError, Kind},
     history,
     proxies::streams_of,
     request::{Path, Query, Reply, instance_key, read_wait},
+    time::{read_time, timestamp},
 };
 use crate::{
     catalog::Snapshot,
@@ -60,7 +61,7 @@ pub(super) async fn revision(
         "complete": progress.complete,
         "acknowledged": progress.acknowledged,
         "pending": progress.pending,
-        "accepted_at": accepted.map(dto::timestamp),
+        "accepted_at": accepted.map(timestamp),
         "waiting": progress.lacking.iter().map(|lack| waiting(lack, accepted)).collect::<Vec<_>>(),
     }))
     .into_response())
@@ -130,7 +131,7 @@ fn waiting(lack: &Lack, accepted: Option<std::time::SystemTime>) -> Value {
         "protocol": lack.protocol.as_str(),
         "type": lack.kind.name(),
         "reason": reason,
-        "since": dto::timestamp(since),
+        "since": timestamp(since),
         "error": error,
     })
 }
@@ -223,8 +224,7 @@ pub(super) async fn explain(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let key = instance_key(&service, &id)?;
-    let at =
-        Query::of(query.as_deref()).read(|fields, problems| fields.parse("at", problems, history::time))?;
+    let at = Query::of(query.as_deref()).read(|fields, problems| fields.parse("at", problems, read_time))?;
     if let Some(at) = at {
         return history::at(&api, &key, at).await;
     }

@@ -59,9 +59,18 @@ pub enum Change {
 }
 
 impl Change {
-    /// Whether it is for the board only.
-    pub(super) fn is_live(&self) -> bool {
-        matches!(self, Self::PutLive(..) | Self::RemoveLive(_))
+    /// What it touches in the snapshot: an instance, or the service as such. `None` where it is for the board only.
+    pub(super) fn touches(&self) -> Option<(&ServiceId, Option<&InstanceId>)> {
+        match self {
+            Self::PutService(id)
+            | Self::RemoveService(id)
+            | Self::PutRoles(id, _)
+            | Self::RemoveRoles(id) => Some((id, None)),
+            Self::PutInstance(Instance { key, .. })
+            | Self::RemoveInstance(key)
+            | Self::PutHealth(key, ..) => Some((&key.service, Some(&key.id))),
+            Self::PutLive(..) | Self::RemoveLive(_) => None,
+        }
     }
 
     pub(super) fn removed_service(&self) -> Option<&ServiceId> {
@@ -140,20 +149,20 @@ impl Snapshot {
         for change in changes {
             match change {
                 Change::PutService(id) => {
-                    next.service_mut(revision, id).registered = true;
+                    next.service_mut(revision, &id).registered = true;
                 }
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
                         next.stale -= service.stale;
                         if let Some(roles) = &service.roles {
-                            let left = next.service_mut(revision, id);
+                            let left = next.service_mut(revision, &id);
                             left.roles = Some(Arc::clone(roles));
                         }
                     }
                 }
                 Change::PutRoles(id, roles) => {
-                    let service = next.service_mut(revision, id);
+                    let service = next.service_mut(revision, &id);
                     service.revision = revision;
                     service.roles = Some(roles);
                 }
@@ -162,7 +171,7 @@ impl Snapshot {
                         next.services.remove(&id);
                     }
                     Some(service) if service.roles.is_some() => {
-                        let service = next.service_mut(revision, id);
+                        let service = next.service_mut(revision, &id);
                         service.revision = revision;
                         service.roles = None;
                     }
@@ -197,9 +206,13 @@ impl Snapshot {
 
     /// What an instance is from now on; `None`: it is gone.
     fn set(&mut self, revision: Revision, key: InstanceKey, instance: Option<Instance>) {
-        let instance = instance.map(Arc::new);
-        let service = self.service_mut(revision, key.service);
+        let service = self.service_mut(revision, &key.service);
         service.revision = revision;
+        let instance = instance.map(|mut instance| {
+            // One name in memory for all of them.
+            instance.key.service.clone_from(&service.id);
+            Arc::new(instance)
+        });
         service.registered |= instance.is_some();
         let before = match &instance {
             Some(instance) => service.instances.insert(key.id, Arc::clone(instance)),
@@ -214,11 +227,11 @@ impl Snapshot {
         self.instances = self.instances + count(&instance) - count(&before);
     }
 
-    fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
+    fn service_mut(&mut self, revision: Revision, id: &ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
             let instances = imbl::OrdMap::new();
             let (roles, registered) = (None, false);
-            Arc::new(Service { id, revision, roles, registered, instances, stale: 0, endpoints: None })
+            Arc::new(Service { id: id.clone(), revision, roles, registered, instances, stale: 0, endpoints: None })
         });
         Arc::make_mut(service)
     }

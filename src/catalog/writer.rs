@@ -54,32 +54,31 @@ impl Writer {
             if revision <= snapshot.revision() {
                 continue;
             }
-            let only_live = !changes.is_empty() && changes.iter().all(Change::is_live);
+            let only_live = !changes.is_empty() && changes.iter().all(|change| change.touches().is_none());
+            if start_over || (changes.len() > REMEMBERED && !only_live) {
+                log.clear();
+                log_from = revision;
+            } else {
+                let touched = changes.iter().filter_map(Change::touches);
+                log.extend(touched.map(|(service, id)| (revision, service.clone(), id.cloned())));
+            }
             let mut said = Vec::new();
             for change in &changes {
                 match change {
-                    Change::PutService(id)
-                    | Change::RemoveService(id)
-                    | Change::PutRoles(id, _)
-                    | Change::RemoveRoles(id) => {
-                        log.push_back((revision, id.clone(), None));
-                    }
-                    Change::PutInstance(Instance { key, incarnation, .. }) => {
-                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
-                        // What a run said ends with it.
-                        if self.live.get(key).is_some_and(|live| live.incarnation != *incarnation) {
-                            said.push((key.clone(), None));
-                        }
-                    }
-                    Change::RemoveInstance(key) => {
-                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
+                    // What a run said ends with it.
+                    Change::PutInstance(Instance { key, incarnation, .. })
+                        if self.live.get(key).is_some_and(|live| live.incarnation != *incarnation) =>
+                    {
                         said.push((key.clone(), None));
                     }
-                    Change::PutHealth(key, ..) => {
-                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
-                    }
+                    Change::RemoveInstance(key) | Change::RemoveLive(key) => said.push((key.clone(), None)),
                     Change::PutLive(key, live) => said.push((key.clone(), Some(live.clone()))),
-                    Change::RemoveLive(key) => said.push((key.clone(), None)),
+                    Change::PutInstance(_)
+                    | Change::PutService(_)
+                    | Change::RemoveService(_)
+                    | Change::PutRoles(..)
+                    | Change::RemoveRoles(_)
+                    | Change::PutHealth(..) => {}
                 }
             }
             if !only_live {
@@ -103,10 +102,6 @@ impl Writer {
             if let Some((dropped, ..)) = log.pop_front() {
                 log_from = dropped;
             }
-        }
-        if start_over {
-            log.clear();
-            log_from = snapshot.revision();
         }
         while times.len() > REMEMBERED {
             times.pop_front();

@@ -1,8 +1,7 @@
 //! Instances that are held: asked again until they refuse, or until somebody vouches for them or lets them go.
 
 use std::{
-    collections::{BTreeMap, HashSet},
-    net::SocketAddr,
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -21,7 +20,7 @@ use super::{
     batch::{Edit, Note, Run, Written},
     history::What,
     leases::Holder,
-    leave::BY,
+    leave::{BY, Cause},
 };
 use crate::{
     catalog,
@@ -217,35 +216,39 @@ impl Inner {
         let snapshot = self.catalog.latest();
         let questions = self.held.due(now).into_iter().map(async |(run, wait)| {
             let present = snapshot.instance(&run.0).filter(|it| it.incarnation == run.1);
-            let present = present.filter(|it| it.stale.is_some() && self.is_over(it));
-            let answer = match present {
-                Some(it) => {
-                    let address = SocketAddr::new(it.address, it.port.get());
-                    Some(self.network.ask.ask(address, settings.ask_timeout).await)
+            let stale = present.and_then(|it| Some((it, it.stale.as_ref()?)));
+            let answer = match stale.filter(|(it, _)| self.is_over(it)) {
+                Some((it, stale)) => {
+                    let heard = self.last_heard(it, stale.since, Cause::Expired);
+                    Some(self.ask(&snapshot, it, heard, settings.ask_timeout).await)
                 }
                 None => None,
             };
             (run, wait, answer)
         });
         let mut answers = stream::iter(questions).buffer_unordered(QUESTIONS);
-        let mut refused = Vec::new();
+        let mut gone = HashMap::new();
         while let Some((run, wait, answer)) = answers.next().await {
             let mut schedule = self.held.schedule();
             match answer {
                 None => {
                     schedule.known.remove(&run.0);
                 }
-                Some(Answer::Unsure(_)) => schedule.add(run, (wait * 2).min(settings.ask_interval)),
-                Some(Answer::Refused) => {
+                Some(Answer::Accepts | Answer::Silent(_)) => {
+                    schedule.add(run, (wait * 2).min(settings.ask_interval))
+                }
+                Some(answer @ (Answer::Refused | Answer::Taken)) => {
                     schedule.known.remove(&run.0);
-                    refused.push(run);
+                    gone.insert(run, answer);
                 }
             }
         }
-        if !refused.is_empty() {
-            self.remove_unheld(refused, What::Expired, &|instance| {
+        if !gone.is_empty() {
+            self.remove_unheld(gone.keys().cloned().collect(), What::Expired, &|instance| {
                 let reason = instance.stale.as_ref().map(|stale| stale.reason.as_str()).unwrap_or_default();
-                format!("{reason}; by now it refuses connections")
+                let answer =
+                    gone.get(&(instance.key.clone(), instance.incarnation)).unwrap_or(&Answer::Refused);
+                format!("{reason}; by now {answer}")
             })
             .await;
         }

@@ -117,12 +117,14 @@ pub(super) fn encode_health(health: &Health, incarnation: Incarnation) -> Bytes 
     message.encode_to_vec().into()
 }
 
-/// The stored form, without its health. The revision is not in it: the store keeps that.
+/// The stored form, without its health. What the store keeps of it is not in it: key and revision.
 pub(super) fn encode(instance: &Instance) -> Bytes {
-    let mut message = instance_to_proto(instance);
-    message.revision = 0;
-    message.health = None;
-    message.encode_to_vec().into()
+    v1::Instance { health: None, ..without_key(instance) }.encode_to_vec().into()
+}
+
+/// The wire form, for a place that has the key and the revision already.
+pub(super) fn without_key(instance: &Instance) -> v1::Instance {
+    v1::Instance { service: String::new(), id: String::new(), revision: 0, ..instance_to_proto(instance) }
 }
 
 /// What a change in the store means for the catalog; `None` for keys of others.
@@ -269,9 +271,9 @@ pub(super) fn instance_from_proto(
             .and_then(|port| port.try_into().ok())
             .ok_or("port: out of range")?,
         locality: Locality {
-            region: locality.region.into(),
-            zone: locality.zone.into(),
-            sub_zone: locality.sub_zone.into(),
+            region: shared(locality.region),
+            zone: shared(locality.zone),
+            sub_zone: shared(locality.sub_zone),
         },
         weight: message.weight.try_into().map_err(|_| "weight: is 0")?,
         metadata: message.metadata,
@@ -290,6 +292,11 @@ pub(super) fn instance_from_proto(
             None => None,
         },
     })
+}
+
+/// Most localities are empty, and those need no memory of their own.
+fn shared(text: String) -> Arc<str> {
+    if text.is_empty() { Arc::default() } else { text.into() }
 }
 
 pub(super) fn wire_time(

@@ -26,6 +26,7 @@ mod load_reports;
 mod locks;
 mod on_demand;
 mod peer_sets;
+mod peers;
 mod per_type;
 mod plain_http;
 mod real_clients;

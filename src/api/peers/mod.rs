@@ -5,11 +5,13 @@
 pub(super) mod etcd;
 mod grpc;
 mod http;
+mod render;
 
 use std::{future::Future, time::Duration};
 
 pub(super) use grpc::PeersService;
 pub(super) use http::{create, finish, list, propose, refound, register, report, show, withdraw};
+pub(super) use render::list as rendered;
 
 use super::{
     Api,

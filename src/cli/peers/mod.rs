@@ -1,5 +1,7 @@
 //! `disco peers`: the replicas of databases.
 
+mod file;
+mod render;
 mod table;
 
 use std::time::Duration;
@@ -47,6 +49,17 @@ pub(super) enum Command {
                             --added n4"
     )]
     Wait(Wait),
+    /// Write the list in a database's own format; ends with 2, and writes nothing, while there is none
+    #[command(
+        long_about = "Write the list of a set in a database's own format.\n\nA founder is given the list that it was founded with, for \
+                      ever; one that joins is given the members of today, once its add was seen. Until there is a list nothing is \
+                      written, and this ends with 2. A file is replaced whole, keeps the last list while no server answers, and is not \
+                      replaced by the list of another founding. `--format help` lists the formats.",
+        after_help = "Examples:\n  disco peers render db --format etcd-env --peer n1 --out /etc/etcd/peers.env\n  disco peers render queue \
+                      --format nats-routes --out routes.conf --watch --on-change 'kill -HUP $(cat nats.pid)'\n  disco peers render db \
+                      --template peers.j2"
+    )]
+    Render(render::Render),
     /// Compare the set with what the database itself says; ends with 79 when they differ
     #[command(after_help = "Example:\n  disco peers verify db && echo fine")]
     Verify {
@@ -248,6 +261,7 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
             list(&options, async |refresh| show(http, &set, refresh).await).await
         }
         Command::Wait(arguments) => wait(http, &arguments).await,
+        Command::Render(arguments) => Box::pin(render::run(arguments, global)).await,
         Command::Verify { set, options } => verify(http, &set, &options).await,
         Command::Propose(arguments) => propose(http, &arguments).await,
         Command::Finish { set, cancel } => finish(http, &set, cancel).await,

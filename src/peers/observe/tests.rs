@@ -392,7 +392,7 @@ impl Scene {
         let facts = Facts { observed: sight.observed, ..Facts::default() };
         let leader = self.set.roles(&facts, &Roles::default()).leader;
         let node = leader.and_then(|key| self.set.peer(&key)).map(|peer| peer.node.0);
-        Some((node, sight.stale_since.is_some()))
+        Some((node, sight.stale))
     }
 }
 

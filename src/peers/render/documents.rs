@@ -27,7 +27,7 @@ pub(super) fn json(set: &PeerSet, founding: &Founding, own: Option<&Peer>, list:
         value
     });
     pretty(&json!({
-        "set": spec.name.as_str(),
+        "name": spec.name.as_str(),
         "kind": spec.kind.as_str(),
         "class": spec.kind.class().as_str(),
         "cluster_id": cluster.to_string(),
@@ -37,7 +37,7 @@ pub(super) fn json(set: &PeerSet, founding: &Founding, own: Option<&Peer>, list:
         "digest": founding.digest,
         "self": own,
         "peers": lines(&list.lines),
-        "founding": lines(&founders),
+        "founders": lines(&founders),
         "members": lines(&List::members(set)),
     }))
 }
@@ -46,7 +46,7 @@ fn line(line: &Line<'_>) -> Value {
     let ports: Map<_, _> =
         line.at.extra.iter().map(|(name, at)| (name.clone(), at.to_string().into())).collect();
     json!({
-        "node": line.node.0,
+        "node_id": line.node.0,
         "key": line.key.as_str(),
         "ordinal": line.ordinal,
         "raft": line.at.raft.to_string(),

@@ -63,6 +63,9 @@ pub enum RenderError {
         /// Which one.
         key: InstanceId,
     },
+    /// There is no such replica.
+    #[error(transparent)]
+    NoPeer(Refusal),
     /// The text is different for each replica.
     #[error("{} is different for each replica: say for which one (peer)", format.as_str())]
     NeedsPeer {

@@ -179,7 +179,7 @@ fn every_document_for_a_founder() {
     let view: Value = serde_json::from_str(&text).unwrap();
     let line = |n: u32| {
         json!({
-            "node": n, "key": format!("n{n}"), "ordinal": n - 1, "raft": format!("10.0.0.{n}:7000"),
+            "node_id": n, "key": format!("n{n}"), "ordinal": n - 1, "raft": format!("10.0.0.{n}:7000"),
             "client": format!("10.0.0.{n}:8000"), "zone": format!("zone {n}"), "suffrage": "voter",
             "ports": {"election": format!("10.0.0.{n}:3888"), "http-api": format!("10.0.0.{n}:9000")},
         })
@@ -191,9 +191,9 @@ fn every_document_for_a_founder() {
     assert_eq!(
         view,
         json!({
-            "set": "db", "kind": "generic", "class": "identity", "generation": 1, "revision": 42,
+            "name": "db", "kind": "generic", "class": "identity", "generation": 1, "revision": 42,
             "cluster_id": "00000000-0000-0000-0000-0000000000ab", "cluster_number": "171",
-            "digest": digest(&set), "self": own, "peers": all, "founding": all, "members": all,
+            "digest": digest(&set), "self": own, "peers": all, "founders": all, "members": all,
         })
     );
 }
@@ -438,7 +438,7 @@ fn templates() {
     let set = founded(Kind::Generic);
     let view: Value = serde_json::from_str(&plain(&set, 2, Format::Json)).unwrap();
     for (template, wanted) in [
-        ("{{ self.key }} of {{ set }}\n", Ok("n2 of db\n")),
+        ("{{ self.key }} of {{ name }}\n", Ok("n2 of db\n")),
         (
             "{% for peer in peers %}\n{{ peer.ordinal }}={{ peer.raft }}{{ ',' if not loop.last }}\n{% endfor %}\n",
             Ok("0=10.0.0.1:7000,\n1=10.0.0.2:7000,\n2=10.0.0.3:7000\n"),
