@@ -231,7 +231,15 @@ impl Snapshot {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
             let instances = imbl::OrdMap::new();
             let (roles, registered) = (None, false);
-            Arc::new(Service { id: id.clone(), revision, roles, registered, instances, stale: 0, endpoints: None })
+            Arc::new(Service {
+                id: id.clone(),
+                revision,
+                roles,
+                registered,
+                instances,
+                stale: 0,
+                endpoints: None,
+            })
         });
         Arc::make_mut(service)
     }
