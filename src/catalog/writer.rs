@@ -227,19 +227,16 @@ mod tests {
                 naive.retain(|_, known| known.registered || known.term.is_some());
                 writer.apply(revision, vec![change]);
                 let now = reader.latest();
-                let got: Vec<(String, Option<u64>, bool, Vec<(String, u16)>)> = now.services()
-                    .map(|s| {
-                        let instances = s.instances().map(|i| (i.key.id.to_string(), i.port.get()));
-                        let term = s.roles.as_ref().map(|roles| roles.term);
-                        (s.id.to_string(), term, s.is_registered(), instances.collect())
-                    })
-                    .collect();
-                let want: Vec<(String, Option<u64>, bool, Vec<(String, u16)>)> = naive.iter()
-                    .map(|(s, known)| {
-                        let instances = known.instances.iter().map(|(i, p)| (format!("i{i}"), *p));
-                        (format!("s{s}"), known.term, known.registered, instances.collect())
-                    })
-                    .collect();
+                let got = now.services().map(|s| {
+                    let instances = s.instances().map(|i| (i.key.id.to_string(), i.port.get()));
+                    let term = s.roles.as_ref().map(|roles| roles.term);
+                    format!("{} {term:?} {} {:?}", s.id, s.is_registered(), instances.collect::<Vec<_>>())
+                });
+                let want = naive.iter().map(|(s, Naive { registered, instances, term })| {
+                    let instances = instances.iter().map(|(i, p)| (format!("i{i}"), *p));
+                    format!("s{s} {term:?} {registered} {:?}", instances.collect::<Vec<_>>())
+                });
+                let (got, want): (Vec<_>, Vec<_>) = (got.collect(), want.collect());
                 prop_assert_eq!(got, want);
                 let ports = || naive.values().flat_map(|known| known.instances.values());
                 prop_assert_eq!(now.instances(), ports().count());
