@@ -275,4 +275,26 @@ mod tests {
         writer.apply(Revision(3), vec![Change::RemoveService(key(0, 0).service)]);
         assert_eq!(reader.latest().instances(), 1);
     }
+
+    #[test]
+    fn more_than_is_remembered_at_once_is_looked_at_whole() {
+        let (mut writer, reader) = catalog();
+        let many = (0..=REMEMBERED).map(|n| Change::PutService(format!("s{n}").parse().unwrap()));
+        writer.apply(Revision(5), many.collect());
+        assert_eq!(reader.since(Revision(4)).1, Changes::Resync);
+        assert_eq!(reader.changes_of(Revision(5)), None);
+        writer.apply(Revision(6), vec![Change::PutInstance(instance(0, 0, 1, Revision(6)))]);
+        assert!(matches!(reader.since(Revision(5)).1, Changes::Touched(touched) if touched.len() == 1));
+    }
+
+    #[test]
+    fn instances_share_the_name_of_their_service() {
+        let (mut writer, reader) = catalog();
+        let both = [0, 1].map(|id| Change::PutInstance(instance(0, id, 1, Revision(1))));
+        writer.apply(Revision(1), both.into());
+        let snapshot = reader.latest();
+        let service = snapshot.service(&key(0, 0).service).unwrap();
+        let name = service.id.shared();
+        assert!(service.instances().all(|instance| Arc::ptr_eq(&instance.key.service.shared(), &name)));
+    }
 }
