@@ -296,7 +296,7 @@ impl Peers {
         }
         let now = rt::now();
         let Outcome { value: node, set } = self.update(name, |set, _| set.register(new.clone(), now)).await?;
-        let peer = set.peers.get(&node).cloned().ok_or_else(|| Refusal::NoPeer(new.key))?;
+        let peer = set.peers.get(&node).cloned().ok_or(Refusal::NoPeer(new.key))?;
         Ok((set, peer))
     }
 
