@@ -72,6 +72,11 @@ impl ApiError {
         }
     }
 
+    /// The HTTP status and the message.
+    pub(super) fn http(&self) -> (StatusCode, &str) {
+        (self.kind.codes().1, &self.message)
+    }
+
     /// The gRPC code and the message.
     pub(super) fn grpc(&self) -> (Code, &str) {
         (self.kind.codes().2, &self.message)

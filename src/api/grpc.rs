@@ -1,13 +1,13 @@
 //! `disco.v1.Registry` over the registry's handlers.
 
-use std::{pin::Pin, time::Duration};
+use std::time::Duration;
 
-use futures_util::{Stream, StreamExt as _, stream};
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::{dto, error::ApiError, live};
+use super::{Answers, QUEUE, dto, error::ApiError, live, request::service_id};
 use crate::{
     catalog::Changes,
     model::{
@@ -16,13 +16,11 @@ use crate::{
     },
     proto::v1::{self, registry_server, session_request, session_response},
     registry::{
-        Accepted, Ended, FORWARDED, Registry, Session, instance_to_proto, raw_check, verdict_from_proto,
+        Accepted, Ended, FORWARDED, Registry, Released, Session, instance_to_proto, raw_check,
+        verdict_from_proto,
     },
     rt::{Fate, Hangup, Tasks},
 };
-
-/// Answers of a stream that wait for a slow reader.
-pub(super) const QUEUE: usize = 16;
 
 /// Most instances that one request renews.
 const RENEWALS: usize = 1000;
@@ -38,7 +36,6 @@ pub(super) struct RegistryService {
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl RegistryService {
     pub(super) fn new(registry: Registry, tasks: Tasks) -> Self {
@@ -283,10 +280,15 @@ impl registry_server::Registry for RegistryService {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
         let called = self.called_by(&request);
-        let service = read_service(&request.into_inner().service)?;
-        let (revision, removed) = called.registry.release(service).await.map_err(ApiError::from)?;
-        let removed = u32::try_from(removed).unwrap_or(u32::MAX);
-        Ok(Response::new(v1::ReleaseResponse { revision: revision.0, removed }))
+        let service = service_id(&request.into_inner().service)?;
+        let Released { revision, removed, published } =
+            called.registry.release(service).await.map_err(ApiError::from)?;
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::ReleaseResponse {
+            revision: revision.0,
+            removed: count(removed),
+            published: count(published),
+        }))
     }
 
     async fn list_services(&self, _: Request<v1::ListServicesRequest>) -> Answer<v1::ListServicesResponse> {
@@ -312,7 +314,7 @@ impl registry_server::Registry for RegistryService {
         &self,
         request: Request<v1::ListInstancesRequest>,
     ) -> Answer<v1::ListInstancesResponse> {
-        let service = read_service(&request.into_inner().service)?;
+        let service = service_id(&request.into_inner().service)?;
         let snapshot = self.registry.catalog().latest();
         let found =
             snapshot.service(&service).ok_or_else(|| ApiError::no_service(&snapshot, service.clone()))?;
@@ -324,7 +326,7 @@ impl registry_server::Registry for RegistryService {
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
         let v1::WatchRequest { service, after } = request.into_inner();
-        let only = if service.is_empty() { None } else { Some(read_service(&service)?) };
+        let only = if service.is_empty() { None } else { Some(service_id(&service)?) };
         let catalog = self.registry.catalog().clone();
         if after > catalog.latest().revision().0 {
             let mut problems = Problems::default();
@@ -429,14 +431,6 @@ async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
         Fate::HungUp => Ended::HungUp,
         Fate::GivenUp => Ended::Lost,
     }
-}
-
-pub(super) fn read_service(text: &str) -> Result<ServiceId, ApiError> {
-    text.parse().map_err(|message: String| {
-        let mut problems = Problems::default();
-        problems.add("service", message);
-        problems.into()
-    })
 }
 
 fn watch_response(

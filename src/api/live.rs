@@ -14,12 +14,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{
-    Api, dto,
+    Answers, Api, QUEUE, dto,
     error::ApiError,
-    grpc::{Answers, QUEUE, read_service},
     request::{
         Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
     },
+    time::timestamp,
 };
 use crate::{
     catalog::{Live, LiveService, Reader},
@@ -62,7 +62,7 @@ pub(super) async fn list(
                 "id": id.as_str(),
                 "incarnation": incarnation.0,
                 "live": entries,
-                "published_at": dto::timestamp(*published_at),
+                "published_at": timestamp(*published_at),
                 "revision": revision.0,
             })
         })
@@ -85,7 +85,7 @@ pub(super) fn watch(
     tasks: &Tasks,
     request: Request<v1::WatchLiveRequest>,
 ) -> Result<Response<Answers<v1::WatchLiveResponse>>, Status> {
-    let service = read_service(&request.into_inner().service)?;
+    let service = service_id(&request.into_inner().service)?;
     known(registry.catalog(), &service)?;
     let mut board = registry.catalog().live().watch(&service);
     let (answers, stream) = mpsc::channel(QUEUE);

@@ -11,6 +11,7 @@ mod health;
 mod history;
 mod http;
 mod ledger;
+mod limit;
 mod live;
 mod load;
 mod locks;
@@ -18,12 +19,16 @@ mod peers;
 mod proxies;
 mod request;
 mod snapshot;
+mod time;
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
 use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_server::{
     ClientStatusDiscoveryService, ClientStatusDiscoveryServiceServer,
 };
+
+use futures_util::Stream;
+use tonic::Status;
 
 use error::{ApiError, Kind};
 
@@ -43,6 +48,12 @@ use crate::{
 
 /// The condition of readiness that what is registered has been read back.
 pub const SYNCED: &str = "registry";
+
+/// Answers of a gRPC stream that wait for a slow reader.
+const QUEUE: usize = 16;
+
+/// The answers of a gRPC stream.
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Settings of the edges.
 #[derive(Debug, Clone)]

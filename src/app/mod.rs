@@ -27,7 +27,7 @@ use crate::{
     config::{Config, Role, Store as StoreConfig},
     health::{Checker, Duty},
     model::Members,
-    peers::Peers,
+    peers::{Peers, observe::Observer},
     registry::{self, Forward, GrpcForward, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, EtcdStore, FileStore, MemoryStore, Store},
@@ -154,7 +154,9 @@ impl Running {
             .then(|| Locks::start(Arc::clone(&store), members(Role::Registry), &metrics, &core));
         let peers = has(Role::Registry).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
-            Peers::start(store, catalog, members(Role::Registry), &metrics, &core)
+            let peers = Peers::start(store, catalog, members(Role::Registry), &metrics, &core);
+            core.spawn_until_shutdown("observe", Observer::new(peers.clone(), core.clone()).run());
+            peers
         });
         let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());

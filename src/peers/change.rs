@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::SystemTime};
 
 use super::{
     Refusal,
-    set::{Change, Facts, Liveness, NodeId, PeerSet, Pending, SeenMember, Suffrage},
+    set::{Change, Facts, Leadership, Liveness, NodeId, PeerSet, Pending, SeenMember, Suffrage},
 };
 use crate::model::{InstanceId, Revision, Role};
 
@@ -62,6 +62,8 @@ impl PeerSet {
         };
         if let Some(pending) = &self.pending {
             if (pending.change, pending.node) == (change, node) {
+                // What was safe when it was first proposed may be no more.
+                self.is_safe(change, node, facts)?;
                 return Ok(Step::Do(pending.clone()));
             }
             let key = self.peers.get(&pending.node).map(|peer| peer.key.clone());
@@ -79,7 +81,7 @@ impl PeerSet {
     fn next(&self, want: &Want, facts: &Facts) -> Result<Next, Refusal> {
         match want {
             Want::Add(key) => self.next_to_add(key, facts),
-            Want::Remove(key) => self.next_to_remove(key),
+            Want::Remove(key) => self.next_to_remove(key, facts),
             Want::Demote(key) => {
                 let peer = self.known(key)?;
                 match peer.suffrage {
@@ -88,11 +90,15 @@ impl PeerSet {
                     Suffrage::Staging => Ok(Next::Wait(format!("{key} is not in the database"))),
                 }
             }
-            Want::Replace(old, new) => match self.next_to_add(new, facts)? {
-                // The new one votes before the old one goes, so that no vote is missing in between.
-                Next::Done => self.next_to_remove(old),
-                next => Ok(next),
-            },
+            Want::Replace(old, new) if old == new => Err(Refusal::Itself(old.clone())),
+            Want::Replace(old, new) => {
+                let then = self.next_to_remove(old, facts)?;
+                match self.next_to_add(new, facts)? {
+                    // The new one votes before the old one goes, so that no vote is missing in between.
+                    Next::Done => Ok(then),
+                    next => Ok(next),
+                }
+            }
         }
     }
 
@@ -114,8 +120,11 @@ impl PeerSet {
         })
     }
 
-    fn next_to_remove(&self, key: &InstanceId) -> Result<Next, Refusal> {
+    fn next_to_remove(&self, key: &InstanceId, facts: &Facts) -> Result<Next, Refusal> {
         match self.peer(key) {
+            Some(peer) if peer.suffrage == Suffrage::Staging && !self.is_listed(peer.node, facts) => {
+                Err(Refusal::NotMember(key.clone()))
+            }
             Some(peer) => Ok(Next::Change(Change::Remove, peer.node)),
             None if self.removed.values().any(|gone| gone.key == *key) => Ok(Next::Done),
             None => Err(Refusal::NoPeer(key.clone())),
@@ -126,11 +135,12 @@ impl PeerSet {
         self.peer(key).ok_or_else(|| Refusal::NoPeer(key.clone()))
     }
 
-    /// How far a replica is behind the one that is furthest.
+    /// How far a replica is behind the leader; `None` when either has not told.
     fn behind(&self, node: NodeId, facts: &Facts) -> Option<u64> {
-        let own = facts.observed.get(&node)?;
-        let leads = |(_, seen): &(&NodeId, &super::Observation)| seen.role == Role::Leader;
-        let (_, leader) = facts.observed.iter().filter(leads).max_by_key(|(_, seen)| seen.term)?;
+        let tells = |seen: &&super::Observation| seen.applied > 0 && self.is_of_this(seen);
+        let own = facts.observed.get(&node).filter(tells)?;
+        let (leader, _) = self.leader(facts)?;
+        let leader = facts.observed.get(&leader).filter(tells)?;
         Some(leader.applied.saturating_sub(own.applied))
     }
 
@@ -142,46 +152,68 @@ impl PeerSet {
         match change {
             // A learner changes no quorum.
             Change::AddLearner => return Ok(()),
-            Change::AddVoter | Change::Promote => {
+            // Where there are no learners, one that joins is started when it has been added (rule N11): it counts as one that does
+            // not run.
+            Change::AddVoter => {
+                voters.insert(node);
+            }
+            Change::Promote => {
                 if !up(node) {
                     return Err(Refusal::NotUp(self.key(node)));
                 }
                 voters.insert(node);
             }
             Change::Remove | Change::Demote => {
-                if votes(&node) && up(node) {
+                // One that is suspected may well run.
+                if votes(&node) && facts.liveness(node) != Liveness::Down {
                     let dead = voters.iter().find(|other| facts.liveness(**other) == Liveness::Down);
                     if let Some(dead) = dead {
                         return Err(Refusal::DeadFirst { live: self.key(node), dead: self.key(*dead) });
                     }
                 }
                 voters.remove(&node);
-                if voters.is_empty() {
+                // Witnesses have votes, and no data.
+                let copies =
+                    |node: &NodeId| self.peers.get(node).is_some_and(|peer| peer.suffrage == Suffrage::Voter);
+                if !voters.iter().any(copies) {
                     return Err(Refusal::LastVoter(self.key(node)));
                 }
             }
         }
-        let (running, needed) = (voters.iter().filter(|node| up(**node)).count(), voters.len() / 2 + 1);
-        if running < needed {
-            return Err(Refusal::NoQuorum { running, needed, voters: voters.len() });
+        if self.spec.kind.leadership() == Leadership::Majority {
+            // Without a quorum of those that vote now it cannot be made but by force.
+            has_quorum(&self.voters().map(|peer| peer.node).collect(), facts)?;
         }
-        Ok(())
+        has_quorum(&voters, facts)
     }
 
     fn key(&self, node: NodeId) -> String {
         self.peers.get(&node).map_or_else(|| node.to_string(), |peer| peer.key.to_string())
     }
 
-    /// Takes in what the database's own list of members says of the pending change, and returns whether that is over. Nothing else
-    /// follows from it: other differences are shown, not repaired.
-    pub fn settle(&mut self, seen: &BTreeSet<SeenMember>) -> bool {
+    /// Takes in what the list of members of the replica that leads, `by`, says of the pending change, and returns whether that is
+    /// over. Nothing else follows from it: other differences are shown, not repaired.
+    ///
+    /// That somebody is not in a list says nothing unless the list is whole: a removal is over when all others are in it and
+    /// nobody that is not known. Otherwise an operator says so.
+    pub fn settle(&mut self, by: NodeId, seen: &BTreeSet<SeenMember>) -> bool {
         let Some(Pending { change, node, .. }) = self.pending else { return false };
-        let member = seen.iter().find(|member| self.find(member).is_some_and(|peer| peer.node == node));
+        let found: Vec<_> =
+            seen.iter().filter_map(|member| Some((self.find(member)?.node, member))).collect();
+        let nodes: BTreeSet<_> = found.iter().map(|(node, _)| *node).collect();
+        if !nodes.contains(&by) || nodes.len() < found.len() {
+            // It is of another database, or two of its members pass for one replica.
+            return false;
+        }
+        let member = found.iter().find(|(found, _)| *found == node).map(|(_, member)| *member);
         let done = match (change, member) {
             (Change::AddLearner, Some(_)) => true,
             (Change::AddVoter | Change::Promote, Some(member)) => member.voter,
             (Change::Demote, Some(member)) => !member.voter,
-            (Change::Remove, None) => !seen.is_empty(),
+            (Change::Remove, None) => {
+                let mut others = self.members().filter(|peer| peer.node != node);
+                found.len() == seen.len() && others.all(|peer| nodes.contains(&peer.node))
+            }
             (Change::AddLearner | Change::AddVoter | Change::Promote | Change::Demote, None)
             | (Change::Remove, Some(_)) => false,
         };
@@ -278,6 +310,16 @@ impl PeerSet {
         }
         drift
     }
+}
+
+/// Whether enough of these run.
+fn has_quorum(voters: &BTreeSet<NodeId>, facts: &Facts) -> Result<(), Refusal> {
+    let running = voters.iter().filter(|node| facts.liveness(**node) == Liveness::Up).count();
+    let needed = voters.len() / 2 + 1;
+    if running < needed {
+        return Err(Refusal::NoQuorum { running, needed, voters: voters.len() });
+    }
+    Ok(())
 }
 
 enum Next {

@@ -7,8 +7,8 @@ use ring::digest::{SHA256, digest};
 use super::{
     Refusal,
     set::{
-        Addresses, Birth, Class, ClusterId, Founder, Founding, Gone, MOST_FOUNDERS, MOST_PEERS, NodeId, Peer,
-        PeerSet, Spec, Suffrage,
+        Addresses, Birth, Class, ClusterId, Facts, Founder, Founding, Gone, MOST_FOUNDERS, MOST_PEERS,
+        NodeId, Peer, PeerSet, Spec, Spread, Suffrage, same_place,
     },
 };
 use crate::model::{InstanceId, Problems, Revision, excerpt};
@@ -110,6 +110,9 @@ impl Spec {
             }
             Some(_) | None => {}
         }
+        if let Some(observe) = &self.observe {
+            observe.check(problems);
+        }
     }
 }
 
@@ -120,6 +123,7 @@ impl PeerSet {
             spec,
             cluster,
             generation: 1,
+            last_generation: 1,
             founding: None,
             peers: BTreeMap::new(),
             removed: BTreeMap::new(),
@@ -152,14 +156,17 @@ impl PeerSet {
                 frozen: self.founding.is_some(),
             });
         }
-        let same = |peer: &&Peer| peer.key != new.key && peer.at.raft == new.at.raft;
-        if let Some(other) = self.peers.values().find(same) {
-            return Err(Refusal::AddressTaken { at: new.at.raft, by: other.key.clone() });
+        self.is_other(&new)?;
+        let moves = present.as_ref().is_none_or(|peer| peer.zone != new.zone);
+        if self.founding.is_none() && moves {
+            self.is_spread(&new)?;
         }
         if let Some(mut peer) = present {
+            let told = peer.suffrage != Suffrage::Staging
+                || self.pending.as_ref().is_some_and(|pending| pending.node == peer.node);
             if self.founding.is_some()
                 && self.spec.kind.class() == Class::Identity
-                && peer.suffrage != Suffrage::Staging
+                && told
                 && peer.at.raft != new.at.raft
             {
                 return Err(Refusal::Moved {
@@ -177,19 +184,14 @@ impl PeerSet {
         if self.peers.len() >= MOST_PEERS {
             return Err(Refusal::Full { most: MOST_PEERS });
         }
-        if let (None, Some(spread)) = (&self.founding, self.spec.spread)
-            && spread.required
-        {
-            let there = self.peers.values().filter(|peer| peer.zone == new.zone).count();
-            if new.zone.is_empty() || there >= spread.most_per_zone as usize {
-                return Err(Refusal::Spread { zone: new.zone, most: spread.most_per_zone });
-            }
-        }
         let founder = self.founding.is_none();
         let node = NodeId(self.next_node);
         self.next_node += 1;
-        let ordinal = self.next_ordinal;
-        self.next_ordinal += 1;
+        // Founders have places without holes: one takes that of a founder who was withdrawn. Nobody's ever changes (rule N8).
+        let taken = |ordinal: &u32| self.peers.values().any(|peer| peer.ordinal == *ordinal);
+        let free = (0..self.next_ordinal).find(|ordinal| founder && !taken(ordinal));
+        let ordinal = free.unwrap_or(self.next_ordinal);
+        self.next_ordinal = self.next_ordinal.max(ordinal + 1);
         self.peers.insert(
             node,
             Peer {
@@ -211,44 +213,84 @@ impl PeerSet {
         Ok(node)
     }
 
+    /// Whether it has nothing that is another replica's: a disk is one replica's for ever (rule N4), and so is, where it is identity,
+    /// an address.
+    fn is_other(&self, new: &Newcomer) -> Result<(), Refusal> {
+        let other = |peer: &&Peer| peer.key != new.key;
+        if let Some(peer) = self.peers.values().filter(other).find(|peer| peer.disk == new.disk) {
+            return Err(Refusal::DiskTaken { by: peer.key.clone(), node: peer.node });
+        }
+        if let Some((node, gone)) = self.removed.iter().find(|(_, gone)| gone.disk == new.disk) {
+            return Err(Refusal::DiskTaken { by: gone.key.clone(), node: *node });
+        }
+        let mut others = self.peers.values().filter(other);
+        if let Some(peer) = others.find(|peer| same_place(peer.at.raft, new.at.raft)) {
+            return Err(Refusal::AddressTaken { at: new.at.raft, by: peer.key.clone() });
+        }
+        let was_there = |gone: &Gone| gone.raft.is_some_and(|raft| same_place(raft, new.at.raft));
+        if self.spec.kind.class() == Class::Identity
+            && let Some((node, gone)) = self.removed.iter().find(|(_, gone)| was_there(gone))
+        {
+            let (by, kind) = (gone.key.clone(), self.spec.kind);
+            return Err(Refusal::AddressUsed { at: new.at.raft, by, node: *node, kind });
+        }
+        Ok(())
+    }
+
+    /// Whether the founders that there are, and this one, are spread as they have to be (rule N13).
+    fn is_spread(&self, new: &Newcomer) -> Result<(), Refusal> {
+        let Some(Spread { most_per_zone: most, required: true }) = self.spec.spread else { return Ok(()) };
+        let others = self.peers.values().filter(|peer| peer.key != new.key).map(|peer| &peer.zone);
+        let mut zones: BTreeMap<&String, u32> = BTreeMap::new();
+        for zone in others.chain([&new.zone]) {
+            *zones.entry(zone).or_default() += 1;
+        }
+        // What is required may have been required after some had come.
+        match zones.into_iter().find(|(zone, count)| zone.is_empty() || *count > most) {
+            Some((zone, _)) => Err(Refusal::Spread { zone: zone.clone(), most }),
+            None => Ok(()),
+        }
+    }
+
     /// Takes back a replica that was never handed a list: one that came too early, or whose disk is new again before the list is
     /// frozen, or one that never joined. Its number is not given again.
     ///
     /// # Errors
-    /// [`Refusal::NoPeer`]; [`Refusal::IsMember`] for one that is in the database.
-    pub fn withdraw(&mut self, key: &InstanceId) -> Result<NodeId, Refusal> {
+    /// [`Refusal::NoPeer`]; [`Refusal::IsMember`] for one that is in the database, also if only the database itself says so.
+    pub fn withdraw(&mut self, key: &InstanceId, facts: &Facts) -> Result<NodeId, Refusal> {
         let peer = self.peer(key).ok_or_else(|| Refusal::NoPeer(key.clone()))?;
         let node = peer.node;
         let pending = self.pending.as_ref().is_some_and(|pending| pending.node == node);
-        if pending || (self.founding.is_some() && peer.suffrage != Suffrage::Staging) {
+        let is_member = self.founding.is_some() && peer.suffrage != Suffrage::Staging;
+        if pending || is_member || self.is_listed(node, facts) {
             return Err(Refusal::IsMember(key.clone()));
         }
         self.remove(node);
-        if self.founding.is_none() {
-            // Places have not been handed out yet, and founders have them without holes.
-            self.next_ordinal = 0;
-            for peer in self.peers.values_mut() {
-                peer.ordinal = self.next_ordinal;
-                self.next_ordinal += 1;
-            }
-        }
         Ok(node)
     }
 
     /// Begins another founding: a new database. All replicas have to come again, with empty disks; their old numbers stay used.
     ///
     /// # Errors
-    /// [`Refusal::OtherCluster`] unless the caller names the cluster that it gives up.
+    /// [`Refusal::OtherCluster`] unless the caller names the cluster that it gives up; [`Refusal::Expect`].
     pub fn refound(&mut self, given_up: ClusterId, expect: u32, cluster: ClusterId) -> Result<(), Refusal> {
         if given_up != self.cluster || cluster == self.cluster {
             return Err(Refusal::OtherCluster { have: self.cluster, named: given_up });
+        }
+        if expect == 0 || expect > MOST_FOUNDERS {
+            return Err(Refusal::Expect(expect));
         }
         let all: Vec<_> = self.peers.keys().copied().collect();
         for node in all {
             self.remove(node);
         }
+        // Machines keep their addresses, and in another cluster these are other identities.
+        for gone in self.removed.values_mut() {
+            gone.raft = None;
+        }
         self.cluster = cluster;
-        self.generation += 1;
+        self.generation = self.generation.max(self.last_generation) + 1;
+        self.last_generation = self.generation;
         self.spec.expect = expect;
         self.founding = None;
         self.pending = None;
@@ -258,7 +300,9 @@ impl PeerSet {
 
     pub(super) fn remove(&mut self, node: NodeId) {
         if let Some(peer) = self.peers.remove(&node) {
-            self.removed.insert(node, Gone { key: peer.key, disk: peer.disk });
+            let is_member = self.founding.is_some() && peer.suffrage != Suffrage::Staging;
+            let raft = is_member.then_some(peer.at.raft);
+            self.removed.insert(node, Gone { key: peer.key, disk: peer.disk, raft });
         }
     }
 

@@ -205,11 +205,14 @@ impl Peers {
         Ok((board.revision, known.map(|known| View::new(&known, &snapshot, board.stale)).collect()))
     }
 
-    /// Returns once a set has changed after `seen`. Cancel-safe.
-    pub async fn changed(&self, seen: Revision) {
+    /// Returns once a set has changed after `seen`, and the change. Cancel-safe.
+    pub async fn changed(&self, seen: Revision) -> Revision {
         let mut board = self.inner.board.subscribe();
         // The sender lives as long as `self`.
-        let _ = board.wait_for(|board| board.loaded && board.revision > seen).await;
+        match board.wait_for(|board| board.loaded && board.revision > seen).await {
+            Ok(board) => board.revision,
+            Err(_) => seen,
+        }
     }
 
     fn known(&self, board: &Board, name: &ServiceId) -> Result<Known, Error> {
@@ -308,7 +311,7 @@ impl Peers {
     /// # Errors
     /// [`Error`].
     pub async fn withdraw(&self, name: &ServiceId, key: &InstanceId) -> Result<Revision, Error> {
-        Ok(self.update(name, |set, _| set.withdraw(key)).await?.set.revision)
+        Ok(self.update(name, |set, facts| set.withdraw(key, facts)).await?.set.revision)
     }
 
     /// The next step of a change: see [`PeerSet::propose`].
@@ -387,6 +390,16 @@ impl Peers {
         self.hear(name, &news).await
     }
 
+    /// All sets, for who observes them.
+    pub(super) fn follow(&self) -> watch::Receiver<Board> {
+        self.inner.board.subscribe()
+    }
+
+    /// The processes that observe.
+    pub(super) fn members(&self) -> watch::Receiver<Members> {
+        self.inner.members.clone()
+    }
+
     /// How long what a replica says is believed.
     pub fn believed(&self) -> Duration {
         BELIEVED
@@ -425,21 +438,25 @@ impl Peers {
 
     /// Whether what was said is worth a write.
     fn is_news(&self, known: &Known, news: &BTreeMap<NodeId, Option<Observation>>) -> bool {
-        let own = &self.inner.members.borrow().own;
+        let Members { own, live } = &*self.inner.members.borrow();
         let Observed { by_node, heard_by, .. } = &*known.observed;
         let mut progress = false;
         let new = news.iter().any(|(node, seen)| match (by_node.get(node), seen) {
             (None, None) => false,
             (Some(before), Some(seen)) => {
-                progress |= before.applied != seen.applied;
+                let by = heard_by.get(node);
+                // One that tells now this process and now that one moves from one to the other no more often than it has to be
+                // written how far it has come.
+                progress |= before.applied != seen.applied || by != Some(own);
                 Observation { applied: 0, ..before.clone() } != Observation { applied: 0, ..seen.clone() }
-                    || heard_by.get(node) != Some(own)
+                    || by.is_none_or(|by| !live.contains(by))
             }
             (Some(_), None) | (None, Some(_)) => true,
         });
         let written = self.inner.written.lock().unwrap_or_else(PoisonError::into_inner);
         let due = || written.get(&known.set.spec.name).is_none_or(|at| at.elapsed() >= PROGRESS);
-        new || (progress && due())
+        // What is observed may have been written before this process saw which change is pending.
+        new || (progress && due()) || settled(&mut (*known.set).clone(), &known.observed)
     }
 
     async fn write_observed(
@@ -463,15 +480,12 @@ impl Peers {
             }
         }
         let mut set = (*base.set).clone();
-        let facts = self.facts(&set, &next);
-        next.roles = set.roles(&facts, &base.observed.roles);
-        // The leader's own list of members tells whether the pending change has been made.
-        let leader = next.roles.leader.as_ref().and_then(|key| set.peer(key)).map(|peer| peer.node);
-        let members = leader.and_then(|node| next.by_node.get(&node)?.members.clone());
-        let settled = members.is_some_and(|members| set.settle(&members));
+        self.judge(&set, &mut next);
+        let settled = settled(&mut set, &next);
         if settled {
-            next.by_node.retain(|node, _| set.peers.contains_key(node));
-            next.roles = set.roles(&self.facts(&set, &next), &base.observed.roles);
+            // As it was before, with the set as it is now: a removed leader leads no more.
+            (next.roles, next.led) = (base.observed.roles.clone(), base.observed.led);
+            self.judge(&set, &mut next);
         }
         self.commit(name, base, settled.then_some(&set), &next).await?;
         let mut written = self.inner.written.lock().unwrap_or_else(PoisonError::into_inner);
@@ -496,7 +510,8 @@ impl Peers {
             let when = Condition::Unchanged(base.set.revision);
             ops.push(put(record::set_key(name), record::encode_set(set), when));
         }
-        if *observed != *base.observed {
+        // What is observed is judged by the set, so whoever judges by another one has to lose: it is written with each.
+        if set.is_some() || *observed != *base.observed {
             let when = unless_written(base.observed.revision);
             ops.push(put(record::observed_key(name), record::encode_observed(observed), when));
         }
@@ -536,9 +551,7 @@ impl Peers {
                 // Another database: its terms begin anew.
                 observed = Observed { revision: observed.revision, ..Observed::default() };
             }
-            observed.by_node.retain(|node, _| set.peers.contains_key(node));
-            observed.heard_by.retain(|node, _| set.peers.contains_key(node));
-            observed.roles = set.roles(&self.facts(&set, &observed), &observed.roles);
+            self.judge(&set, &mut observed);
             match self.commit(name, &base, Some(&set), &observed).await {
                 Ok(revision) => {
                     set.revision = revision.unwrap_or(set.revision);
@@ -551,6 +564,14 @@ impl Peers {
             }
         }
         Err(Error::Contended(name.clone()))
+    }
+
+    /// Who leads by what is observed, after who did.
+    fn judge(&self, set: &PeerSet, observed: &mut Observed) {
+        observed.by_node.retain(|node, _| set.peers.contains_key(node));
+        observed.heard_by.retain(|node, _| set.peers.contains_key(node));
+        let facts = self.facts(set, observed);
+        (observed.roles, observed.led) = set.roles_after(&facts, &observed.roles, observed.led);
     }
 
     fn told(&self, before: &PeerSet, after: &PeerSet) {
@@ -582,11 +603,12 @@ impl Peers {
 
     /// The set as the store has it.
     async fn read(&self, name: &ServiceId) -> Result<Known, Error> {
-        let set = self.read_set(name).await?.ok_or_else(|| Error::NoSet(name.clone()))?;
+        // First: when the set is changed in between, it is not the newest of what is observed, and cannot be written.
         let key = record::observed_key(name);
         let entry = self.inner.store.get(&key).await.map_err(Error::Store)?;
         let observed = entry.map(|entry| record::decode_observed(&entry)).transpose();
         let observed = observed.map_err(|reason| Error::Record { key: key.to_string(), reason })?;
+        let set = self.read_set(name).await?.ok_or_else(|| Error::NoSet(name.clone()))?;
         Ok(Known { set: Arc::new(set), observed: Arc::new(observed.unwrap_or_default()) })
     }
 
@@ -611,8 +633,12 @@ impl Peers {
                 if silent.is_empty() {
                     continue;
                 }
-                if let Err(error) = self.hear(name, &silent).await {
-                    tracing::warn!(set = %name, %error, "what was said too long ago is kept for now");
+                // Not again after a conflict: it may have told another process just now.
+                match self.write_observed(name, &known, &silent).await {
+                    Ok(()) | Err(Error::Store(StoreError::Conflict { .. })) => {}
+                    Err(error) => {
+                        tracing::warn!(set = %name, %error, "what was said too long ago is kept for now");
+                    }
                 }
             }
         }
@@ -626,12 +652,28 @@ impl Peers {
             Some(by) if members.live.contains(by) => false,
             Some(_) | None => members.is_member() && members.is_mine(name.as_str()),
         };
-        let nodes = observed.by_node.keys().filter(|node| mine(node));
+        let mut nodes: Vec<_> = observed.by_node.keys().collect();
+        nodes.retain(|node| {
+            let mine = mine(node);
+            if !mine {
+                // It tells another process: what it told this one says nothing of when that one heard it last.
+                heard.remove(&(name.clone(), **node));
+            }
+            mine
+        });
+        let nodes = nodes.into_iter();
         // What this process did not hear itself is believed from when it sees it.
         let last = nodes.map(|node| (*node, *heard.entry((name.clone(), *node)).or_insert(now)));
         let silent = last.filter(|(_, at)| now.saturating_duration_since(*at) >= BELIEVED);
         silent.map(|(node, _)| node).collect()
     }
+}
+
+/// Whether the pending change is over, by the list of members of the replica that leads.
+fn settled(set: &mut PeerSet, observed: &Observed) -> bool {
+    let leader = observed.roles.leader.as_ref().and_then(|key| set.peer(key)).map(|peer| peer.node);
+    let told = leader.and_then(|leader| Some((leader, observed.by_node.get(&leader)?.members.as_ref()?)));
+    told.is_some_and(|(leader, members)| set.settle(leader, members))
 }
 
 fn put(key: crate::store::Key, value: bytes::Bytes, when: Condition) -> Op {

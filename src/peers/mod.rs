@@ -19,6 +19,8 @@ mod record;
 mod refusal;
 pub mod render;
 mod set;
+#[cfg(test)]
+mod tests;
 
 pub use board::View;
 pub use change::{Step, Want};

@@ -43,14 +43,20 @@ pub(super) struct Observed {
     /// The process that heard each last.
     pub(super) heard_by: BTreeMap<NodeId, MemberId>,
     pub(super) roles: Roles,
+    /// Who led in the term of `roles`, also when it is published no more.
+    pub(super) led: Option<NodeId>,
     /// 0 before the first.
     pub(super) revision: Revision,
 }
 
 pub(super) fn encode_set(set: &PeerSet) -> Bytes {
     let kept = v1::PeerSet { revision: 0, ..set_to_proto(set) };
-    let record =
-        v1::PeerSetRecord { set: Some(kept), next_node: set.next_node, next_ordinal: set.next_ordinal };
+    let record = v1::PeerSetRecord {
+        set: Some(kept),
+        next_node: set.next_node,
+        next_ordinal: set.next_ordinal,
+        last_generation: set.last_generation,
+    };
     record.encode_to_vec().into()
 }
 
@@ -61,7 +67,8 @@ pub(super) fn decode_set(entry: &Entry) -> Result<PeerSet, String> {
     let peers = set.peers.into_iter().map(peer_from_proto).collect::<Result<Vec<_>, _>>()?;
     let removed = set.removed.into_iter().map(|gone| {
         let key = gone.key.parse().map_err(|e| format!("removed: {e}"))?;
-        Ok((NodeId(gone.node_id), Gone { key, disk: gone.disk }))
+        let raft = Some(gone.raft).filter(|raft| !raft.is_empty()).map(|raft| address(&raft)).transpose()?;
+        Ok((NodeId(gone.node_id), Gone { key, disk: gone.disk, raft }))
     });
     let pending = set.pending.map(|pending| {
         Ok::<_, String>(Pending {
@@ -74,6 +81,7 @@ pub(super) fn decode_set(entry: &Entry) -> Result<PeerSet, String> {
         spec: spec_from_proto(set.spec.ok_or("it has no spec")?)?,
         cluster: set.cluster_id.parse()?,
         generation: set.generation,
+        last_generation: record.last_generation.max(set.generation),
         founding,
         peers: peers.into_iter().map(|peer| (peer.node, peer)).collect(),
         removed: removed.collect::<Result<_, String>>()?,
@@ -89,6 +97,7 @@ pub(super) fn encode_observed(observed: &Observed) -> Bytes {
         observed: observed.by_node.iter().map(|(node, seen)| (node.0, observation_to_proto(seen))).collect(),
         roles: Some(roles_to_proto(&observed.roles)),
         heard_by: observed.heard_by.iter().map(|(node, by)| (node.0, by.to_string())).collect(),
+        led: observed.led.map_or(0, |led| led.0),
     };
     record.encode_to_vec().into()
 }
@@ -114,6 +123,7 @@ pub(super) fn decode_observed(entry: &Entry) -> Result<Observed, String> {
                 .transpose()?,
             others: others.collect::<Result<_, String>>()?,
         },
+        led: Some(record.led).filter(|led| *led != 0).map(NodeId),
         revision: entry.revision,
     })
 }
@@ -148,10 +158,11 @@ pub fn set_to_proto(set: &PeerSet) -> v1::PeerSet {
         removed: set
             .removed
             .iter()
-            .map(|(node, Gone { key, disk })| v1::RemovedPeer {
+            .map(|(node, Gone { key, disk, raft })| v1::RemovedPeer {
                 node_id: node.0,
                 key: key.to_string(),
                 disk: disk.clone(),
+                raft: raft.map(|raft| raft.to_string()).unwrap_or_default(),
             })
             .collect(),
         pending: set.pending.as_ref().map(pending_to_proto),
@@ -329,13 +340,16 @@ fn addresses_to_proto(Addresses { raft, client, extra }: &Addresses) -> v1::Peer
 
 fn addresses_from_proto(at: Option<v1::PeerAddresses>) -> Result<Addresses, String> {
     let at = at.ok_or("at: is missing")?;
-    let read = |text: &str| text.parse().map_err(|_| format!("{text} is not an address"));
-    let extra = at.extra.iter().map(|(name, at)| Ok((name.clone(), read(at)?)));
+    let extra = at.extra.iter().map(|(name, at)| Ok((name.clone(), address(at)?)));
     Ok(Addresses {
-        raft: read(&at.raft)?,
-        client: read(&at.client)?,
+        raft: address(&at.raft)?,
+        client: address(&at.client)?,
         extra: extra.collect::<Result<_, String>>()?,
     })
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| format!("{text} is not an address"))
 }
 
 /// The wire form of what a replica says.

@@ -1,6 +1,6 @@
 use std::net::SocketAddr;
 
-use super::set::{Change, ClusterId, Kind, NodeId, PeerSet};
+use super::set::{Change, ClusterId, Kind, MOST_FOUNDERS, NodeId, PeerSet};
 use crate::model::{InstanceId, Revision, ServiceId};
 
 /// Why a peer set did not do it. Nothing was changed.
@@ -40,6 +40,33 @@ pub enum Refusal {
         /// Its number.
         node: NodeId,
     },
+    /// The disk of another replica: a copy of it, or one that was given another name.
+    #[error(
+        "this disk is that of {by}, node {node}: two replicas with one disk's state break a database; start with an empty disk and a new disk mark"
+    )]
+    DiskTaken {
+        /// Whose it is or was.
+        by: InstanceId,
+        /// That one's number.
+        node: NodeId,
+    },
+    /// The address of one that was removed, where an address is identity.
+    #[error(
+        "{at} was the address of {by}, node {node}, which was removed: for {kind} the address is its identity, and others may still know it; listen on another port"
+    )]
+    AddressUsed {
+        /// The address.
+        at: SocketAddr,
+        /// Whose it was.
+        by: InstanceId,
+        /// That one's number.
+        node: NodeId,
+        /// The database.
+        kind: Kind,
+    },
+    /// No such number of founders.
+    #[error("expect: {0} founders are out of range: want 1 to {MOST_FOUNDERS}")]
+    Expect(u32),
     /// Two replicas at one address.
     #[error("{at} is the address of {by} already")]
     AddressTaken {
@@ -81,6 +108,12 @@ pub enum Refusal {
     /// No such replica.
     #[error("{0} is not in the set: register it first")]
     NoPeer(InstanceId),
+    /// It is not in the database, so it cannot be taken out of it.
+    #[error("{0} is not in the database: if it is not to join, withdraw it")]
+    NotMember(InstanceId),
+    /// One replica in its own place.
+    #[error("{0} cannot take its own place: register the one that is to, under another name")]
+    Itself(InstanceId),
     /// It is in the database, so it cannot just be forgotten.
     #[error("{0} is in the database, or about to be: propose its removal instead")]
     IsMember(InstanceId),

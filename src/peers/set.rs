@@ -402,6 +402,8 @@ pub struct PeerSet {
     pub cluster: ClusterId,
     /// Counts foundings, from 1.
     pub generation: u64,
+    /// No founding that was ever begun has a greater number than this (rule N2). Beyond `generation` after a restore only.
+    pub last_generation: u64,
     /// `None` while founders are collected.
     pub founding: Option<Founding>,
     /// All that have a number and are not removed, by it.
@@ -425,6 +427,8 @@ pub struct Gone {
     pub key: InstanceId,
     /// Its disk.
     pub disk: String,
+    /// Where the others knew it; `None` when it was never in this database.
+    pub raft: Option<SocketAddr>,
 }
 
 /// A replica in a database's own list of members.
@@ -491,12 +495,39 @@ impl PeerSet {
         self.peers.values().filter(|peer| self.founding.is_some() && peer.suffrage != Suffrage::Staging)
     }
 
-    /// Which replica a member of the database's own list is: by its address, else by its name, else by its number.
+    /// Which replica a member of the database's own list is, by what is surest in such a database: where an address is identity,
+    /// another address is another member whatever its name; where ids are looked up, another number is another member wherever it
+    /// is. A name or an address that was used again must not pass for whom it was before.
     pub fn find(&self, seen: &SeenMember) -> Option<&Peer> {
         let by = |matches: &dyn Fn(&Peer) -> bool| self.peers.values().find(|peer| matches(peer));
-        seen.raft
-            .and_then(|raft| by(&|peer| peer.at.raft == raft))
-            .or_else(|| by(&|peer| !seen.name.is_empty() && peer.key.as_str() == seen.name))
-            .or_else(|| by(&|peer| seen.raft.is_none() && seen.id == peer.node.to_string()))
+        let by_id = || by(&|peer| seen.id == peer.node.to_string());
+        let by_name = || by(&|peer| !seen.name.is_empty() && peer.key.as_str() == seen.name);
+        let by_raft = || seen.raft.and_then(|raft| by(&|peer| same_place(peer.at.raft, raft)));
+        match self.spec.kind.class() {
+            Class::Identity if seen.raft.is_some() => by_raft(),
+            Class::Identity => by_name().or_else(by_id),
+            Class::Addresses if seen.id.parse::<u64>().is_ok() => by_id(),
+            Class::Addresses => by_name().or_else(by_raft),
+            Class::Seeds if seen.raft.is_some() => by_name().or_else(by_raft),
+            Class::Seeds => by_name().or_else(by_id),
+        }
     }
+
+    /// Whether some replica's own list of members has this one.
+    pub fn is_listed(&self, node: NodeId, facts: &Facts) -> bool {
+        let lists = facts.observed.values().filter_map(|seen| seen.members.as_ref());
+        lists.flatten().any(|member| self.find(member).is_some_and(|peer| peer.node == node))
+    }
+
+    /// Whether what a replica says is said of this database: one that was started with another founding list is in another (rule
+    /// N2).
+    pub fn is_of_this(&self, seen: &Observation) -> bool {
+        let Some(digest) = &seen.digest else { return true };
+        self.founding.as_ref().is_some_and(|founding| founding.digest == *digest)
+    }
+}
+
+/// Whether two addresses are one, also when one of them is an IPv4 address in the form of IPv6.
+pub(super) fn same_place(a: SocketAddr, b: SocketAddr) -> bool {
+    (a.ip().to_canonical(), a.port()) == (b.ip().to_canonical(), b.port())
 }

@@ -21,6 +21,13 @@ pub struct Guards {
     pub ask_timeout: Duration,
     /// How often an instance that is held is asked again, once it has been for a while.
     pub ask_interval: Duration,
+    /// How often an instance may go within `flap_window`, other than drained, before it is damped: proxies are not told of its
+    /// next run until that has lasted for `flap_penalty`. 0 damps nobody.
+    pub flaps: u32,
+    /// See `flaps`.
+    pub flap_window: Duration,
+    /// See `flaps`.
+    pub flap_penalty: Duration,
 }
 
 impl Default for Guards {
@@ -30,6 +37,9 @@ impl Default for Guards {
             window: Duration::from_secs(60),
             ask_timeout: Duration::from_secs(1),
             ask_interval: Duration::from_secs(10),
+            flaps: 5,
+            flap_window: Duration::from_secs(2 * 60),
+            flap_penalty: Duration::from_secs(60),
         }
     }
 }
@@ -54,13 +64,14 @@ pub(super) struct Elsewhere {
     pub(super) going: usize,
 }
 
-/// Whether some instances may leave. [`Guard::settled`] follows, when the catalog shows what became of them.
+/// Whether some instances may leave that do not refuse connections. [`Guard::settled`] follows, when the catalog shows what
+/// became of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// They may.
     Go,
-    /// Only those that there is evidence against.
-    Ask {
+    /// They stay, as stale.
+    Hold {
         /// The service was trusted until now.
         trips: bool,
     },
@@ -75,7 +86,7 @@ pub(super) struct Guard {
     swept: Option<Instant>,
 }
 
-/// What went, and what is being asked.
+/// What went, and what is in doubt.
 #[derive(Debug, Default)]
 struct Losses {
     /// Removals without evidence within the window, oldest first.
@@ -84,9 +95,9 @@ struct Losses {
     total: usize,
     /// Of these, instances that the catalog still shows.
     going: usize,
-    /// Instances that left and are being asked: neither removed nor held yet.
-    asked: usize,
-    /// When an instance was last asked before it was let go.
+    /// Instances that left and are about to be held.
+    doubtful: usize,
+    /// When an instance was last held.
     doubted: Option<Instant>,
 }
 
@@ -117,13 +128,18 @@ impl Losses {
     fn settled(&mut self, verdict: Verdict, count: usize) {
         let under_way = match verdict {
             Verdict::Go => &mut self.going,
-            Verdict::Ask { .. } => &mut self.asked,
+            Verdict::Hold { .. } => &mut self.doubtful,
         };
         *under_way = under_way.saturating_sub(count);
     }
 
+    /// Whether nothing went within the window, or was held, without evidence.
+    fn is_calm(&self) -> bool {
+        self.total == 0 && self.doubtful == 0 && self.doubted.is_none()
+    }
+
     fn stays_above(&self, share: f64, count: Count, elsewhere: Elsewhere) -> bool {
-        let doubtful = count.leaving + count.silent + self.asked;
+        let doubtful = count.leaving + count.silent + self.doubtful;
         let kept = count.present.saturating_sub(doubtful + self.going + elsewhere.going);
         kept as f64 >= share * (kept + doubtful + self.total + elsewhere.lost) as f64
     }
@@ -154,9 +170,36 @@ impl Guard {
             self.all.go(now, of.leaving);
             return Verdict::Go;
         }
-        losses.asked += of.leaving;
-        self.all.asked += of.leaving;
-        Verdict::Ask { trips: losses.doubted.replace(now).is_none() }
+        self.hold(now, service, of.leaving)
+    }
+
+    /// Judges those of a service that leave now and still accept connections: alive, or frozen. A lease that ends alone is
+    /// believed; where another one ended within the window without evidence, of this service or any, or is about to, what they
+    /// have in common is the likelier cause.
+    pub(super) fn judge_living(
+        &mut self,
+        now: Instant,
+        service: &ServiceId,
+        of: (Count, Elsewhere),
+        all: (Count, Elsewhere),
+    ) -> Verdict {
+        let Guards { min_share, window, .. } = self.settings;
+        // What is lost of a service is lost of all.
+        self.all.forget(now, window);
+        let alone = (of.0.leaving, of.0.silent, all.0.leaving, all.1.lost) == (1, 0, 1, 0);
+        if min_share == 0.0 || (alone && self.all.is_calm()) {
+            return self.judge(now, service, of, all);
+        }
+        self.hold(now, service, of.0.leaving)
+    }
+
+    /// They stay, whatever else there is.
+    pub(super) fn hold(&mut self, now: Instant, service: &ServiceId, count: usize) -> Verdict {
+        let losses = self.services.entry(service.clone()).or_default();
+        losses.doubtful += count;
+        self.all.doubtful += count;
+        self.all.doubted = Some(now);
+        Verdict::Hold { trips: losses.doubted.replace(now).is_none() }
     }
 
     /// Takes a verdict back: nothing was done yet.
@@ -187,7 +230,7 @@ impl Guard {
         self.swept = Some(now);
         self.services.retain(|_, losses| {
             losses.forget(now, window);
-            losses.total > 0 || losses.going > 0 || losses.asked > 0 || losses.doubted.is_some()
+            losses.total > 0 || losses.going > 0 || losses.doubtful > 0 || losses.doubted.is_some()
         });
     }
 }
@@ -228,7 +271,7 @@ mod tests {
             let all = if share < 1.0 { count(1000, leaving, silent) } else { count(1000, 0, 0) };
             let verdict =
                 guard.judge(Instant::now(), &service(0), here(count(present, leaving, silent)), here(all));
-            let want = if goes { Verdict::Go } else { Verdict::Ask { trips: true } };
+            let want = if goes { Verdict::Go } else { Verdict::Hold { trips: true } };
             assert_eq!(verdict, want, "{leaving} and {silent} of {present} at {share}");
         }
     }
@@ -241,7 +284,7 @@ mod tests {
         for (after, trips) in [(0, true), (30, false), (59, false), (60, true)] {
             now += Duration::from_secs(after);
             let verdict = guard.judge(now, &service(0), here(count(1, 1, 0)), here(count(100, 1, 0)));
-            assert_eq!(verdict, Verdict::Ask { trips }, "{after} s later");
+            assert_eq!(verdict, Verdict::Hold { trips }, "{after} s later");
             guard.settled(&service(0), verdict, 1);
         }
         now += window;
@@ -255,7 +298,7 @@ mod tests {
         let mut guard = Guard::new(Guards::default());
         let now = Instant::now();
         let verdict = guard.judge(now, &service(0), here(count(10, 1, 0)), here(count(100, 60, 0)));
-        assert_eq!(verdict, Verdict::Ask { trips: true });
+        assert_eq!(verdict, Verdict::Hold { trips: true });
     }
 
     #[test]
@@ -297,7 +340,7 @@ mod tests {
         ]
     }
 
-    /// What a service has: sure of, removed but still shown, being asked, held, and when how many went without evidence.
+    /// What a service has: sure of, removed but still shown, about to be held, held, and when how many went without evidence.
     #[derive(Debug, Default, Clone)]
     struct Model {
         fresh: usize,
@@ -332,7 +375,7 @@ mod tests {
                     Step::Answer(s, n) => {
                         let model = &mut models[s as usize];
                         let n = n.min(model.asked);
-                        guard.settled(&service(s), Verdict::Ask { trips: false }, n);
+                        guard.settled(&service(s), Verdict::Hold { trips: false }, n);
                         model.asked -= n;
                         // Half refused and went with evidence.
                         model.held += n / 2;
@@ -366,7 +409,7 @@ mod tests {
                                     prop_assert!(has as f64 >= share * (has + lost) as f64, "{has} of {}", has + lost);
                                 }
                             }
-                            Verdict::Ask { .. } => {
+                            Verdict::Hold { .. } => {
                                 models[at].fresh -= n;
                                 models[at].asked += n;
                                 let calm = models.iter().all(|m| m.asked == 0 && m.lost.is_empty());

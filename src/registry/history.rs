@@ -76,10 +76,12 @@ pub enum What {
     Released,
     /// Its checks came to another verdict.
     Judged,
+    /// It was damped, and is no more.
+    Undamped,
 }
 
 impl What {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Registered,
         Self::Updated,
         Self::Drained,
@@ -92,6 +94,7 @@ impl What {
         Self::Closed,
         Self::Released,
         Self::Judged,
+        Self::Undamped,
     ];
 
     /// Its word.
@@ -109,6 +112,7 @@ impl What {
             Self::Closed => "session closed",
             Self::Released => "released",
             Self::Judged => "judged",
+            Self::Undamped => "undamped",
         }
     }
 
@@ -200,12 +204,7 @@ impl History {
             what: what.name().to_owned(),
             by: by.to_owned(),
             why: why.to_owned(),
-            instance: (!what.removes()).then(|| v1::Instance {
-                service: String::new(),
-                id: String::new(),
-                revision: 0,
-                ..record::instance_to_proto(instance)
-            }),
+            instance: (!what.removes()).then(|| record::without_key(instance)),
         };
         Some(Op::Put {
             key: format!("{HISTORY}{service}/{millis:015}-{count:08x}{:04x}", self.seed).into(),

@@ -4,12 +4,12 @@
 //! the others counts the lease in its place, whole from then on, until the instance's owner comes to some process: that one
 //! becomes the owner, with one write.
 
-use std::{fmt, future};
+use std::{fmt, future, sync::Arc};
 
 use super::{Inner, Registry};
 use crate::{
     catalog::{Changes, Snapshot},
-    model::{Instance, InstanceKey, Lease, MemberId, Members, Revision},
+    model::{Instance, InstanceKey, Lease, MemberId, Members},
 };
 use tokio::time::Instant;
 
@@ -26,27 +26,32 @@ impl Inner {
         keeps(&self.members.borrow(), instance.owner.as_ref(), &instance.key)
     }
 
-    fn adopt(&self, instance: &Instance) {
-        let ttl = match instance.lease {
-            Lease::Ttl(ttl) => Some(ttl),
-            Lease::Session => None,
-        };
-        self.leases.adopt(&instance.key, instance.incarnation, ttl, Instant::now());
+    fn adopt<'a>(&self, instances: impl IntoIterator<Item = &'a Instance>) {
+        let leases = instances.into_iter().map(|instance| {
+            let ttl = match instance.lease {
+                Lease::Ttl(ttl) => Some(ttl),
+                Lease::Session => None,
+            };
+            (&instance.key, instance.incarnation, ttl)
+        });
+        self.leases.adopt(leases, Instant::now());
     }
 
     /// Counts the leases that it keeps, and no others. That of a stale instance is over, unless a store that went back does not
     /// know that its owner vouches for it again.
     pub(super) fn settle_all(&self, snapshot: &Snapshot) {
         let members = self.members.borrow().clone();
+        let mut adopted = Vec::new();
         for instance in snapshot.services().flat_map(|service| service.instances()) {
             if !keeps(&members, instance.owner.as_ref(), &instance.key) {
                 self.leases.cede(&instance.key);
             } else if instance.stale.is_none() {
-                self.adopt(instance);
+                adopted.push(&**instance);
             } else if self.leases.held(&instance.key, instance.incarnation) {
                 self.held.revived((instance.key.clone(), instance.incarnation));
             }
         }
+        self.adopt(adopted);
     }
 
     fn settle(&self, snapshot: &Snapshot, key: &InstanceKey) {
@@ -56,14 +61,15 @@ impl Inner {
             self.leases.cede(key);
         } else if instance.owner.as_ref() != Some(&members.own) && instance.stale.is_none() {
             // What it owns itself it counts since the write. If that lease is over, a change must not bring it back.
-            self.adopt(instance);
+            self.adopt([&**instance]);
         }
     }
 }
 
 impl Registry {
-    /// Follows the members and the owners.
-    pub(super) async fn keep_leases(self, mut seen: Revision) {
+    /// Follows the members and the owners, and counts how often an instance goes; `known` is what this process has looked at.
+    pub(super) async fn keep_leases(self, mut known: Arc<Snapshot>) {
+        let mut seen = known.revision();
         let mut members = self.inner.members.clone();
         let mut members_changed = async || {
             if members.changed().await.is_err() {
@@ -79,16 +85,26 @@ impl Registry {
                 () = members_changed() => (self.inner.catalog.latest(), Changes::Resync),
             };
             seen = snapshot.revision();
+            let now = Instant::now();
             match changes {
                 Changes::Resync => self.inner.settle_all(&snapshot),
                 Changes::Touched(touched) => {
                     for (service, id) in touched {
                         if let Some(id) = id {
-                            self.inner.settle(&snapshot, &InstanceKey { service, id });
+                            let key = InstanceKey { service, id };
+                            self.inner.settle(&snapshot, &key);
+                            if let Some(before) = known.instance(&key) {
+                                self.inner.flaps.note(
+                                    before,
+                                    snapshot.instance(&key).map(AsRef::as_ref),
+                                    now,
+                                );
+                            }
                         }
                     }
                 }
             }
+            known = snapshot;
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{StreamExt as _, future::join_all, stream};
@@ -20,6 +20,7 @@ use super::{
     write::ATTEMPTS,
 };
 use crate::{
+    catalog::Snapshot,
     model::{Instance, Lease, ServiceId, Stale, format_duration},
     rt,
     store::StoreError,
@@ -36,6 +37,10 @@ const QUESTIONS: usize = 256;
 
 /// Services that are judged and written down together; stores bound the operations of a commit (etcd: 128).
 const TOGETHER: usize = 50;
+
+/// How much later another instance has to be registered at the same address to be the successor: a process may register
+/// itself under several ids.
+const SUCCEEDS: Duration = Duration::from_secs(1);
 
 /// How long leases that end are collected for.
 const COLLECTED: Duration = Duration::from_millis(20);
@@ -111,11 +116,21 @@ impl Door {
     }
 }
 
-/// Instances of one service that leave at the same time.
+/// Instances of one service that leave at the same time and do not refuse connections, and what each answered.
 struct Leaving {
     service: ServiceId,
-    instances: Vec<Arc<Instance>>,
+    instances: Vec<Asked>,
     verdict: Verdict,
+}
+
+type Asked = (Arc<Instance>, Answer);
+
+/// What is to be done with some that leave.
+enum Going {
+    /// They are gone.
+    Gone(Vec<Asked>),
+    /// By the verdict.
+    Judged(Leaving),
 }
 
 impl Registry {
@@ -123,17 +138,7 @@ impl Registry {
     /// were removed. One whose owner comes back meanwhile stays.
     pub(super) async fn leave(&self, over: Vec<Run>, cause: Cause) -> u64 {
         let inner = Arc::clone(&self.inner);
-        let removed = self.detached(async move {
-            Ok(match cause {
-                Cause::Closed => {
-                    let removed = inner
-                        .remove_unheld(over, cause.what(), &|instance| inner.text(cause, instance))
-                        .await;
-                    removed as u64
-                }
-                Cause::Expired | Cause::HungUp => inner.leave(over, cause).await as u64,
-            })
-        });
+        let removed = self.detached(async move { Ok(inner.leave(over, cause).await as u64) });
         removed.await.unwrap_or_default()
     }
 
@@ -154,48 +159,58 @@ impl Registry {
 }
 
 impl Inner {
+    /// Asks all of them, in rounds of whole services. Those that refuse are gone, whatever else there is.
     async fn leave(&self, over: Vec<Run>, cause: Cause) -> usize {
-        let over = match cause {
-            Cause::HungUp => self.really_gone(over).await,
-            Cause::Expired | Cause::Closed => over,
-        };
         let mut services: BTreeMap<ServiceId, Vec<Run>> = BTreeMap::new();
         let mut left = over.len();
         for run in over {
             services.entry(run.0.service.clone()).or_default().push(run);
         }
         let services: Vec<Vec<Run>> = services.into_values().collect();
-        let mut groups = Vec::new();
+        let mut going = Vec::new();
         for some in services.chunks(TOGETHER) {
             let runs = some.concat();
             left -= runs.len();
-            groups.extend(self.judge_in_turn(&runs, left).await);
+            let (refused, others) = self.ask_all(self.still_there(&runs), cause).await;
+            going.push(Going::Gone(refused));
+            match cause {
+                Cause::Expired if !others.is_empty() => {
+                    going.extend(self.judge_in_turn(&others, left).await.into_iter().map(Going::Judged));
+                }
+                Cause::Expired => {}
+                Cause::HungUp | Cause::Closed => self.give_grace_to(others),
+            }
         }
-        join_all(groups.into_iter().map(|group| self.let_go(group, cause))).await.into_iter().sum()
+        join_all(going.into_iter().map(|some| self.let_go(some, cause))).await.into_iter().sum()
     }
 
-    /// A connection is also closed by a network that mends: the owner had given it up, and its last words arrive now. So it
-    /// is the end of those instances only that refuse connections; the owner of another one has the time to come back.
-    async fn really_gone(&self, over: Vec<Run>) -> Vec<Run> {
+    /// Those whose lease is over. Those that are held already are asked soon.
+    fn still_there(&self, over: &[Run]) -> Vec<Arc<Instance>> {
         let snapshot = self.catalog.latest();
-        let present = over.iter().filter_map(|(key, incarnation)| {
-            let present = snapshot.instance(key).filter(|present| present.incarnation == *incarnation)?;
-            (self.is_over(present) && present.stale.is_none()).then(|| Arc::clone(present))
-        });
-        let (_, unsure) = self.ask_all(present.collect()).await;
-        let mut gone = over;
-        for (instance, answer) in unsure {
-            let (key, incarnation) = (&instance.key, instance.incarnation);
-            gone.retain(|(of, run)| of != key || *run != incarnation);
-            tracing::info!(
-                instance = %key, answer, grace = ?self.config.session_grace,
-                "its connection was closed, but it is there: it is removed after the grace unless its owner comes back"
-            );
-            let is_there =
-                || self.catalog.latest().instance(key).is_some_and(|now| now.incarnation == incarnation);
-            self.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
+        let mut present = Vec::with_capacity(over.len());
+        for (key, incarnation) in over {
+            let run = snapshot.instance(key).filter(|present| present.incarnation == *incarnation);
+            let Some(instance) = run.filter(|present| self.is_over(present)) else { continue };
+            if instance.stale.is_some() {
+                self.held.soon([(key.clone(), *incarnation)]);
+            } else {
+                present.push(Arc::clone(instance));
+            }
         }
-        gone
+        present
+    }
+
+    /// A stream is also closed by a network that mends: the owner had given it up, and its last words arrive now, all of them or
+    /// the first. So that is the end of those instances only that refuse connections; the owner of another one has the time to
+    /// come back.
+    fn give_grace_to(&self, living: Vec<Asked>) {
+        for (instance, answer) in living {
+            tracing::info!(
+                instance = %instance.key, %answer, grace = ?self.config.session_grace,
+                "its session ended, but it is there: it is looked at again after the grace, unless its owner comes back"
+            );
+            self.give_grace(vec![(instance.key.clone(), instance.incarnation)]);
+        }
     }
 
     fn text(&self, cause: Cause, instance: &Instance) -> String {
@@ -208,7 +223,7 @@ impl Inner {
     }
 
     /// As [`Inner::judge`], and has it written down where other processes judge as well.
-    async fn judge_in_turn(&self, over: &[Run], more: usize) -> Vec<Leaving> {
+    async fn judge_in_turn(&self, over: &[Asked], more: usize) -> Vec<Leaving> {
         for _ in 0..ATTEMPTS {
             let own_store = self.store.status().borrow().session.is_some_and(|it| it.until.is_none());
             if own_store && self.members.borrow().live.len() <= 1 {
@@ -217,7 +232,7 @@ impl Inner {
             let listing = match self.store.list(LOSSES).await {
                 Ok(listing) => listing,
                 Err(error) => {
-                    tracing::warn!(%error, "what other nodes let go is unknown: everybody is asked");
+                    tracing::warn!(%error, "what other nodes let go is unknown: all are held");
                     break;
                 }
             };
@@ -237,7 +252,7 @@ impl Inner {
                         guard.take_back(service, *verdict, instances.len());
                     }
                     if !matches!(error, StoreError::Conflict { .. }) {
-                        tracing::warn!(%error, "what goes could not be written down: everybody is asked");
+                        tracing::warn!(%error, "what goes could not be written down: all are held");
                         break;
                     }
                 }
@@ -246,52 +261,60 @@ impl Inner {
         self.judge(over, more, None)
     }
 
-    /// Those that are still there, by service, and whether they may go; `more` are not judged yet. Without `written`, what
+    /// Those whose lease is still over, by service, and whether they may go; `more` are not judged yet. Without `written`, what
     /// other processes let go is unknown.
-    fn judge(&self, over: &[Run], more: usize, written: Option<&Written>) -> Vec<Leaving> {
+    fn judge(&self, over: &[Asked], more: usize, written: Option<&Written>) -> Vec<Leaving> {
         let now = Instant::now();
         let snapshot = self.catalog.latest();
-        let mut services: BTreeMap<ServiceId, Vec<Arc<Instance>>> = BTreeMap::new();
-        for (key, incarnation) in over {
-            let present = snapshot.instance(key).filter(|present| present.incarnation == *incarnation);
-            let Some(present) = present.filter(|present| self.is_over(present)) else { continue };
-            if present.stale.is_some() {
-                self.held.soon([(key.clone(), *incarnation)]);
-            } else {
-                services.entry(key.service.clone()).or_default().push(Arc::clone(present));
-            }
+        let mut services: BTreeMap<ServiceId, [Vec<Asked>; 2]> = BTreeMap::new();
+        let over = over.iter().filter(|(instance, _)| {
+            let present = snapshot.instance(&instance.key);
+            present.is_some_and(|it| it.incarnation == instance.incarnation && self.is_over(it))
+        });
+        let mut leaving = more;
+        for (instance, answer) in over {
+            let [silent, living] = services.entry(instance.key.service.clone()).or_default();
+            let some = if *answer == Answer::Accepts { living } else { silent };
+            some.push((Arc::clone(instance), answer.clone()));
+            leaving += 1;
         }
         let silent = self.silent(now);
-        let mut all = Count {
-            present: snapshot.instances() - snapshot.stale(),
-            leaving: services.values().map(Vec::len).sum::<usize>() + more,
-            silent: silent.all,
-        };
+        let mut all = Count { present: snapshot.instances() - snapshot.stale(), leaving, silent: silent.all };
         let mut guard = self.door.guard.lock().unwrap_or_else(PoisonError::into_inner);
-        let judged = services.into_iter().map(|(service, instances)| {
+        let mut judged = Vec::with_capacity(services.len());
+        for (service, [dumb, living]) in services {
             let present = snapshot.service(&service).map_or(0, |it| it.instances().len() - it.stale());
-            let of = Count {
-                present,
-                leaving: instances.len(),
-                silent: silent.of.get(&service).copied().unwrap_or_default(),
-            };
             let elsewhere = |service| match written {
                 Some(written) => written.elsewhere(service),
                 None => Elsewhere { lost: usize::MAX / 4, going: 0 },
             };
-            let verdict = guard.judge(now, &service, (of, elsewhere(Some(&service))), (all, elsewhere(None)));
-            all.leaving -= of.leaving;
-            if verdict == (Verdict::Ask { trips: true }) {
-                self.metrics.trips.inc();
-                tracing::warn!(
-                    %service, leaving = of.leaving, silent = of.silent, present,
-                    "too many instances leave to be believed: each is asked, and stays unless it refuses connections; \
-                     `disco service release {service}` removes those that are held"
-                );
+            let lost = (elsewhere(Some(&service)), elsewhere(None));
+            let about_to = silent.of.get(&service).copied().unwrap_or_default();
+            let others = [about_to + living.len(), about_to];
+            for (instances, others) in [dumb, living].into_iter().zip(others) {
+                let Some((first, answer)) = instances.first() else { continue };
+                let of = Count { present, leaving: instances.len(), silent: others };
+                let of_session = first.lease == Lease::Session;
+                let verdict = match answer {
+                    Answer::Accepts if of_session => guard.hold(now, &service, of.leaving),
+                    Answer::Accepts => guard.judge_living(now, &service, (of, lost.0), (all, lost.1)),
+                    Answer::Refused | Answer::Taken | Answer::Silent(_) => {
+                        guard.judge(now, &service, (of, lost.0), (all, lost.1))
+                    }
+                };
+                all.leaving -= of.leaving;
+                if verdict == (Verdict::Hold { trips: true }) {
+                    self.metrics.trips.inc();
+                    tracing::warn!(
+                        %service, leaving = of.leaving, silent = of.silent, present,
+                        "leases are over of instances that may be alive, or too many at once: those that do not refuse \
+                         connections stay; `disco service release {service}` removes those that are held"
+                    );
+                }
+                judged.push(Leaving { service: service.clone(), instances, verdict });
             }
-            Leaving { service, instances, verdict }
-        });
-        judged.collect()
+        }
+        judged
     }
 
     /// Who else is about to leave. A look at all leases is not repeated for each that ends.
@@ -309,71 +332,96 @@ impl Inner {
     }
 
     /// Removes or holds; returns how many were removed.
-    async fn let_go(&self, group: Leaving, cause: Cause) -> usize {
-        let Leaving { service, instances, verdict } = group;
-        let count = instances.len();
-        let runs = |instances: &[Arc<Instance>]| {
-            instances.iter().map(|it| (it.key.clone(), it.incarnation)).collect::<Vec<_>>()
-        };
-        let removed = match verdict {
-            Verdict::Go => {
-                self.remove_unheld(runs(&instances), cause.what(), &|instance| self.text(cause, instance))
-                    .await
-            }
-            Verdict::Ask { .. } => {
-                let (refused, unsure) = self.ask_all(instances).await;
-                let held = self.hold(unsure, cause);
-                let why = |instance: &Instance| {
-                    format!("{}, and it refuses connections", self.text(cause, instance))
+    async fn let_go(&self, going: Going, cause: Cause) -> usize {
+        match going {
+            Going::Gone(instances) => self.remove_asked(&instances, cause).await,
+            Going::Judged(Leaving { service, instances, verdict }) => {
+                let count = instances.len();
+                let removed = match verdict {
+                    Verdict::Go => self.remove_asked(&instances, cause).await,
+                    Verdict::Hold { .. } => {
+                        let held = self.hold(&instances, cause).await;
+                        tracing::info!(%service, held, "instances that nobody vouches for stay");
+                        0
+                    }
                 };
-                let (removed, held) =
-                    tokio::join!(self.remove_unheld(runs(&refused), cause.what(), &why), held);
-                tracing::info!(%service, removed, held, "asked instances that nobody vouches for");
+                self.door.settled(&service, verdict, count);
                 removed
             }
-        };
-        self.door.settled(&service, verdict, count);
-        removed
+        }
     }
 
-    /// Those that refuse connections, and what the others say.
-    async fn ask_all(
-        &self,
-        instances: Vec<Arc<Instance>>,
-    ) -> (Vec<Arc<Instance>>, Vec<(Arc<Instance>, String)>) {
+    async fn remove_asked(&self, instances: &[Asked], cause: Cause) -> usize {
+        let said = by_run(instances);
+        let why = |instance: &Instance| {
+            let answer = said.get(&(instance.key.clone(), instance.incarnation));
+            let text = self.text(cause, instance);
+            answer.map_or_else(|| text.clone(), |answer| format!("{text}, and {answer}"))
+        };
+        self.remove_unheld(runs(instances), cause.what(), &why).await
+    }
+
+    /// Those that are gone for certain, and what the others say.
+    async fn ask_all(&self, instances: Vec<Arc<Instance>>, cause: Cause) -> (Vec<Asked>, Vec<Asked>) {
+        let snapshot = self.catalog.latest();
         let questions = instances.into_iter().map(async |instance| {
             let _place = self.door.questions.acquire().await;
             // The next start gives everybody a lease.
             if self.tasks.shutdown().started() {
                 return None;
             }
-            let address = SocketAddr::new(instance.address, instance.port.get());
-            let answer = self.network.ask.ask(address, PATIENCE).await;
+            let heard = self.last_heard(&instance, rt::now(), cause);
+            let answer = self.ask(&snapshot, &instance, heard, PATIENCE).await;
             Some((instance, answer))
         });
-        let (mut refused, mut unsure) = (Vec::new(), Vec::new());
-        let mut answers = stream::iter(questions).buffer_unordered(QUESTIONS);
-        while let Some(answer) = answers.next().await {
-            let Some((instance, answer)) = answer else { continue };
-            match answer {
-                Answer::Refused => refused.push(instance),
-                Answer::Unsure(said) => unsure.push((instance, said)),
-            }
+        let answers: Vec<Asked> =
+            stream::iter(questions).buffered(QUESTIONS).filter_map(async |it| it).collect().await;
+        answers.into_iter().partition(|(_, answer)| answer.is_end())
+    }
+
+    /// When at the latest the owner of an instance was heard of, whose lease was over at `over`.
+    pub(super) fn last_heard(&self, instance: &Instance, over: SystemTime, cause: Cause) -> SystemTime {
+        let before = match (cause, instance.lease) {
+            (Cause::HungUp | Cause::Closed, _) => Duration::ZERO,
+            (Cause::Expired, Lease::Ttl(ttl)) => ttl,
+            (Cause::Expired, Lease::Session) => self.config.session_grace,
+        };
+        over.checked_sub(before).unwrap_or(over)
+    }
+
+    /// What an instance answers whose owner was `heard` of last then.
+    pub(super) async fn ask(
+        &self,
+        snapshot: &Snapshot,
+        instance: &Instance,
+        heard: SystemTime,
+        within: Duration,
+    ) -> Answer {
+        let answer =
+            self.network.ask.ask(SocketAddr::new(instance.address, instance.port.get()), within).await;
+        let successor = || {
+            let service = snapshot.service(&instance.key.service)?;
+            let endpoints = service.endpoints();
+            let mut claims = endpoints.claims(instance.address, instance.port);
+            let other = |it: &&Arc<Instance>| it.key != instance.key && it.stale.is_none();
+            claims.any(|it| other(&it) && it.registered_at > heard + SUCCEEDS).then_some(())
+        };
+        match answer {
+            Answer::Accepts if successor().is_some() => Answer::Taken,
+            answer => answer,
         }
-        (refused, unsure)
     }
 
     /// Marks instances as stale; returns how many.
-    async fn hold(&self, unsure: Vec<(Arc<Instance>, String)>, cause: Cause) -> usize {
+    async fn hold(&self, instances: &[Asked], cause: Cause) -> usize {
         let since = rt::now();
-        let said: HashMap<_, _> =
-            unsure.into_iter().map(|(it, said)| ((it.key.clone(), it.incarnation), said)).collect();
-        let runs: Vec<Run> = said.keys().cloned().collect();
+        let said = by_run(instances);
         let written = self
-            .write_each(runs, |present| {
+            .write_each(runs(instances), |present| {
                 let run = (present.key.clone(), present.incarnation);
-                let said = said.get(&run).filter(|_| self.is_over(present))?;
-                let reason = format!("{}, too many others went, and {said}", self.text(cause, present));
+                let answer = said.get(&run).filter(|_| self.is_over(present))?;
+                let doubt = if **answer == Answer::Accepts { "but" } else { "too many others went, and" };
+                let reason = format!("{}, {doubt} {answer}", self.text(cause, present));
                 let mut next = (**present).clone();
                 next.stale = Some(Box::new(Stale { since, reason: reason.clone() }));
                 Some((Edit::Put(Box::new(next)), Note { what: What::Held, by: BY.into(), why: reason }))
@@ -422,4 +470,12 @@ impl Inner {
             self.leases.abandon(key.clone(), incarnation, Instant::now(), is_there);
         }
     }
+}
+
+fn by_run(instances: &[Asked]) -> HashMap<Run, &Answer> {
+    instances.iter().map(|(it, answer)| ((it.key.clone(), it.incarnation), answer)).collect()
+}
+
+fn runs(instances: &[Asked]) -> Vec<Run> {
+    instances.iter().map(|(it, _)| (it.key.clone(), it.incarnation)).collect()
 }

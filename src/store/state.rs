@@ -95,37 +95,38 @@ impl State {
 
     /// Applies an accepted commit and tells what it changed.
     pub(super) fn apply(&mut self, revision: Revision, ops: Vec<Op>) -> Event {
-        let mut changes = Vec::with_capacity(ops.len());
-        for op in ops {
+        // Collected in the memory of the operations.
+        let changes = ops.into_iter().filter_map(|op| {
             let bound = matches!(op, Op::Bind { .. });
             match op {
                 Op::Put { key, value, .. } | Op::Bind { key, value, .. } => {
                     self.insert(Arc::clone(&key), Record { value: value.clone(), revision, bound });
-                    changes.push((key, Some(value)));
+                    Some((key, Some(value)))
                 }
                 Op::Delete { key, .. } => {
-                    if let Some(old) = self.records.remove(&key) {
-                        self.bytes -= size(&key, &old.value);
-                        changes.push((key, None));
-                    }
+                    let old = self.records.remove(&key)?;
+                    self.bytes -= size(key.len(), &old.value);
+                    Some((key, None))
                 }
             }
-        }
+        });
+        let changes = changes.collect();
         self.revision = revision;
         Event { revision, changes }
     }
 
     /// Adds a record as it is, from a snapshot.
     pub(super) fn insert(&mut self, key: Key, record: Record) {
-        self.bytes += size(&key, &record.value);
-        if let Some(old) = self.records.insert(Arc::clone(&key), record) {
-            self.bytes -= size(&key, &old.value);
+        let length = key.len();
+        self.bytes += size(length, &record.value);
+        if let Some(old) = self.records.insert(key, record) {
+            self.bytes -= size(length, &old.value);
         }
     }
 }
 
-fn size(key: &str, value: &Bytes) -> u64 {
-    (key.len() + value.len()) as u64 + RECORD_OVERHEAD
+fn size(key: usize, value: &Bytes) -> u64 {
+    (key + value.len()) as u64 + RECORD_OVERHEAD
 }
 
 /// What commits that are accepted but not yet applied will have written: the revision of each key, `None` when absent. They

@@ -38,6 +38,8 @@ pub(super) struct Note {
     pub(super) target: Target,
     /// Which of the askers of this target it was.
     pub(super) serial: u64,
+    /// When it came.
+    pub(super) at: Instant,
     pub(super) outcome: Result<Heard, Fault>,
 }
 
@@ -107,7 +109,7 @@ impl Asker {
                 // A change of the period has its effect after the answer; the end has it now.
                 () = ended(&mut every) => return,
             };
-            if notes.send(Note { target, serial, outcome }).await.is_err() {
+            if notes.send(Note { target, serial, at: Instant::now(), outcome }).await.is_err() {
                 return;
             }
             let mut whole = true;

@@ -1,11 +1,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt,
     net::SocketAddr,
     sync::Arc,
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
@@ -17,36 +17,21 @@ use super::{
     sight::{Hearing, Sight, Target},
 };
 use crate::{
-    model::{Members, ServiceId},
-    peers::{MOST_PEERS, Observe, Peer, PeerSet},
+    model::ServiceId,
+    peers::{MOST_PEERS, Observe, Peer, PeerSet, Peers, keep::Error},
     rt::Tasks,
 };
 
-/// Where observations go.
-pub trait Sink: Send + Sync + fmt::Debug + 'static {
-    /// All that is known of the replicas of a set now; replaces what was said before. Called when any of it has changed, but for
-    /// how far replicas have come, which alone is told once a second. Does not wait.
-    fn observed(&self, set: &ServiceId, sight: Sight);
-
-    /// This node observes the set no more: what it said of it is void, without a successor from here.
-    fn unobserved(&self, set: &ServiceId);
-}
-
-/// How often it is told how far replicas have come.
-const PROGRESS: Duration = Duration::from_secs(1);
+/// How often what is known is told, when nothing is new: it is believed only for some time, and replicas go on.
+const REPEAT: Duration = Duration::from_secs(1);
 
 /// Notes that may wait for a set's task.
 const NOTES: usize = 64;
 
-/// The peer sets that there are, as whoever keeps them shows them.
-pub type Sets = Arc<Vec<Arc<PeerSet>>>;
-
 /// Has the replicas asked of those sets that say how, are founded, and are this node's work.
 #[derive(Debug)]
 pub struct Observer {
-    sets: watch::Receiver<Sets>,
-    members: watch::Receiver<Members>,
-    sink: Arc<dyn Sink>,
+    peers: Peers,
     tasks: Tasks,
     /// Dropping one ends its task.
     running: BTreeMap<ServiceId, watch::Sender<Arc<PeerSet>>>,
@@ -54,57 +39,49 @@ pub struct Observer {
 
 impl Observer {
     /// It does nothing before it [runs](Self::run). `tasks` owns what it starts.
-    pub fn new(
-        sets: watch::Receiver<Sets>,
-        members: watch::Receiver<Members>,
-        sink: Arc<dyn Sink>,
-        tasks: Tasks,
-    ) -> Self {
-        Self { sets, members, sink, tasks, running: BTreeMap::new() }
+    pub fn new(peers: Peers, tasks: Tasks) -> Self {
+        Self { peers, tasks, running: BTreeMap::new() }
     }
 
-    /// Runs until the sets or the members come to their end. When dropped, all that it started ends.
+    /// Runs for ever. When dropped, all that it started ends.
     pub async fn run(mut self) {
+        let (mut board, mut members) = (self.peers.follow(), self.peers.members());
         loop {
-            self.assign();
+            let sets = board.borrow_and_update().clone();
+            let present = members.borrow_and_update().clone();
+            let known = sets.names().filter_map(|name| sets.set(name));
+            let mine = known.map(|known| known.set).filter(|set| {
+                let name = set.spec.name.as_str();
+                let is_due = set.spec.observe.is_some() && set.founding.is_some();
+                is_due && present.is_member() && present.is_mine(name)
+            });
+            self.assign(mine.map(|set| (set.spec.name.clone(), set)).collect());
             let changed = tokio::select! {
-                changed = self.sets.changed() => changed,
-                changed = self.members.changed() => changed,
+                changed = board.changed() => changed,
+                changed = members.changed() => changed,
             };
             if changed.is_err() {
-                return;
+                // They do not come to their end while the process lives.
+                return std::future::pending().await;
             }
         }
     }
 
-    fn assign(&mut self) {
-        let sets = Arc::clone(&self.sets.borrow_and_update());
-        let members = self.members.borrow_and_update().clone();
-        let mine = |set: &&Arc<PeerSet>| {
-            set.spec.observe.is_some()
-                && set.founding.is_some()
-                && members.is_member()
-                && members.is_mine(set.spec.name.as_str())
-        };
-        let mine: BTreeMap<_, _> = sets.iter().filter(mine).map(|set| (&set.spec.name, set)).collect();
-        let over: Vec<_> = self.running.keys().filter(|name| !mine.contains_key(name)).cloned().collect();
-        for name in over {
-            self.running.remove(&name);
-            self.sink.unobserved(&name);
-        }
+    fn assign(&mut self, mine: BTreeMap<ServiceId, Arc<PeerSet>>) {
+        self.running.retain(|name, _| mine.contains_key(name));
         for (name, set) in mine {
-            match self.running.get(name) {
+            match self.running.get(&name) {
                 Some(running) => {
                     running.send_if_modified(|before| {
-                        let changed = before.revision != set.revision || before.cluster != set.cluster;
-                        *before = Arc::clone(set);
+                        let changed = before.revision != set.revision;
+                        *before = set;
                         changed
                     });
                 }
                 None => {
-                    let (sender, receiver) = watch::channel(Arc::clone(set));
-                    self.running.insert(name.clone(), sender);
-                    let one = One::new(receiver, Arc::clone(&self.sink), self.tasks.clone());
+                    let (sender, receiver) = watch::channel(set);
+                    self.running.insert(name, sender);
+                    let one = One::new(receiver, self.peers.clone(), self.tasks.clone());
                     self.tasks.spawn_until_shutdown("observe-set", one.run());
                 }
             }
@@ -116,7 +93,7 @@ impl Observer {
 struct One {
     changes: watch::Receiver<Arc<PeerSet>>,
     set: Arc<PeerSet>,
-    sink: Arc<dyn Sink>,
+    peers: Peers,
     tasks: Tasks,
     observe: Option<Observe>,
     hearing: Hearing,
@@ -125,17 +102,20 @@ struct One {
     serial: u64,
     period: Duration,
     notes: (mpsc::Sender<Note>, mpsc::Receiver<Note>),
+    /// What was told last, and when.
     told: Option<(Sight, Instant)>,
+    /// One thing is told at a time; what is new meanwhile comes after it.
+    telling: Option<BoxFuture<'static, Result<(), Error>>>,
     looked: Instant,
 }
 
 impl One {
-    fn new(changes: watch::Receiver<Arc<PeerSet>>, sink: Arc<dyn Sink>, tasks: Tasks) -> Self {
+    fn new(changes: watch::Receiver<Arc<PeerSet>>, peers: Peers, tasks: Tasks) -> Self {
         let set = Arc::clone(&changes.borrow());
         Self {
             changes,
             set,
-            sink,
+            peers,
             tasks,
             observe: None,
             hearing: Hearing::new(Duration::ZERO, false, Instant::now()),
@@ -144,6 +124,7 @@ impl One {
             period: Duration::ZERO,
             notes: mpsc::channel(NOTES),
             told: None,
+            telling: None,
             looked: Instant::now(),
         }
     }
@@ -151,14 +132,21 @@ impl One {
     async fn run(mut self) {
         self.adjust();
         loop {
-            let now = Instant::now();
             // How far replicas have come is looked at now and then, too.
-            let wake = self
-                .hearing
-                .wake(now)
-                .map_or(self.looked + PROGRESS, |wake| wake.min(self.looked + PROGRESS));
+            let look = self.looked + REPEAT;
+            let wake = self.hearing.wake(Instant::now()).map_or(look, |wake| wake.min(look));
             let news = tokio::select! {
                 Some(note) = self.notes.1.recv() => self.note(note),
+                result = told(&mut self.telling) => {
+                    self.telling = None;
+                    if let Err(error) = result {
+                        // It is told again, with what is new then.
+                        tracing::warn!(set = %self.set.spec.name, %error, "what replicas say cannot be kept");
+                        false
+                    } else {
+                        true
+                    }
+                }
                 changed = self.changes.changed() => {
                     if changed.is_err() {
                         return;
@@ -179,12 +167,11 @@ impl One {
     }
 
     fn note(&mut self, first: Note) -> bool {
-        let now = Instant::now();
         let (mut next, mut news) = (Some(first), false);
         while let Some(note) = next {
             // What an asker still had on its tongue when another took its place.
             let current = self.askers.get(&note.target).is_some_and(|(_, serial, _)| *serial == note.serial);
-            news |= current && self.hearing.note(note.target, note.outcome, now);
+            news |= current && self.hearing.note(note.target, note.outcome, note.at);
             next = self.notes.1.try_recv().ok();
         }
         news
@@ -201,17 +188,30 @@ impl One {
                 every.send_replace(period);
             }
         }
-        let same = match &mut self.told {
-            Some((told, at)) if *told == sight => {
-                *at = now;
+        if self.telling.is_some() {
+            return;
+        }
+        if let Some((before, at)) = &self.told {
+            if now < *at + REPEAT && before.same(&sight) {
                 return;
             }
-            Some((told, at)) => now < *at + PROGRESS && told.same(&sight),
-            None => false,
-        };
-        if !same {
-            self.told = Some((sight.clone(), now));
-            self.sink.observed(&self.set.spec.name, sight);
+            self.log(before, &sight);
+        }
+        let (peers, name, observed) =
+            (self.peers.clone(), self.set.spec.name.clone(), sight.observed.clone());
+        self.told = Some((sight, now));
+        self.telling = Some(Box::pin(async move { peers.observed(&name, observed).await }));
+    }
+
+    fn log(&self, before: &Sight, after: &Sight) {
+        let set = &self.set.spec.name;
+        if after.stale && !before.stale {
+            tracing::warn!(%set, "no replica answers: what was known stays, as it may be this node that is cut off");
+        }
+        for node in before.observed.keys().filter(|node| !after.observed.contains_key(node)) {
+            let key = self.set.peers.get(node).map(|peer| peer.key.as_str());
+            let why = after.unheard.get(node).map(String::as_str);
+            tracing::info!(%set, %node, key, why, "does not tell what it does any more");
         }
     }
 
@@ -287,4 +287,11 @@ fn targets(
         targets.extend(all.into_iter().take(MOST_PEERS).map(|at| (Target::Sentinel(at), (at, None))));
     }
     targets
+}
+
+async fn told(telling: &mut Option<BoxFuture<'static, Result<(), Error>>>) -> Result<(), Error> {
+    match telling {
+        Some(telling) => telling.await,
+        None => std::future::pending().await,
+    }
 }

@@ -1,10 +1,6 @@
 //! What is known of the replicas of a set at a moment. Pure: time comes in as an argument.
 
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    time::{Duration, SystemTime},
-};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use tokio::time::Instant;
 
@@ -16,7 +12,6 @@ use super::{
 use crate::{
     model::Roles,
     peers::{Facts, NodeId, Observation, PeerSet},
-    rt,
 };
 
 /// How long what a replica said counts after it fell silent; three periods when those are longer. See the room.
@@ -30,18 +25,18 @@ const HASTE: Duration = Duration::from_secs(30);
 
 /// What is known of the replicas of a set.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Sight {
+pub(super) struct Sight {
     /// What each says that was heard of lately.
-    pub observed: BTreeMap<NodeId, Observation>,
-    /// Why the last question to others was not answered, for people.
-    pub unheard: BTreeMap<NodeId, String>,
-    /// Since when nothing at all answers: this node may be cut off, and what is here was true before that.
-    pub stale_since: Option<SystemTime>,
+    pub(super) observed: BTreeMap<NodeId, Observation>,
+    /// Why the last question to others was not answered.
+    pub(super) unheard: BTreeMap<NodeId, String>,
+    /// Nothing at all answers: this node may be cut off, and what is here was true before that.
+    pub(super) stale: bool,
 }
 
 impl Sight {
     /// Whether it says the same, but for how far replicas have come.
-    pub fn same(&self, other: &Self) -> bool {
+    pub(super) fn same(&self, other: &Self) -> bool {
         let strip = |sight: &Self| {
             let mut sight = sight.clone();
             sight.observed.values_mut().for_each(|seen| seen.applied = 0);
@@ -92,8 +87,8 @@ pub(super) struct Hearing {
     judged: bool,
     started: Instant,
     entries: BTreeMap<Target, Entry>,
-    /// Since when all are silent.
-    dark: Option<Instant>,
+    /// All are silent.
+    dark: bool,
     /// When that was over the last time.
     light: Instant,
     /// Since when there is no leader, or one that does not answer.
@@ -103,7 +98,15 @@ pub(super) struct Hearing {
 impl Hearing {
     pub(super) fn new(every: Duration, judged: bool, now: Instant) -> Self {
         let every = every.max(FAST);
-        Self { every, judged, started: now, entries: BTreeMap::new(), dark: None, light: now, troubled: None }
+        Self {
+            every,
+            judged,
+            started: now,
+            entries: BTreeMap::new(),
+            dark: false,
+            light: now,
+            troubled: None,
+        }
     }
 
     fn silence(&self) -> Duration {
@@ -148,15 +151,14 @@ impl Hearing {
     fn look(&mut self, now: Instant) {
         let silent = |entry: &Entry| matches!(entry.last, Some(Err(Fault::Silent(_))));
         let dark = !self.entries.is_empty() && self.entries.values().all(silent);
-        match (dark, self.dark) {
-            (true, None) => self.dark = Some(now),
-            (false, Some(_)) => (self.dark, self.light) = (None, now),
-            _ => {}
+        if self.dark && !dark {
+            self.light = now;
         }
+        self.dark = dark;
     }
 
     fn deadline(&self, entry: &Entry) -> Option<Instant> {
-        let failing = entry.heard.is_some() && entry.failures >= FAILURES && self.dark.is_none();
+        let failing = entry.heard.is_some() && entry.failures >= FAILURES && !self.dark;
         failing.then(|| entry.good_at.max(self.light) + self.silence())
     }
 
@@ -188,12 +190,12 @@ impl Hearing {
     /// What is known, once everybody was asked: before that, one who takes over would take a leader away whom the others know.
     pub(super) fn sight(&self, set: &PeerSet, now: Instant) -> Option<Sight> {
         let waited = self.all_tried() || now >= self.started + self.silence();
-        let nothing = self.dark.is_some() && self.entries.values().all(|entry| entry.heard.is_none());
+        let nothing = self.dark && self.entries.values().all(|entry| entry.heard.is_none());
         if !waited || nothing {
             return None;
         }
         let word = self.word();
-        let mut sight = Sight { stale_since: self.dark.map(rt::at), ..Sight::default() };
+        let mut sight = Sight { stale: self.dark, ..Sight::default() };
         for (target, entry) in &self.entries {
             let Target::Replica(node) = target else { continue };
             if let Some(Err(fault)) = &entry.last {

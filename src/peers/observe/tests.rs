@@ -367,7 +367,9 @@ impl Scene {
     fn new() -> Self {
         let now = Instant::now();
         let mut hearing = Hearing::new(Duration::from_millis(100), false, now);
-        [N1, N2, N3].map(|node| hearing.add(Target::Replica(node), now));
+        for node in [N1, N2, N3] {
+            hearing.add(Target::Replica(node), now);
+        }
         Self { set: Arc::new(set(Kind::Postgres)), hearing, now }
     }
 
@@ -392,7 +394,7 @@ impl Scene {
         let facts = Facts { observed: sight.observed, ..Facts::default() };
         let leader = self.set.roles(&facts, &Roles::default()).leader;
         let node = leader.and_then(|key| self.set.peer(&key)).map(|peer| peer.node.0);
-        Some((node, sight.stale_since.is_some()))
+        Some((node, sight.stale))
     }
 }
 

@@ -19,6 +19,9 @@ use crate::{
 /// For how long a store that went back may miss what was accepted: until somebody who knows of it writes it again.
 const RESTORED: Duration = Duration::from_secs(15);
 
+/// What went is written down with the second in which it did.
+const ROUNDED: Duration = Duration::from_secs(2);
+
 #[derive(Debug, Default)]
 pub(super) struct Checks {
     commits: usize,
@@ -115,6 +118,10 @@ impl Checks {
                 let ends = ["expired", "hung up"].contains(&entry.what.as_str());
                 if ends && !entry.why.contains("refuses") {
                     let service = path.split('/').next().unwrap().to_owned();
+                    let others = self.lost.iter().any(|(then, _)| *at - *then < WINDOW - ROUNDED);
+                    if entry.why.contains("accepts") && (others || entry.why.contains("session")) {
+                        return Err(format!("{} was removed while it lives: {}", entry.id, entry.why));
+                    }
                     self.lost.push((*at, service.clone()));
                     services.push(service);
                 }

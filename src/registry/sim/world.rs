@@ -108,10 +108,10 @@ impl Ask for Answers {
         Box::pin(async move {
             let phase = self.0.owners().iter().find(|owner| owner.port == address.port()).map(|it| it.phase);
             match phase {
-                Some(Phase::Running) => Answer::Unsure("it accepts connections".into()),
+                Some(Phase::Running) => Answer::Accepts,
                 Some(Phase::Frozen) => {
                     sleep(within).await;
-                    Answer::Unsure("it did not answer".into())
+                    Answer::Silent("it did not answer".into())
                 }
                 Some(Phase::Dead) | None => Answer::Refused,
             }

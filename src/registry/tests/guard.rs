@@ -74,10 +74,7 @@ async fn instances_that_live_stay_when_all_renewals_stop() {
     assert_eq!(registry.catalog().latest().stale(), 10, "they are asked again and again");
     let snapshot = registry.catalog().latest();
     let reason = snapshot.instance(&key("i0")).unwrap().stale.clone().unwrap().reason;
-    assert_eq!(
-        reason,
-        "its lease of 30s ended without a renewal, too many others went, and it still accepts connections"
-    );
+    assert_eq!(reason, "its lease of 30s ended without a renewal, but it still accepts connections");
 
     // Owners come back: by a renewal, by a registration.
     for (n, id) in ids.iter().enumerate() {
@@ -120,8 +117,10 @@ async fn a_connection_that_was_closed_is_the_end_of_those_that_refuse() {
     assert_eq!(ids(registry.catalog()), ["a", "b", "c"]);
     assert!(start.elapsed() < GRACE);
 
-    // As when a network mends: all at once, and all are there.
-    futures_util::future::join_all(sessions.into_iter().map(|session| session.end(Ended::HungUp))).await;
+    // As when a network mends: all at once, and all are there. Of one the end of its stream came alone.
+    let ends = [Ended::HungUp, Ended::HungUp, Ended::Closed];
+    let ended = sessions.into_iter().zip(ends).map(|(session, how)| session.end(how));
+    futures_util::future::join_all(ended).await;
     assert_eq!(ids(registry.catalog()), ["a", "b", "c"]);
     assert_eq!(stale(registry.catalog()), [""; 0]);
     let instance = |id: &str| Arc::clone(registry.catalog().latest().instance(&key(id)).unwrap());
@@ -134,6 +133,57 @@ async fn a_connection_that_was_closed_is_the_end_of_those_that_refuse() {
     process.kill().await;
     session.end(Ended::HungUp).await;
     assert_eq!(ids(registry.catalog()), ["b", "c"]);
+}
+
+/// What lives is not removed for its owner's silence, except one alone whose lease has a TTL: a process that renews its own
+/// lease and stands still accepts connections, too.
+#[tokio::test(start_paused = true)]
+async fn owners_that_fall_silent_one_after_the_other() {
+    let registry = node().await.registry;
+    let (process, other, third) = (Process::start().await, Process::start().await, Process::start().await);
+    let mut keep = Vec::new();
+    for n in 0..10 {
+        let session = registry.session();
+        session.register(registration(&format!("s{n}"), process.port, Some(1))).await.unwrap();
+        keep.push(session);
+    }
+    registry.register(registration("alone", process.port, Some(1))).await.unwrap();
+    assert_eq!(until(&registry, 10, 0).await.as_secs(), TTL.as_secs(), "the end of one lease is believed");
+    let entries = registry.history(&key("a").service).await.unwrap();
+    let last = entries.last().unwrap();
+    let why = "its lease of 30s ended without a renewal, and it still accepts connections";
+    assert_eq!((last.id.as_str(), last.why.as_str()), ("alone", why));
+
+    // Far fewer than the share, spread over minutes.
+    for (n, session) in keep.drain(..4).enumerate() {
+        session.end(Ended::Lost).await;
+        assert_eq!(until(&registry, 10, n + 1).await.as_secs(), GRACE.as_secs());
+        tokio::time::sleep(Guards::default().window / 3).await;
+    }
+    registry.register(registration("second", third.port, Some(1))).await.unwrap();
+    until(&registry, 11, 5).await;
+    let snapshot = registry.catalog().latest();
+    let reason = |id: &str| snapshot.instance(&key(id)).unwrap().stale.clone().unwrap().reason;
+    assert_eq!(
+        reason("s0"),
+        "its session was lost, and its owner did not come back within 10s, but it still accepts connections"
+    );
+    assert_eq!(
+        reason("second"),
+        "its lease of 30s ended without a renewal, but it still accepts connections"
+    );
+
+    // Another one has the address of one that is held, and of one whose lease ends.
+    registry.register(registration("before", other.port, Some(1))).await.unwrap();
+    tokio::time::sleep(TTL / 2).await;
+    keep.push(registry.session());
+    keep[6].register(registration("after", other.port, Some(1))).await.unwrap();
+    until(&registry, 12, 5).await;
+    let entries = registry.history(&key("a").service).await.unwrap();
+    let why = "its lease of 30s ended without a renewal, and another instance has its address";
+    assert_eq!(entries.last().map(|it| (it.id.as_str(), it.why.as_str())), Some(("before", why)));
+    process.kill().await;
+    until(&registry, 8, 1).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -156,8 +206,8 @@ async fn held_instances_survive_a_restart_and_an_operator_lets_them_go() {
     assert_eq!(stale(second.catalog()).len(), 3, "a change by others is no sign of life");
     second.deregister(key("i3"), None).await.unwrap();
     second.register(registration("i2", silent.port(), None)).await.unwrap();
-    let (released, removed) = second.release(key("a").service).await.unwrap();
-    assert_eq!((removed, released), (1, second.catalog().latest().revision()));
+    let Released { revision, removed, published } = second.release(key("a").service).await.unwrap();
+    assert_eq!((removed, published, revision), (1, 0, second.catalog().latest().revision()));
     assert_eq!(ids(second.catalog()), ["i2"]);
     assert!(matches!(second.release("else".parse().unwrap()).await, Err(Error::NoService(_))));
     assert_eq!(refused(second.renew(key("i1"), None).await), "not found greeter/i1");

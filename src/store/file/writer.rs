@@ -128,12 +128,11 @@ impl Shower {
 
 /// Takes what waits in the queue; where nothing does it waits, if it `may_wait`. `false` when there is nothing.
 fn receive(queue: &mut mpsc::Receiver<Request>, into: &mut VecDeque<Request>, may_wait: bool) -> bool {
-    if may_wait {
-        into.extend(queue.blocking_recv());
-    }
-    while into.len() < BATCH_COMMITS {
-        let Ok(request) = queue.try_recv() else { break };
-        into.push_back(request);
+    if may_wait || !queue.is_empty() {
+        // All at once: that makes room in the queue once, not each by each.
+        let mut requests = Vec::from(mem::take(into));
+        queue.blocking_recv_many(&mut requests, BATCH_COMMITS);
+        *into = requests.into();
     }
     !into.is_empty()
 }

@@ -1,5 +1,5 @@
 //! `make chaos`: one fault after the other, on several machines made of network namespaces, under steady calls and
-//! registrations. Each gives a line of a table.
+//! registrations. Each gives a line of a table. `DISCO_CHAOS` names those to try: all whose line has that text in it.
 
 mod table;
 mod world;
@@ -37,14 +37,8 @@ fn chaos() {
         let network = Network::new(&[&DISCOS[..], &ETCDS, &[INSTANCES]].concat())?;
         let mut world = World::new(folder, network)?;
         eprintln!("{}", Table::HEAD);
-        let scenes: [(&str, Scene); 3] =
-            [("processes", processes), ("network", cuts), ("instances", instances)];
-        let wanted = std::env::var("DISCO_CHAOS").unwrap_or_default();
-        for (name, scene) in scenes {
-            if wanted.is_empty() || wanted == name {
-                scene(&mut world, &mut table);
-            }
-        }
+        let scenes: [Scene; 3] = [processes, cuts, instances];
+        scenes.iter().for_each(|scene| scene(&mut world, &mut table));
         let registered = world.finish()?;
         let disk = folder.join("disk");
         fs::create_dir(&disk)?;
@@ -122,7 +116,7 @@ fn cuts(world: &mut World, table: &mut Table) {
         for a in one {
             pairs.extend(other.iter().filter(|b| a != *b).map(|b| (*a, *b)));
         }
-        let mut row = world.fault(&format!("cut {what}, 15 s"), |world| {
+        table.add(world.fault(&format!("cut {what}, 15 s"), |world| {
             for (a, b) in &pairs {
                 world.network.cut(&[a], &[b])?;
             }
@@ -131,10 +125,7 @@ fn cuts(world: &mut World, table: &mut Table) {
                 world.network.mend(&[a], &[b])?;
             }
             Ok(())
-        });
-        // In some runs a few are removed for a moment when the network is back; why is not known yet.
-        row.may_remove = if other == [INSTANCES] { world.instances() } else { 0 };
-        table.add(row);
+        }));
     }
 }
 
@@ -149,15 +140,12 @@ fn instances(world: &mut World, table: &mut Table) {
     }
     table.add(world.deaths("30 % of the instances die at once", &[Kind::Session, Kind::Orphan, Kind::Ttl]));
     table.add(world.unrenewed());
-    // Their ends are spread over half a minute, so the guard lets half go before it doubts.
-    let half = world.instances() / 2;
-    let mut row = world.fault("all `disco run` frozen, no renewals, 40 s; processes live", |world| {
+    // Their ends are spread over half a minute.
+    table.add(world.fault("all `disco run` frozen, no renewals, 40 s; processes live", |world| {
         world.freeze_owners(true)?;
         thread::sleep(Duration::from_secs(40));
         world.freeze_owners(false)
-    });
-    row.may_remove = half;
-    table.add(row);
+    }));
 }
 
 /// The embedded store on a file system of 2 MiB, filled up under it.
