@@ -58,6 +58,7 @@ impl RegistryService {
             metadata,
             ttl,
             check,
+            new_run,
         } = request;
         let mut problems = Problems::default();
         let ttl = ttl.and_then(|ttl| {
@@ -69,6 +70,7 @@ impl RegistryService {
             service,
             id,
             incarnation: (incarnation != 0).then_some(incarnation),
+            new_run,
             address: Some(address),
             port: Some(port.into()),
             locality: [locality.region, locality.zone, locality.sub_zone],

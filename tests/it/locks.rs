@@ -2,10 +2,10 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::harness::{Disco, PATIENCE, Process, eventually, scene};
+use crate::harness::{Disco, Nodes, PATIENCE, Process, eventually, scene};
 
 /// Each command under the lock writes its token all the time. An older one after a newer one would be two holders.
 const WORK: &str = "while :; do echo $DISCO_LOCK_TOKEN $WHO >> $WORK; sleep 0.01; done";
@@ -23,8 +23,13 @@ impl<'a> Stage<'a> {
 
     /// Starts one that waits for the lock behind those before.
     fn contender(&self, who: &str) -> anyhow::Result<Process> {
+        self.contender_at(self.disco, who)
+    }
+
+    /// Likewise; the first server that it asks is another one.
+    fn contender_at(&self, disco: &Disco, who: &str) -> anyhow::Result<Process> {
         let waiting = self.waiting()?;
-        let mut command = self.disco.command()?;
+        let mut command = disco.command()?;
         command.args(["lock", "run", "job", "--ttl", self.ttl, "--holder", who, "--"]);
         command.args(["sh", "-c", WORK]).env("WORK", &self.work).env("WHO", who);
         let process = Process::start(who, self.disco.folder(), &mut command)?;
@@ -139,6 +144,38 @@ fn one_works_at_a_time_whoever_is_killed_or_frozen() {
 
         let who: Vec<_> = stage.done()?.into_iter().map(|(_, who)| who).collect();
         ensure!(who == ["first", "second", "third", "fourth", "fifth"], "{who:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn over_several_nodes_tokens_only_grow_whoever_dies() {
+    scene(|folder| {
+        let nodes = Nodes::start(folder, "ha3", "    session_ttl: 2s\n    timeout: 2s\n")?;
+        let [n1, n2, n3] = nodes.all.as_slice() else { bail!("not three nodes") };
+        let stage = Stage::new(n1, "2s");
+        let first = stage.contender_at(n2, "first")?;
+        stage.works("first")?;
+        ensure!(stage.lock()?["node"] == n2.name(), "{}", stage.lock()?);
+        let second = stage.contender_at(n3, "second")?;
+
+        // The node that counts the lease dies: the holder goes on at another one.
+        let before = stage.lock()?;
+        n2.signal(Signal::KILL)?;
+        eventually("another node", PATIENCE, || (stage.lock().ok()?["node"] != n2.name()).then_some(()))?;
+        ensure!(stage.lock()?["token"] == before["token"], "{before} {}", stage.lock()?);
+
+        // The holder is frozen: another one has it, through another node.
+        first.signal(Signal::STOP)?;
+        stage.works("second")?;
+        let third = stage.contender("third")?;
+        first.signal(Signal::CONT)?;
+        second.signal(Signal::KILL)?;
+        stage.works("third")?;
+        drop((first, third));
+
+        let who: Vec<_> = stage.done()?.into_iter().map(|(_, who)| who).collect();
+        ensure!(who == ["first", "second", "third"], "{who:?}");
         Ok(())
     });
 }

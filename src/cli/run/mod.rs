@@ -213,6 +213,7 @@ impl Settings {
             service: args.service,
             id,
             incarnation: None,
+            new_run: false,
             address: Some(args.address),
             port: Some(args.port.into()),
             locality: [args.region, args.zone, String::new()],
