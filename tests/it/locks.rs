@@ -21,15 +21,15 @@ impl<'a> Stage<'a> {
         Self { disco, work: disco.folder().join("work"), ttl }
     }
 
-    /// Starts one that waits for the lock behind those before.
-    fn contender(&self, who: &str) -> anyhow::Result<Process> {
-        self.contender_at(self.disco, who)
+    /// The same, with another server that is asked first: each knows who waits at it.
+    fn at<'b>(&'b self, disco: &'b Disco) -> Stage<'b> {
+        Stage { disco, work: self.work.clone(), ttl: self.ttl }
     }
 
-    /// Likewise; the first server that it asks is another one.
-    fn contender_at(&self, disco: &Disco, who: &str) -> anyhow::Result<Process> {
+    /// Starts one that waits for the lock behind those before.
+    fn contender(&self, who: &str) -> anyhow::Result<Process> {
         let waiting = self.waiting()?;
-        let mut command = disco.command()?;
+        let mut command = self.disco.command()?;
         command.args(["lock", "run", "job", "--ttl", self.ttl, "--holder", who, "--"]);
         command.args(["sh", "-c", WORK]).env("WORK", &self.work).env("WHO", who);
         let process = Process::start(who, self.disco.folder(), &mut command)?;
@@ -154,10 +154,10 @@ fn over_several_nodes_tokens_only_grow_whoever_dies() {
         let nodes = Nodes::start(folder, "ha3", "    session_ttl: 2s\n    timeout: 2s\n")?;
         let [n1, n2, n3] = nodes.all.as_slice() else { bail!("not three nodes") };
         let stage = Stage::new(n1, "2s");
-        let first = stage.contender_at(n2, "first")?;
+        let first = stage.at(n2).contender("first")?;
         stage.works("first")?;
         ensure!(stage.lock()?["node"] == n2.name(), "{}", stage.lock()?);
-        let second = stage.contender_at(n3, "second")?;
+        let second = stage.at(n3).contender("second")?;
 
         // The node that counts the lease dies: the holder goes on at another one.
         let before = stage.lock()?;
