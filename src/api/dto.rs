@@ -9,10 +9,10 @@ use super::{
     time::timestamp,
 };
 use crate::{
-    catalog::{Reader, Service},
+    catalog::{Reader, Service, Snapshot},
     model::{
-        Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, State, Update, Value,
-        Verdict, format_duration, parse_duration,
+        Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, Role, Roles, State,
+        Update, Value, Verdict, format_duration, parse_duration,
     },
     registry::Member,
 };
@@ -28,6 +28,9 @@ pub(super) struct InstanceDto {
     weight: u32,
     metadata: BTreeMap<String, String>,
     state: &'static str,
+    /// What it does, where the instances of its service have roles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     check: Option<CheckDto>,
     health: HealthDto,
@@ -39,6 +42,15 @@ pub(super) struct InstanceDto {
     registered_at: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     stale: Option<StaleDto>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damped: Option<DampedDto>,
+}
+
+/// Until when proxies are not told of an instance that comes and goes.
+#[derive(Debug, Serialize)]
+struct DampedDto {
+    until: String,
+    reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -82,6 +94,7 @@ impl From<&Instance> for InstanceDto {
             owner,
             registered_at,
             stale,
+            damped,
         } = instance;
         Self {
             service: key.service.to_string(),
@@ -100,6 +113,7 @@ impl From<&Instance> for InstanceDto {
                 State::Serving => "serving",
                 State::Draining => "draining",
             },
+            role: None,
             check: check.as_deref().map(CheckDto::from),
             health: health.into(),
             lease: (*lease).into(),
@@ -109,7 +123,32 @@ impl From<&Instance> for InstanceDto {
             stale: stale
                 .as_ref()
                 .map(|stale| StaleDto { since: timestamp(stale.since), reason: stale.reason.clone() }),
+            damped: damped
+                .as_ref()
+                .map(|damped| DampedDto { until: timestamp(damped.until), reason: damped.reason.clone() }),
         }
+    }
+}
+
+impl InstanceDto {
+    /// As it is now, with its role.
+    pub(super) fn of(instance: &Instance, catalog: &Snapshot) -> Self {
+        let role = catalog.service(&instance.key.service).and_then(|service| service.role(&instance.key.id));
+        Self { role: role.map(Role::as_str), ..instance.into() }
+    }
+}
+
+/// The roles of a service's instances, as far as these tell it.
+#[derive(Debug, Serialize)]
+pub(super) struct RolesDto {
+    term: u64,
+    /// The id of an instance, registered or not; `null` while there is none.
+    leader: Option<String>,
+}
+
+impl From<&Roles> for RolesDto {
+    fn from(roles: &Roles) -> Self {
+        Self { term: roles.term, leader: roles.leader.as_ref().map(ToString::to_string) }
     }
 }
 
@@ -148,6 +187,8 @@ pub(super) struct ServiceDto {
     /// Those of them that are stale.
     held: usize,
     revision: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    roles: Option<RolesDto>,
 }
 
 impl From<&Service> for ServiceDto {
@@ -160,6 +201,7 @@ impl From<&Service> for ServiceDto {
             unhealthy,
             held: service.stale(),
             revision: service.revision.0,
+            roles: service.roles.as_deref().map(RolesDto::from),
         }
     }
 }

@@ -16,7 +16,8 @@ use crate::{
     },
     proto::v1::{self, registry_server, session_request, session_response},
     registry::{
-        Accepted, Ended, FORWARDED, Registry, Session, instance_to_proto, raw_check, verdict_from_proto,
+        Accepted, Ended, FORWARDED, Registry, Released, Session, instance_to_proto, raw_check,
+        verdict_from_proto,
     },
     rt::{Fate, Hangup, Tasks},
 };
@@ -280,9 +281,14 @@ impl registry_server::Registry for RegistryService {
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
         let called = self.called_by(&request);
         let service = service_id(&request.into_inner().service)?;
-        let (revision, removed) = called.registry.release(service).await.map_err(ApiError::from)?;
-        let removed = u32::try_from(removed).unwrap_or(u32::MAX);
-        Ok(Response::new(v1::ReleaseResponse { revision: revision.0, removed }))
+        let Released { revision, removed, published } =
+            called.registry.release(service).await.map_err(ApiError::from)?;
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(Response::new(v1::ReleaseResponse {
+            revision: revision.0,
+            removed: count(removed),
+            published: count(published),
+        }))
     }
 
     async fn list_services(&self, _: Request<v1::ListServicesRequest>) -> Answer<v1::ListServicesResponse> {

@@ -14,7 +14,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
     Api, SYNCED,
-    dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
+    dto::{self, InstanceDto, LeaseDto, RolesDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
     history, ledger,
     limit::{Places, within_limit},
@@ -28,7 +28,7 @@ use super::{
 use crate::{
     health::Status,
     model::{Fields, Problems, Revision, excerpt, format_duration},
-    registry::{self, Accepted, Membership, Registry},
+    registry::{self, Accepted, Membership, Registry, Released},
 };
 
 /// All routes.
@@ -161,8 +161,8 @@ async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> 
 }
 
 async fn release(Called(registry): Called, Path(service): Path<String>) -> Reply {
-    let (revision, removed) = registry.release(service_id(&service)?).await?;
-    Ok(Json(json!({"revision": revision.0, "removed": removed})).into_response())
+    let Released { revision, removed, published } = registry.release(service_id(&service)?).await?;
+    Ok(Json(json!({"revision": revision.0, "removed": removed, "published": published})).into_response())
 }
 
 async fn list_instances(
@@ -186,15 +186,24 @@ async fn list_instances(
     .await;
     let snapshot = catalog.latest();
     let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
-    let instances: Vec<_> = service.instances().map(|instance| InstanceDto::from(&**instance)).collect();
-    Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances, "stale": StaleDto::of(&api.catalog)})).into_response())
+    let instances: Vec<_> =
+        service.instances().map(|instance| InstanceDto::of(instance, &snapshot)).collect();
+    let mut shown = json!({
+        "revision": snapshot.revision().0,
+        "instances": instances,
+        "stale": StaleDto::of(&api.catalog),
+    });
+    if let (Some(roles), Some(fields)) = (&service.roles, shown.as_object_mut()) {
+        fields.insert("roles".to_owned(), json!(RolesDto::from(&**roles)));
+    }
+    Ok(Json(shown).into_response())
 }
 
 async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
     let key = instance_key(&service, &id)?;
     let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
-    Ok(Json(InstanceDto::from(&**instance)).into_response())
+    Ok(Json(InstanceDto::of(instance, &snapshot)).into_response())
 }
 
 async fn register(
@@ -205,8 +214,8 @@ async fn register(
     let registration = dto::read_registration(service, id, &body, registry.limits())?;
     let Accepted { revision, instance } = registry.register(registration).await?;
     let lease = LeaseDto::from(instance.lease);
-    Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
-        .into_response())
+    let instance = InstanceDto::of(&instance, &registry.catalog().latest());
+    Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": instance})).into_response())
 }
 
 async fn update(
@@ -218,7 +227,7 @@ async fn update(
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
     let update = dto::read_update(&body, registry.limits())?;
     let accepted = registry.update(instance_key(&service, &id)?, incarnation, update).await?;
-    Ok(accepted_reply(&accepted))
+    Ok(accepted_reply(&registry, &accepted))
 }
 
 async fn drain(
@@ -228,11 +237,12 @@ async fn drain(
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
     let accepted = registry.drain(instance_key(&service, &id)?, incarnation).await?;
-    Ok(accepted_reply(&accepted))
+    Ok(accepted_reply(&registry, &accepted))
 }
 
-fn accepted_reply(Accepted { revision, instance }: &Accepted) -> Response {
-    Json(json!({"revision": revision.0, "instance": InstanceDto::from(&**instance)})).into_response()
+fn accepted_reply(registry: &Registry, Accepted { revision, instance }: &Accepted) -> Response {
+    let instance = InstanceDto::of(instance, &registry.catalog().latest());
+    Json(json!({"revision": revision.0, "instance": instance})).into_response()
 }
 
 async fn checks(State(api): State<Api>) -> Response {
@@ -307,8 +317,13 @@ async fn debug_catalog(State(api): State<Api>) -> Response {
     let services: serde_json::Map<_, _> = snapshot
         .services()
         .map(|service| {
-            let instances: Vec<_> = service.instances().map(|i| InstanceDto::from(&**i)).collect();
-            (service.id.to_string(), json!({"revision": service.revision.0, "instances": instances}))
+            let instances: Vec<_> = service.instances().map(|i| InstanceDto::of(i, &snapshot)).collect();
+            let shown = json!({
+                "revision": service.revision.0,
+                "roles": service.roles.as_deref().map(RolesDto::from),
+                "instances": instances,
+            });
+            (service.id.to_string(), shown)
         })
         .collect();
     Json(json!({"revision": snapshot.revision().0, "services": services})).into_response()
@@ -320,7 +335,7 @@ async fn index() -> &'static str {
      GET    /v1/services                               all services\n\
      GET    /v1/services/{service}                     one\n\
      DELETE /v1/services/{service}                     forget one that has no instances\n\
-     POST   /v1/services/{service}/release             remove its stale instances, whatever they answer\n\
+     POST   /v1/services/{service}/release             remove its stale instances, and show proxies those that are damped\n\
      GET    /v1/services/{service}/instances           its instances; ?index=REVISION&wait=30s waits for news\n\
      GET    /v1/services/{service}/history             what changed, when, by whom and why; ?since=TIME&id=ID\n\
      GET    /v1/services/{service}/live                what they say many times a second; ?index=REVISION&wait=30s\n\

@@ -287,6 +287,7 @@ mod tests {
                 revision: Revision(1),
                 registered_at: SystemTime::UNIX_EPOCH,
                 stale: None,
+                damped: None,
                 owner: None,
             }));
         }

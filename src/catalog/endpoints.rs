@@ -28,7 +28,8 @@ impl Part {
 }
 
 /// The addresses of a service, each with the instance that it stands for: of those that claim one, the most useful (a successor on
-/// the port of a draining or dead one), then the first by id. Not of an instance that has yet to pass its check for the first time.
+/// the port of a draining or dead one), then the first by id. Not of an instance that has yet to pass its check for the first time,
+/// and of one that is damped only while all that are not drain.
 ///
 /// As long as one instance works, the others get no calls. When none does, those that are degraded serve; when all fail their
 /// checks, all serve again that do not drain: a check that is wrong about everybody (its own fault, or that of something behind
@@ -39,6 +40,12 @@ pub struct Endpoints {
     localities: imbl::OrdMap<Locality, Parts>,
     all: Parts,
     weight: u64,
+    /// Those that are damped.
+    spare: imbl::OrdMap<InstanceId, Arc<Instance>>,
+    /// They have endpoints, because nobody else serves.
+    spare_serve: bool,
+    /// Those that are not damped and do not drain.
+    regular: usize,
 }
 
 /// How many have each part.
@@ -90,6 +97,14 @@ impl Service {
         }
     }
 
+    /// The endpoints of some of its instances, as if there were no others.
+    pub fn endpoints_of(&self, wanted: impl Fn(&Instance) -> bool) -> Endpoints {
+        let mut some = Endpoints::default();
+        let wanted = self.instances.values().filter(|instance| wanted(instance));
+        wanted.for_each(|instance| some.insert(Arc::clone(instance)));
+        some
+    }
+
     /// Takes in that an instance came, changed or went.
     pub(super) fn follow(&mut self, before: Option<&Instance>, after: Option<&Arc<Instance>>) {
         let many = self.instances.len();
@@ -105,9 +120,7 @@ impl Service {
     }
 
     fn count(&self) -> Endpoints {
-        let mut all = Endpoints::default();
-        self.instances.values().for_each(|instance| all.insert(Arc::clone(instance)));
-        all
+        self.endpoints_of(|_| true)
     }
 }
 
@@ -159,10 +172,58 @@ impl Endpoints {
         self.weight
     }
 
+    /// Whether those that are damped serve, because nobody else does.
+    pub fn spare_serve(&self) -> bool {
+        self.spare_serve
+    }
+
     fn insert(&mut self, instance: Arc<Instance>) {
         if !instance.is_published() {
             return;
         }
+        let is_spare = instance.damped.is_some();
+        self.regular += usize::from(is_regular(&instance));
+        if is_spare {
+            self.spare.insert(instance.key.id.clone(), Arc::clone(&instance));
+        }
+        if !is_spare || self.spare_serve {
+            self.claim(instance);
+        }
+        self.settle_spare();
+    }
+
+    fn remove(&mut self, instance: &Instance) {
+        if !instance.is_published() {
+            return;
+        }
+        let is_spare = instance.damped.is_some();
+        self.regular -= usize::from(is_regular(instance));
+        if is_spare {
+            self.spare.remove(&instance.key.id);
+        }
+        if !is_spare || self.spare_serve {
+            self.leave(instance);
+        }
+        self.settle_spare();
+    }
+
+    /// Those that are damped serve as long as nobody else does.
+    fn settle_spare(&mut self) {
+        let serve = self.regular == 0 && !self.spare.is_empty();
+        if serve == self.spare_serve {
+            return;
+        }
+        self.spare_serve = serve;
+        for instance in self.spare.clone().values() {
+            if serve {
+                self.claim(Arc::clone(instance));
+            } else {
+                self.leave(instance);
+            }
+        }
+    }
+
+    fn claim(&mut self, instance: Arc<Instance>) {
         let at = (instance.address, instance.port);
         let mut claims: Vec<_> = self.claims(instance.address, instance.port).cloned().collect();
         let before = claims.first().cloned();
@@ -171,7 +232,7 @@ impl Endpoints {
         self.settle(at, before, claims);
     }
 
-    fn remove(&mut self, instance: &Instance) {
+    fn leave(&mut self, instance: &Instance) {
         let at = (instance.address, instance.port);
         let mut claims: Vec<_> = self.claims(instance.address, instance.port).cloned().collect();
         let before = claims.first().cloned();
@@ -224,6 +285,10 @@ impl Endpoints {
     }
 }
 
+fn is_regular(instance: &Instance) -> bool {
+    instance.damped.is_none() && instance.state == State::Serving
+}
+
 fn rank(instance: &Instance) -> (Part, &InstanceId) {
     (Part::of(instance), &instance.key.id)
 }
@@ -256,6 +321,7 @@ mod tests {
             check: Some(Arc::new(Check::Owner)),
             health,
             stale: None,
+            damped: None,
             lease: Lease::Session,
             owner: None,
             revision: Revision(1),

@@ -3,7 +3,9 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::{endpoints::Endpoints, live::Live};
-use crate::model::{Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, ServiceId};
+use crate::model::{
+    Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, Role, Roles, ServiceId,
+};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
 #[derive(Debug, Clone, Default)]
@@ -12,6 +14,7 @@ pub struct Snapshot {
     services: imbl::OrdMap<ServiceId, Arc<Service>>,
     instances: usize,
     stale: usize,
+    damped: usize,
     pub(super) taken: Option<Instant>,
 }
 
@@ -20,10 +23,15 @@ pub struct Snapshot {
 pub struct Service {
     /// Its name.
     pub id: ServiceId,
-    /// The change that last touched it or one of its instances.
+    /// The change that last touched it, its roles or one of its instances.
     pub revision: Revision,
+    /// Which of its instances does what, if it is replicated. They may be known before it or its instances are.
+    pub roles: Option<Arc<Roles>>,
+    /// Whether it is there for more than its roles.
+    pub(super) registered: bool,
     pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
     stale: usize,
+    damped: usize,
     /// Kept up for a large service only.
     pub(super) endpoints: Option<Box<Endpoints>>,
 }
@@ -33,8 +41,12 @@ pub struct Service {
 pub enum Change {
     /// The service exists.
     PutService(ServiceId),
-    /// The service and its instances are gone.
+    /// The service and its instances are gone. Roles stay until they are removed, and the service with them.
     RemoveService(ServiceId),
+    /// This is what the service's instances do; it exists.
+    PutRoles(ServiceId, Arc<Roles>),
+    /// Nobody says any more what its instances do. It is gone if there was no more to it.
+    RemoveRoles(ServiceId),
     /// This is what the instance is now, except that the same incarnation keeps its health while it is checked; its service
     /// exists.
     PutInstance(Instance),
@@ -52,7 +64,10 @@ impl Change {
     /// What it touches in the snapshot: an instance, or the service as such. `None` where it is for the board only.
     pub(super) fn touches(&self) -> Option<(&ServiceId, Option<&InstanceId>)> {
         match self {
-            Self::PutService(id) | Self::RemoveService(id) => Some((id, None)),
+            Self::PutService(id)
+            | Self::RemoveService(id)
+            | Self::PutRoles(id, _)
+            | Self::RemoveRoles(id) => Some((id, None)),
             Self::PutInstance(Instance { key, .. })
             | Self::RemoveInstance(key)
             | Self::PutHealth(key, ..) => Some((&key.service, Some(&key.id))),
@@ -79,6 +94,21 @@ impl Service {
     /// How many of them are stale.
     pub fn stale(&self) -> usize {
         self.stale
+    }
+
+    /// How many of them are damped.
+    pub fn damped(&self) -> usize {
+        self.damped
+    }
+
+    /// Whether it is there for more than its roles.
+    pub fn is_registered(&self) -> bool {
+        self.registered
+    }
+
+    /// What an instance does; `None` where instances have no roles.
+    pub fn role(&self, id: &InstanceId) -> Option<Role> {
+        self.roles.as_ref().map(|roles| roles.of(id))
     }
 }
 
@@ -118,6 +148,11 @@ impl Snapshot {
         self.stale
     }
 
+    /// How many of them are damped.
+    pub fn damped(&self) -> usize {
+        self.damped
+    }
+
     /// The state after `changes`, as of `revision`. Costs as much as the changes.
     #[must_use]
     pub fn apply(&self, revision: Revision, changes: impl IntoIterator<Item = Change>) -> Self {
@@ -126,14 +161,35 @@ impl Snapshot {
         for change in changes {
             match change {
                 Change::PutService(id) => {
-                    next.service_mut(revision, &id);
+                    next.service_mut(revision, &id).registered = true;
                 }
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
                         next.stale -= service.stale;
+                        next.damped -= service.damped;
+                        if let Some(roles) = &service.roles {
+                            let left = next.service_mut(revision, &id);
+                            left.roles = Some(Arc::clone(roles));
+                        }
                     }
                 }
+                Change::PutRoles(id, roles) => {
+                    let service = next.service_mut(revision, &id);
+                    service.revision = revision;
+                    service.roles = Some(roles);
+                }
+                Change::RemoveRoles(id) => match next.services.get(&id) {
+                    Some(service) if !service.registered => {
+                        next.services.remove(&id);
+                    }
+                    Some(service) if service.roles.is_some() => {
+                        let service = next.service_mut(revision, &id);
+                        service.revision = revision;
+                        service.roles = None;
+                    }
+                    Some(_) | None => {}
+                },
                 Change::PutInstance(mut instance) => {
                     if instance.check.is_some()
                         && let Some(present) = next.instance(&instance.key)
@@ -170,23 +226,35 @@ impl Snapshot {
             instance.key.service.clone_from(&service.id);
             Arc::new(instance)
         });
+        service.registered |= instance.is_some();
         let before = match &instance {
             Some(instance) => service.instances.insert(key.id, Arc::clone(instance)),
             None => service.instances.remove(&key.id),
         };
         service.follow(before.as_deref(), instance.as_ref());
-        let count = |it: &Option<Arc<Instance>>| usize::from(it.is_some());
-        let stale =
-            |it: &Option<Arc<Instance>>| usize::from(it.as_ref().is_some_and(|it| it.stale.is_some()));
-        service.stale = service.stale + stale(&instance) - stale(&before);
-        self.stale = self.stale + stale(&instance) - stale(&before);
-        self.instances = self.instances + count(&instance) - count(&before);
+        let counts = |it: &Option<Arc<Instance>>| {
+            let (is, stale) = (it.is_some(), it.as_ref().is_some_and(|it| it.stale.is_some()));
+            [is, stale, it.as_ref().is_some_and(|it| it.damped.is_some())].map(usize::from)
+        };
+        let ([is, stale, damped], [was, was_stale, was_damped]) = (counts(&instance), counts(&before));
+        (service.stale, service.damped) =
+            (service.stale + stale - was_stale, service.damped + damped - was_damped);
+        (self.stale, self.damped) = (self.stale + stale - was_stale, self.damped + damped - was_damped);
+        self.instances = self.instances + is - was;
     }
 
     fn service_mut(&mut self, revision: Revision, id: &ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
-            let instances = imbl::OrdMap::new();
-            Arc::new(Service { id: id.clone(), revision, instances, stale: 0, endpoints: None })
+            Arc::new(Service {
+                id: id.clone(),
+                revision,
+                roles: None,
+                registered: false,
+                instances: imbl::OrdMap::new(),
+                stale: 0,
+                damped: 0,
+                endpoints: None,
+            })
         });
         Arc::make_mut(service)
     }

@@ -8,7 +8,7 @@ use super::{
     snapshot::Change,
 };
 use crate::{
-    model::{Instance, Revision},
+    model::{Instance, Revision, ServiceId},
     rt,
 };
 
@@ -76,6 +76,8 @@ impl Writer {
                     Change::PutInstance(_)
                     | Change::PutService(_)
                     | Change::RemoveService(_)
+                    | Change::PutRoles(..)
+                    | Change::RemoveRoles(_)
                     | Change::PutHealth(..) => {}
                 }
             }
@@ -83,7 +85,10 @@ impl Writer {
                 times.push_back((revision, time));
                 let gone: Vec<_> = changes.iter().filter_map(Change::removed_service).cloned().collect();
                 snapshot = snapshot.apply(revision, changes);
-                gone.iter().filter(|id| snapshot.service(id).is_none()).for_each(|id| self.live.forget(id));
+                let is_empty = |id: &ServiceId| {
+                    snapshot.service(id).is_none_or(|service| service.instances().len() == 0)
+                };
+                gone.iter().filter(|id| is_empty(id)).for_each(|id| self.live.forget(id));
             }
             for (key, live) in said {
                 let run = snapshot.instance(&key).map(|instance| instance.incarnation);
@@ -135,7 +140,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{super::reader::Changes, *};
-    use crate::model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Stale, State::Serving};
+    use crate::model::{
+        Health, Incarnation, Instance, InstanceKey, Lease, Locality, Roles, Stale, State::Serving,
+    };
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {
         Instance {
@@ -153,6 +160,7 @@ mod tests {
             owner: None,
             revision,
             registered_at: SystemTime::UNIX_EPOCH,
+            damped: None,
             stale: port
                 .is_multiple_of(2)
                 .then(|| Box::new(Stale { since: SystemTime::UNIX_EPOCH, reason: String::new() })),
@@ -163,46 +171,79 @@ mod tests {
         InstanceKey { service: format!("s{service}").parse().unwrap(), id: format!("i{id}").parse().unwrap() }
     }
 
+    /// A service as the naive map has it.
+    #[derive(Debug, Default)]
+    struct Naive {
+        registered: bool,
+        instances: BTreeMap<u8, u16>,
+        term: Option<u64>,
+    }
+
     proptest! {
         /// Any history: the catalog equals a naive map, and applying what `since` names to an old view gives the new one.
         #[test]
-        fn equals_a_naive_map(history in proptest::collection::vec((0..4u8, 0..3u8, 0..4u8, 1..9u16), 1..80)) {
+        fn equals_a_naive_map(history in proptest::collection::vec((0..6u8, 0..3u8, 0..4u8, 1..9u16), 1..80)) {
             let (mut writer, reader) = catalog();
-            let mut naive: BTreeMap<u8, BTreeMap<u8, u16>> = BTreeMap::new();
+            let mut naive: BTreeMap<u8, Naive> = BTreeMap::new();
             let mut seen = reader.latest();
             for (n, (op, service, id, port)) in history.into_iter().enumerate() {
                 let revision = Revision(n as u64 + 1);
+                let name = key(service, 0).service;
                 let change = match op {
                     0 => {
-                        naive.entry(service).or_default();
-                        Change::PutService(key(service, 0).service)
+                        naive.entry(service).or_default().registered = true;
+                        Change::PutService(name)
                     }
                     1 => {
-                        naive.remove(&service);
-                        Change::RemoveService(key(service, 0).service)
+                        if let Some(known) = naive.get_mut(&service) {
+                            *known = Naive { term: known.term, ..Naive::default() };
+                        }
+                        Change::RemoveService(name)
                     }
                     2 => {
-                        if let Some(instances) = naive.get_mut(&service) {
-                            instances.remove(&id);
+                        if let Some(known) = naive.get_mut(&service) {
+                            known.instances.remove(&id);
                         }
                         Change::RemoveInstance(key(service, id))
                     }
+                    3 if port % 2 == 0 => {
+                        if let Some(known) = naive.get_mut(&service) {
+                            known.term = None;
+                        }
+                        Change::RemoveRoles(name)
+                    }
+                    3 => {
+                        let term = u64::from(port);
+                        naive.entry(service).or_default().term = Some(term);
+                        Change::PutRoles(name, Arc::new(Roles { term, ..Roles::default() }))
+                    }
                     _ => {
-                        naive.entry(service).or_default().insert(id, port);
+                        let known = naive.entry(service).or_default();
+                        known.registered = true;
+                        known.instances.insert(id, port);
                         Change::PutInstance(instance(service, id, port, revision))
                     }
                 };
+                naive.retain(|_, known| known.registered || known.term.is_some());
                 writer.apply(revision, vec![change]);
                 let now = reader.latest();
-                let got: Vec<(String, Vec<(String, u16)>)> = now.services()
-                    .map(|s| (s.id.to_string(), s.instances().map(|i| (i.key.id.to_string(), i.port.get())).collect()))
+                let got: Vec<(String, Option<u64>, bool, Vec<(String, u16)>)> = now.services()
+                    .map(|s| {
+                        let instances = s.instances().map(|i| (i.key.id.to_string(), i.port.get()));
+                        let term = s.roles.as_ref().map(|roles| roles.term);
+                        (s.id.to_string(), term, s.is_registered(), instances.collect())
+                    })
                     .collect();
-                let want: Vec<(String, Vec<(String, u16)>)> = naive.iter()
-                    .map(|(s, is)| (format!("s{s}"), is.iter().map(|(i, p)| (format!("i{i}"), *p)).collect()))
+                let want: Vec<(String, Option<u64>, bool, Vec<(String, u16)>)> = naive.iter()
+                    .map(|(s, known)| {
+                        let instances = known.instances.iter().map(|(i, p)| (format!("i{i}"), *p));
+                        (format!("s{s}"), known.term, known.registered, instances.collect())
+                    })
                     .collect();
                 prop_assert_eq!(got, want);
-                prop_assert_eq!(now.instances(), naive.values().map(BTreeMap::len).sum::<usize>());
-                let stale = naive.values().flat_map(BTreeMap::values).filter(|port| *port % 2 == 0).count();
+                let ports = || naive.values().flat_map(|known| known.instances.values());
+                prop_assert_eq!(now.instances(), ports().count());
+                let stale = ports().filter(|port| *port % 2 == 0).count();
                 prop_assert_eq!(now.stale(), stale);
                 prop_assert_eq!(now.services().map(|service| service.stale()).sum::<usize>(), stale);
 

@@ -1,6 +1,7 @@
 //! `disco envoy`: the bootstrap of a sidecar, and a sidecar run with it.
 
 use std::{
+    collections::BTreeMap,
     ffi::{OsStr, OsString},
     io::ErrorKind,
     net::{Ipv4Addr, TcpListener, TcpStream},
@@ -19,12 +20,16 @@ use super::{
 };
 use crate::{
     client::Servers,
-    model::{Locality, ServiceId},
-    resources::{Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT, MAX_UPSTREAMS, Protocol},
+    model::{Locality, ServiceId, Upstream, excerpt},
+    resources::{Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT, MAX_TCP, MAX_UPSTREAMS, Protocol},
 };
 
 /// Where the tests and the demo install it, seen from the top of the checkout.
 const INSTALLED: &str = ".tools/bin/envoy";
+
+/// Envoy is to close the connections of a listener that changed at once. Here these are only those of TCP services whose leader is
+/// another one: the listener for HTTP never changes. The default is to close them within 10 min. Also when Envoy is told to drain.
+const DRAIN: [&str; 4] = ["--drain-time-s", "0", "--drain-strategy", "immediate"];
 
 /// How long a look at one server may take.
 const GLANCE: Duration = Duration::from_millis(200);
@@ -87,7 +92,10 @@ pub(super) struct Sidecar {
     server: Vec<String>,
     /// A service that it may call; may be given several times [default: all services]
     #[arg(long, value_name = "NAME")]
-    upstream: Vec<ServiceId>,
+    upstream: Vec<Upstream>,
+    /// Take TCP connections to this service on this loopback port, e.g. redis.leader=6379; may be given several times
+    #[arg(long, value_name = "NAME=PORT", value_parser = parse_tcp)]
+    tcp: Vec<(Upstream, u16)>,
     /// Start with no clusters and take each when it is first called, for meshes of very many services
     #[arg(long, conflicts_with = "sotw")]
     on_demand: bool,
@@ -100,7 +108,14 @@ pub(super) struct Sidecar {
 pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failure> {
     match command {
         EnvoyCommand::Bootstrap(sidecar) => {
-            print(&sidecar.bootstrap(global, &host())?.to_yaml())?;
+            let bootstrap = sidecar.bootstrap(global, &host())?;
+            print(&bootstrap.to_yaml())?;
+            if !bootstrap.tcp.is_empty() {
+                note(&format!(
+                    "disco envoy: start Envoy with `{}`, so that connections to an old leader are cut as soon as there is another",
+                    DRAIN.join(" ")
+                ));
+            }
             Ok(0)
         }
         EnvoyCommand::Run { sidecar, envoy, arguments } => {
@@ -124,7 +139,9 @@ pub(super) fn envoy(command: EnvoyCommand, global: &Global) -> Result<u8, Failur
                     bootstrap.servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
                 ));
             }
-            let error = Command::new(&program).args(envoy_arguments(&bootstrap.to_yaml(), arguments)).exec();
+            let drain = if bootstrap.tcp.is_empty() { &[] as &[&str] } else { &DRAIN };
+            let arguments = envoy_arguments(&bootstrap.to_yaml(), drain, arguments);
+            let error = Command::new(&program).args(arguments).exec();
             Err(Failure { code: 126, message: format!("{} cannot be run: {error}", program.display()) })
         }
     }
@@ -141,6 +158,7 @@ impl Sidecar {
             outbound_port,
             server,
             upstream,
+            tcp,
             on_demand,
             sotw,
         } = self;
@@ -164,6 +182,8 @@ impl Sidecar {
                 upstream.len()
             )));
         }
+        let flags = [(admin_port, "--admin-port"), (outbound_port, "--outbound-port")];
+        let tcp = tcp_ports(tcp, flags)?;
         Ok(Bootstrap {
             node_id,
             cluster: group.to_owned(),
@@ -173,6 +193,7 @@ impl Sidecar {
             outbound_port,
             servers,
             upstreams: upstream,
+            tcp,
             protocol: match (on_demand, sotw) {
                 (true, _) => Protocol::OnDemand,
                 (false, true) => Protocol::Sotw,
@@ -180,6 +201,33 @@ impl Sidecar {
             },
         })
     }
+}
+
+fn parse_tcp(text: &str) -> Result<(Upstream, u16), String> {
+    let (name, port) = text.split_once('=').ok_or("want NAME=PORT, e.g. redis.leader=6379")?;
+    let number = port.parse().ok().filter(|port| *port > 0);
+    Ok((name.parse()?, number.ok_or_else(|| format!("{} is no port: want 1 to 65535", excerpt(port)))?))
+}
+
+/// Each name and each port once, and none of the ports that have another use.
+fn tcp_ports<const N: usize>(
+    given: Vec<(Upstream, u16)>,
+    others: [(u16, &str); N],
+) -> Result<BTreeMap<Upstream, u16>, Failure> {
+    if given.len() > MAX_TCP {
+        return Err(Failure::usage(format!("--tcp is given {} times: want at most {MAX_TCP}", given.len())));
+    }
+    let mut taken: BTreeMap<u16, String> = others.map(|(port, flag)| (port, flag.to_owned())).into();
+    let mut ports = BTreeMap::new();
+    for (name, port) in given {
+        if let Some(other) = taken.insert(port, format!("--tcp {name}")) {
+            return Err(Failure::usage(format!("--tcp {name}={port}: {other} is {port}, too")));
+        }
+        if let Some(other) = ports.insert(name.clone(), port) {
+            return Err(Failure::usage(format!("--tcp {name} is given twice, with {other} and {port}")));
+        }
+    }
+    Ok(ports)
 }
 
 /// The program given, or else the first `envoy` on the search path, or else the installed one under `top`.
@@ -209,8 +257,8 @@ fn ports_are_free(bootstrap: &Bootstrap, arguments: &[OsString]) -> Result<(), F
     if arguments.iter().any(restart) {
         return Ok(());
     }
-    for (flag, port) in [("--outbound-port", bootstrap.outbound_port), ("--admin-port", bootstrap.admin_port)]
-    {
+    let own = [("--outbound-port", bootstrap.outbound_port), ("--admin-port", bootstrap.admin_port)];
+    for (flag, port) in own.into_iter().chain(bootstrap.tcp.values().map(|port| ("--tcp", *port))) {
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port))
             .is_err_and(|error| error.kind() == ErrorKind::AddrInUse)
         {
@@ -226,7 +274,7 @@ fn ports_are_free(bootstrap: &Bootstrap, arguments: &[OsString]) -> Result<(), F
 
 /// The bootstrap goes in as an argument, so that no file is left behind. Without hot restart no memory is shared, so any
 /// number of them run on one machine.
-fn envoy_arguments(yaml: &str, further: Vec<OsString>) -> Vec<OsString> {
+fn envoy_arguments(yaml: &str, drain: &[&str], further: Vec<OsString>) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = ["--config-yaml", yaml].map(OsString::from).into();
     let given = |names: &[&str]| {
         further.iter().filter_map(|a| a.to_str()).any(|a| names.contains(&a.split('=').next().unwrap_or(a)))
@@ -236,6 +284,9 @@ fn envoy_arguments(yaml: &str, further: Vec<OsString>) -> Vec<OsString> {
     }
     if !given(&["-l", "--log-level"]) {
         arguments.extend(["--log-level", "warn"].map(OsString::from));
+    }
+    for flag in drain.chunks(2).filter(|flag| !given(flag)) {
+        arguments.extend(flag.iter().map(OsString::from));
     }
     arguments.extend(further);
     arguments
@@ -281,7 +332,10 @@ mod tests {
         assert_eq!(got.servers, ["10.0.0.1:1".parse().unwrap(), "[::1]:2".parse().unwrap()]);
         assert_eq!((got.admin_port, got.outbound_port, got.protocol), (0, 2, Protocol::Sotw));
         assert_eq!(bootstrap("--service web --outbound-port 7").unwrap().node_id, "web-box-7");
-        let scoped = bootstrap("--on-demand --upstream a --upstream b.c").unwrap();
+        let scoped =
+            bootstrap("--on-demand --upstream a --upstream b.c --tcp db.eu.leader=5 --tcp a=6").unwrap();
+        let ports: Vec<_> = scoped.tcp.iter().map(|(name, port)| (name.as_str(), *port)).collect();
+        assert_eq!(ports, [("a", 6), ("db.eu.leader", 5)]);
         assert_eq!(scoped.protocol, Protocol::OnDemand);
         assert_eq!(scoped.upstreams, ["a".parse().unwrap(), "b.c".parse().unwrap()]);
     }
@@ -298,6 +352,12 @@ mod tests {
             ("--node-id=", "--node-id"),
             ("--upstream A", "is not a service name"),
             ("--on-demand --sotw", "cannot be used with"),
+            ("--tcp redis", "want NAME=PORT"),
+            ("--tcp redis=0", "\"0\" is no port"),
+            ("--tcp redis.eu.master=1", "is not a service name"),
+            ("--tcp a=7 --tcp b=7", "--tcp b=7: --tcp a is 7, too"),
+            ("--tcp a=10000", "--outbound-port is 10000, too"),
+            ("--tcp a=7 --tcp a=8", "--tcp a is given twice"),
         ] {
             let message = bootstrap(flags).unwrap_err();
             assert!(message.contains(wanted), "{wanted} in {message}");
@@ -346,15 +406,21 @@ mod tests {
 
     #[test]
     fn arguments_after_the_dashes_win() {
-        let arguments = |further: &[&str]| {
+        let arguments = |drain: &[&str], further: &[&str]| {
             let further = further.iter().map(OsString::from).collect();
-            envoy_arguments("YAML", further).join(OsStr::new(" ")).into_string().unwrap()
+            envoy_arguments("YAML", drain, further).join(OsStr::new(" ")).into_string().unwrap()
         };
-        assert_eq!(arguments(&[]), "--config-yaml YAML --disable-hot-restart --log-level warn");
-        assert_eq!(arguments(&["-l", "debug"]), "--config-yaml YAML --disable-hot-restart -l debug");
+        assert_eq!(arguments(&[], &[]), "--config-yaml YAML --disable-hot-restart --log-level warn");
+        assert_eq!(arguments(&[], &["-l", "debug"]), "--config-yaml YAML --disable-hot-restart -l debug");
         assert_eq!(
-            arguments(&["--log-level=info", "--base-id", "3"]),
+            arguments(&[], &["--log-level=info", "--base-id", "3"]),
             "--config-yaml YAML --log-level=info --base-id 3"
+        );
+        let rest = "--config-yaml YAML --disable-hot-restart --log-level warn";
+        assert_eq!(arguments(&DRAIN, &[]), format!("{rest} --drain-time-s 0 --drain-strategy immediate"));
+        assert_eq!(
+            arguments(&DRAIN, &["--drain-time-s", "9"]),
+            format!("{rest} --drain-strategy immediate --drain-time-s 9")
         );
     }
 }

@@ -129,7 +129,8 @@ enum Command {
     /// Locks for what must run exactly once: run, list, show, release
     #[command(subcommand, visible_alias = "locks")]
     Lock(lock::Command),
-    /// The replicas of Raft and other databases: create, list, show, wait, render, verify, propose
+    /// The replicas of Raft and other databases: create, list, show, wait, render, verify, propose, finish, register, withdraw, report,
+    /// refound
     #[command(subcommand)]
     Peers(peers::Command),
     /// Backups of everything that is registered: save, show, restore

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    instance::{COLUMNS, endpoint, row},
+    instance::{endpoint, table},
     output::{
         Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, number, print,
         render, some_of,
@@ -51,11 +51,13 @@ pub(super) enum Command {
         #[command(flatten)]
         options: ShowOptions,
     },
-    /// Remove the stale instances of a service
+    /// Remove the stale instances of a service, and show proxies those that are damped
     #[command(
-        long_about = "Remove the stale instances of a service.\n\nWhen more leases end at once than can be believed, the \
-                      instances that do not refuse connections are held: they go on taking calls, and are shown as stale. This \
-                      removes them, whatever they answer; one whose owner is alive comes back with its next registration.",
+        long_about = "Remove the stale instances of a service, and show proxies those that are damped.\n\nAn instance whose lease is \
+                      over and that accepts connections is held, as is one that answers nothing when more are silent than can be \
+                      believed: it goes on taking calls, and is shown as stale. This removes it, whatever it answers; one whose \
+                      owner is alive comes back with its next registration.\n\nAn instance that comes and goes is damped: \
+                      proxies are not told of it until it has lasted for a while. This has them told now.",
         after_help = "Example:\n  disco service release greeter"
     )]
     Release {
@@ -111,11 +113,13 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
         Command::Release { service } => {
             let path = format!("/v1/services/{service}/release");
             let answer = http.send(Method::POST, &path, None, Duration::ZERO).await?;
-            print(&match number(&answer, "/removed") {
-                0 => format!("{service} has no stale instances\n"),
-                removed => format!(
-                    "{service}: {} removed at revision {}\n",
+            let (removed, published) = (number(&answer, "/removed"), number(&answer, "/published"));
+            print(&match (removed, published) {
+                (0, 0) => format!("{service} has no stale and no damped instances\n"),
+                _ => format!(
+                    "{service}: {} removed, {} published at revision {}\n",
                     count(removed, "stale instance"),
+                    count(published, "damped instance"),
                     number(&answer, "/revision")
                 ),
             })
@@ -194,9 +198,11 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
         "draining": draining,
         "unhealthy": unhealthy,
         "held": each().filter(|instance| instance.get("stale").is_some()).count(),
+        "damped": each().filter(|instance| instance.get("damped").is_some()).count(),
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
+        "roles": answer.get("roles"),
         "stale": answer.get("stale"),
     });
     Ok(View { document, items: None, table: service_table, empty: "" })
@@ -221,9 +227,24 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     );
     if number(document, "/held") > 0 {
         text.push_str(&format!(
-            "Stale      {}: their leases are over, with too many others; they stay unless they refuse connections\n",
+            "Stale      {}: their leases are over; they stay unless they refuse connections\n",
             number(document, "/held")
         ));
+    }
+    if number(document, "/damped") > 0 {
+        text.push_str(&format!(
+            "Damped     {}: they come and go; proxies are told of them when they last\n",
+            number(document, "/damped")
+        ));
+    }
+    if let Some(roles) = document.get("roles").filter(|roles| !roles.is_null()) {
+        let leader = match cell(roles, "/leader").as_str() {
+            "-" => "none now".to_owned(),
+            leader => leader.to_owned(),
+        };
+        let name = field("/name");
+        text.push_str(&format!("Leader     {leader}, term {}\n", number(roles, "/term")));
+        text.push_str(&format!("Called     {name}, {name}.leader, {name}.followers, {name}.any\n"));
     }
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
@@ -235,10 +256,9 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     }
     text.push('\n');
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
-    let rows: Vec<_> = instances.map(row).collect();
-    if !rows.is_empty() {
+    if instances.clone().next().is_some() {
         text.push('\n');
-        text.push_str(&render(&COLUMNS, &rows, width));
+        text.push_str(&table(instances, width));
     }
     text
 }
@@ -316,6 +336,33 @@ mod tests {
         let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[1], ["r", "z\\u{1b}", "-", "2", "12.345", "0.0", "3"], "{text}");
         assert!(text.ends_with("\nDropped by clients, calls a second: other 0.5\n"), "{text}");
+    }
+
+    #[test]
+    fn who_leads() {
+        let instance = |id: &str, role: &str| {
+            json!({"service": "db", "id": id, "address": "127.0.0.1", "port": 1, "state": "serving", "role": role,
+                   "weight": 1, "locality": {"zone": ""}, "registered_at": "2000-01-01T00:00:00Z"})
+        };
+        let document = |leader: Value| {
+            json!({"name": "db", "revision": 7, "zones": {}, "proxies": {"acknowledged": 0, "pending": []},
+                   "roles": {"term": 3, "leader": leader},
+                   "instances": [instance("a", "leader"), instance("b", "follower")]})
+        };
+        let text = service_table(&document(json!("a")), Some(100));
+        assert!(
+            text.contains("\nLeader     a, term 3\nCalled     db, db.leader, db.followers, db.any\n"),
+            "{text}"
+        );
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        let rows = &rows[rows.len() - 3..];
+        assert_eq!(
+            rows.iter().map(|row| row[3]).collect::<Vec<_>>(),
+            ["ROLE", "leader", "follower"],
+            "{text}"
+        );
+        let text = service_table(&document(Value::Null), Some(100));
+        assert!(text.contains("\nLeader     none now, term 3\n"), "{text}");
     }
 
     #[test]

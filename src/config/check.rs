@@ -130,6 +130,11 @@ impl Reader<'_> {
             let shortest = Duration::from_millis(10);
             self.duration(&mut guards, "ask_timeout", &mut settings.ask_timeout, shortest, 60 * SECOND);
             self.duration(&mut guards, "ask_interval", &mut settings.ask_interval, SECOND, DAY);
+            if let Some(flaps) = guards.integer("flaps", 0..=1000, &mut self.problems) {
+                settings.flaps = u32::try_from(flaps).unwrap_or_default();
+            }
+            self.duration(&mut guards, "flap_window", &mut settings.flap_window, SECOND, DAY);
+            self.duration(&mut guards, "flap_penalty", &mut settings.flap_penalty, SECOND, DAY);
             guards.finish(&mut self.problems);
         }
         if let Some(mut history) = fields.fields("history", &mut self.problems) {

@@ -93,6 +93,9 @@ pub(super) fn yaml(config: &Config) -> String {
                 ("window", format_duration(guards.window)),
                 ("ask_timeout", format_duration(guards.ask_timeout)),
                 ("ask_interval", format_duration(guards.ask_interval)),
+                ("flaps", guards.flaps.to_string()),
+                ("flap_window", format_duration(guards.flap_window)),
+                ("flap_penalty", format_duration(guards.flap_penalty)),
             ],
         ),
         (

@@ -117,6 +117,7 @@ impl World {
         self.apply(Change::PutInstance(Instance {
             owner: None,
             stale: None,
+            damped: None,
             key: key(number),
             incarnation: Incarnation(incarnation),
             address: [10, 0, 0, u8::try_from(number % self.machines).unwrap()].into(),

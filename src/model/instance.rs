@@ -74,6 +74,17 @@ pub struct Instance {
     pub registered_at: SystemTime,
     /// Set while nobody vouches for it any more and it is kept all the same. Boxed: hardly any instance has it.
     pub stale: Option<Box<Stale>>,
+    /// Set while proxies are not told of it because it comes and goes. Boxed: hardly any instance has it.
+    pub damped: Option<Box<Damped>>,
+}
+
+/// Why proxies are not told of an instance that came and went too often of late. They are when nobody else is left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damped {
+    /// Proxies are told when it has lasted until then.
+    pub until: SystemTime,
+    /// How often it went.
+    pub reason: String,
 }
 
 /// Why an instance is kept although its lease is over: too many went at once to be believed, and it did not refuse a
@@ -87,7 +98,7 @@ pub struct Stale {
 }
 
 impl Instance {
-    /// Whether proxies may know of it: one that is checked has to pass once first.
+    /// Whether proxies may know of it, unless it is damped: one that is checked has to pass once first.
     pub fn is_published(&self) -> bool {
         self.check.is_none() || self.health.passed
     }

@@ -12,14 +12,16 @@ mod lock;
 mod members;
 mod registration;
 mod roles;
+mod upstream;
 
 pub use health::{Check, Health, HealthReport, Probe, RawCheck, RawKind, ServerCheck, Statuses, Verdict};
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
 pub use input::{Fields, Node, Position, Problem, Problems, Value, excerpt, nearest};
-pub use instance::{Instance, Lease, Locality, Stale, State};
+pub use instance::{Damped, Instance, Lease, Locality, Stale, State};
 pub use lock::{Claim, Lock, LockName};
 pub use members::{MemberId, Members};
 pub use registration::{
     Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,
 };
 pub use roles::{Role, Roles};
+pub use upstream::{Group, Upstream};

@@ -21,6 +21,13 @@ pub struct Guards {
     pub ask_timeout: Duration,
     /// How often an instance that is held is asked again, once it has been for a while.
     pub ask_interval: Duration,
+    /// How often an instance may go within `flap_window`, other than drained, before it is damped: proxies are not told of its
+    /// next run until that has lasted for `flap_penalty`. 0 damps nobody.
+    pub flaps: u32,
+    /// See `flaps`.
+    pub flap_window: Duration,
+    /// See `flaps`.
+    pub flap_penalty: Duration,
 }
 
 impl Default for Guards {
@@ -30,6 +37,9 @@ impl Default for Guards {
             window: Duration::from_secs(60),
             ask_timeout: Duration::from_secs(1),
             ask_interval: Duration::from_secs(10),
+            flaps: 5,
+            flap_window: Duration::from_secs(2 * 60),
+            flap_penalty: Duration::from_secs(60),
         }
     }
 }

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     catalog,
-    model::{Incarnation, InstanceKey, Revision, ServiceId},
+    model::{Incarnation, Instance, InstanceKey, Revision, ServiceId},
 };
 
 /// When an instance that was just held is asked again; each time after that it is twice as long.
@@ -38,6 +38,17 @@ const ROUND: usize = 4 * QUESTIONS;
 
 /// Wait before a mark that could not be taken off is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// What an operator's release of a service did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Released {
+    /// The newest change.
+    pub revision: Revision,
+    /// Stale instances that were removed.
+    pub removed: usize,
+    /// Instances that are damped no more.
+    pub published: usize,
+}
 
 /// The work that held instances make.
 #[derive(Debug, Default)]
@@ -107,11 +118,11 @@ impl Held {
 }
 
 impl Registry {
-    /// Removes the stale instances of a service, whatever they answer. Returns the revision and how many there were.
+    /// Removes the stale instances of a service, whatever they answer, and has proxies told of those that are damped.
     ///
     /// # Errors
     /// [`Error::NoService`], [`Error::Store`].
-    pub async fn release(&self, service: ServiceId) -> Result<(Revision, usize), Error> {
+    pub async fn release(&self, service: ServiceId) -> Result<Released, Error> {
         let (inner, by) = (Arc::clone(&self.inner), Arc::clone(&self.by));
         self.count(self.detached(async move { inner.release(&service, &by).await }).await)
     }
@@ -178,26 +189,31 @@ impl Inner {
         .await
     }
 
-    async fn release(&self, service: &ServiceId, by: &Arc<str>) -> Result<(Revision, usize), Error> {
+    async fn release(&self, service: &ServiceId, by: &Arc<str>) -> Result<Released, Error> {
         let snapshot = self.catalog.latest();
         let found = snapshot.service(service).ok_or_else(|| Error::NoService(service.clone()))?;
-        let stale = found.instances().filter(|it| it.stale.is_some());
-        let runs: Vec<Run> = stale.map(|it| (it.key.clone(), it.incarnation)).collect();
-        let written = self
-            .write_each(runs, |present| {
+        let runs = |is: fn(&Instance) -> bool| -> Vec<Run> {
+            let of = found.instances().filter(|it| is(it));
+            of.map(|it| (it.key.clone(), it.incarnation)).collect()
+        };
+        let removed = self
+            .write_each(runs(|it| it.stale.is_some()), |present| {
                 let why = present.stale.as_ref()?.reason.clone();
                 Some((Edit::Remove, Note { what: What::Released, by: Arc::clone(by), why }))
             })
             .await;
-        for instance in &written.done {
+        for instance in &removed.done {
             self.released(&instance.key, instance.incarnation);
         }
-        let removed = written.done.len();
-        tracing::info!(%service, removed, "stale instances were released");
-        match written.error {
-            Some(error) => Err(error),
-            None => Ok((written.revision.max(snapshot.revision()), removed)),
-        }
+        let published = self.undamp(runs(|it| it.damped.is_some()), by, "an operator released it").await;
+        published.done.iter().for_each(|instance| self.forgive(&instance.key));
+        let released = Released {
+            revision: removed.revision.max(published.revision).max(snapshot.revision()),
+            removed: removed.done.len(),
+            published: published.done.len(),
+        };
+        tracing::info!(%service, removed = released.removed, published = released.published, "released");
+        removed.error.or(published.error).map_or(Ok(released), Err)
     }
 
     fn find_held(&self) {
@@ -255,14 +271,24 @@ impl Inner {
     }
 }
 
-/// How many instances are held, as a metric.
+/// How many instances are held and damped, as metrics.
 #[derive(Debug)]
-pub(super) struct HeldMetric(pub(super) catalog::Reader);
+pub(super) struct KeptMetrics(pub(super) catalog::Reader);
 
-impl Collector for HeldMetric {
+impl Collector for KeptMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let held = ConstGauge::new(i64::try_from(self.0.latest().stale()).unwrap_or(i64::MAX));
-        let help = "Instances that are kept although their lease is over";
-        held.encode(encoder.encode_descriptor("registry_held", help, None, held.metric_type())?)
+        let snapshot = self.0.latest();
+        for (name, help, count) in [
+            ("registry_held", "Instances that are kept although their lease is over", snapshot.stale()),
+            (
+                "registry_damped",
+                "Instances that proxies are not told of because they come and go",
+                snapshot.damped(),
+            ),
+        ] {
+            let gauge = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        Ok(())
     }
 }

@@ -76,10 +76,12 @@ pub enum What {
     Released,
     /// Its checks came to another verdict.
     Judged,
+    /// It was damped, and is no more.
+    Undamped,
 }
 
 impl What {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Registered,
         Self::Updated,
         Self::Drained,
@@ -92,6 +94,7 @@ impl What {
         Self::Closed,
         Self::Released,
         Self::Judged,
+        Self::Undamped,
     ];
 
     /// Its word.
@@ -109,6 +112,7 @@ impl What {
             Self::Closed => "session closed",
             Self::Released => "released",
             Self::Judged => "judged",
+            Self::Undamped => "undamped",
         }
     }
 

@@ -4,12 +4,12 @@
 //! the others counts the lease in its place, whole from then on, until the instance's owner comes to some process: that one
 //! becomes the owner, with one write.
 
-use std::{fmt, future};
+use std::{fmt, future, sync::Arc};
 
 use super::{Inner, Registry};
 use crate::{
     catalog::{Changes, Snapshot},
-    model::{Instance, InstanceKey, Lease, MemberId, Members, Revision},
+    model::{Instance, InstanceKey, Lease, MemberId, Members},
 };
 use tokio::time::Instant;
 
@@ -67,8 +67,9 @@ impl Inner {
 }
 
 impl Registry {
-    /// Follows the members and the owners.
-    pub(super) async fn keep_leases(self, mut seen: Revision) {
+    /// Follows the members and the owners, and counts how often an instance goes; `known` is what this process has looked at.
+    pub(super) async fn keep_leases(self, mut known: Arc<Snapshot>) {
+        let mut seen = known.revision();
         let mut members = self.inner.members.clone();
         let mut members_changed = async || {
             if members.changed().await.is_err() {
@@ -84,16 +85,26 @@ impl Registry {
                 () = members_changed() => (self.inner.catalog.latest(), Changes::Resync),
             };
             seen = snapshot.revision();
+            let now = Instant::now();
             match changes {
                 Changes::Resync => self.inner.settle_all(&snapshot),
                 Changes::Touched(touched) => {
                     for (service, id) in touched {
                         if let Some(id) = id {
-                            self.inner.settle(&snapshot, &InstanceKey { service, id });
+                            let key = InstanceKey { service, id };
+                            self.inner.settle(&snapshot, &key);
+                            if let Some(before) = known.instance(&key) {
+                                self.inner.flaps.note(
+                                    before,
+                                    snapshot.instance(&key).map(AsRef::as_ref),
+                                    now,
+                                );
+                            }
                         }
                     }
                 }
             }
+            known = snapshot;
         }
     }
 }

@@ -13,6 +13,7 @@ mod batch;
 mod cache;
 mod check;
 mod error;
+mod flaps;
 mod forward;
 mod guard;
 mod health;
@@ -44,6 +45,7 @@ pub use check::{health_to_proto, raw_check, verdict_from_proto};
 pub use error::Error;
 pub use forward::{FORWARDED, Forward, GrpcForward};
 pub use guard::Guards;
+pub use held::Released;
 pub use history::{Entry, HistoryLimits, What};
 pub use locks::{Board, Locks, lock_to_proto};
 pub use membership::{Member, Membership};
@@ -109,6 +111,7 @@ struct Inner {
     door: leave::Door,
     network: Network,
     held: held::Held,
+    flaps: flaps::Flaps,
     history: history::History,
     said: live::Said,
     metrics: RegistryMetrics,
@@ -133,6 +136,7 @@ struct RegistryMetrics {
     expired: prometheus_client::metrics::counter::Counter,
     trips: prometheus_client::metrics::counter::Counter,
     published: prometheus_client::metrics::counter::Counter,
+    dampings: prometheus_client::metrics::counter::Counter,
 }
 
 impl RegistryMetrics {
@@ -143,6 +147,10 @@ impl RegistryMetrics {
             refused: metrics.counter("registry_refused", "Requests that were refused"),
             renewals: metrics.counter("registry_renewals", "Lease renewals"),
             published: metrics.counter("registry_published", "Live metadata that instances published"),
+            dampings: metrics.counter(
+                "registry_dampings",
+                "New runs that were damped, because the instance comes and goes",
+            ),
             expired: metrics.counter("registry_expired", "Instances removed because their lease ended"),
             trips: metrics.counter(
                 "registry_guard_trips",
@@ -182,6 +190,7 @@ impl Registry {
             door: leave::Door::new(config.guards.clone()),
             network,
             held: held::Held::default(),
+            flaps: flaps::Flaps::new(&config.guards),
             history: history::History::new(config.history.clone()),
             said: live::Said::default(),
             config,
@@ -194,12 +203,13 @@ impl Registry {
         let known = inner.catalog.latest();
         inner.leases.reserve(known.instances());
         inner.settle_all(&known);
-        metrics.collect(held::HeldMetric(inner.catalog.clone()));
+        metrics.collect(held::KeptMetrics(inner.catalog.clone()));
 
         let registry = Self { inner, by: "disco".into() };
-        tasks.spawn_until_shutdown("lease-keeper", registry.clone().keep_leases(known.revision()));
+        tasks.spawn_until_shutdown("lease-keeper", registry.clone().keep_leases(known));
         tasks.spawn_until_shutdown("lease-expiry", registry.clone().expire());
         tasks.spawn_until_shutdown("held-instances", registry.clone().ask_held());
+        tasks.spawn_until_shutdown("damped-instances", registry.clone().undamp_in_time());
         tasks.spawn_until_shutdown("renewed-instances", registry.clone().free_renewed());
         tasks.spawn_until_shutdown("history", registry.clone().prune_history());
         tasks.spawn_until_shutdown("live-metadata", registry.clone().store_live());

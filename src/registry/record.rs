@@ -15,7 +15,10 @@ use super::{
 use crate::{
     catalog::{Change, Live},
     client::check_to_proto,
-    model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, Stale, State},
+    model::{
+        Damped, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Role, Roles,
+        ServiceId, Stale, State,
+    },
     proto::v1,
     store::Key,
 };
@@ -28,12 +31,56 @@ pub(super) const LIVE: &str = "catalog/live/";
 /// The verdict on each instance that is checked, apart, so that it changes without the instance's record.
 pub(super) const HEALTH: &str = "catalog/health/";
 
+/// What the instances of a replicated service do; written by whoever asks the database.
+pub(super) const ROLES: &str = "catalog/roles/";
+
 pub(super) fn service_key(id: &ServiceId) -> Key {
     format!("{SERVICES}{id}").into()
 }
 
 pub(super) fn instance_key(key: &InstanceKey) -> Key {
     format!("{INSTANCES}{key}").into()
+}
+
+pub(super) fn roles_key(id: &ServiceId) -> Key {
+    format!("{ROLES}{id}").into()
+}
+
+pub(super) fn encode_roles(roles: &Roles) -> Bytes {
+    let Roles { term, leader, others } = roles;
+    let wire = |role: &Role| match role {
+        Role::Unknown => v1::Role::Unknown,
+        Role::Leader => v1::Role::Leader,
+        Role::Follower => v1::Role::Follower,
+        Role::Candidate => v1::Role::Candidate,
+        Role::Learner => v1::Role::Learner,
+    };
+    let message = v1::RolesRecord {
+        term: *term,
+        leader: leader.as_ref().map(ToString::to_string).unwrap_or_default(),
+        others: others.iter().map(|(id, role)| (id.to_string(), wire(role).into())).collect(),
+    };
+    message.encode_to_vec().into()
+}
+
+pub(super) fn decode_roles(value: &Bytes) -> Result<Roles, String> {
+    let v1::RolesRecord { term, leader, others } =
+        v1::RolesRecord::decode(value.clone()).map_err(|e| e.to_string())?;
+    let model = |role: i32| match v1::Role::try_from(role) {
+        // A role of a later version.
+        Ok(v1::Role::Unknown) | Err(_) => Role::Unknown,
+        Ok(v1::Role::Leader) => Role::Leader,
+        Ok(v1::Role::Follower) => Role::Follower,
+        Ok(v1::Role::Candidate) => Role::Candidate,
+        Ok(v1::Role::Learner) => Role::Learner,
+    };
+    let leader = (!leader.is_empty()).then(|| leader.parse()).transpose();
+    let others = others.into_iter().map(|(id, role)| Ok((id.parse()?, model(role))));
+    Ok(Roles {
+        term,
+        leader: leader.map_err(|e| format!("leader: {e}"))?,
+        others: others.collect::<Result<_, String>>().map_err(|e| format!("others: {e}"))?,
+    })
 }
 
 pub(super) fn live_key(key: &InstanceKey) -> Key {
@@ -86,6 +133,11 @@ pub(super) fn decode(key: &Key, value: Option<&Bytes>, revision: Revision) -> Re
     if let Some(name) = key.strip_prefix(SERVICES) {
         let id: ServiceId = name.parse().map_err(wrong)?;
         return Ok(Some(if value.is_some() { Change::PutService(id) } else { Change::RemoveService(id) }));
+    }
+    if let Some(name) = key.strip_prefix(ROLES) {
+        let id: ServiceId = name.parse().map_err(wrong)?;
+        let Some(value) = value else { return Ok(Some(Change::RemoveRoles(id))) };
+        return Ok(Some(Change::PutRoles(id, Arc::new(decode_roles(value).map_err(wrong)?))));
     }
     let instance_key = |path: &str| {
         let (service, id) =
@@ -149,6 +201,7 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         revision,
         registered_at,
         stale,
+        damped,
     } = instance;
     v1::Instance {
         service: key.service.to_string(),
@@ -174,6 +227,9 @@ pub fn instance_to_proto(instance: &Instance) -> v1::Instance {
         stale: stale
             .as_ref()
             .map(|stale| v1::Stale { since: Some(stale.since.into()), reason: stale.reason.clone() }),
+        damped: damped
+            .as_ref()
+            .map(|damped| v1::Damped { until: Some(damped.until.into()), reason: damped.reason.clone() }),
         owner: owner.as_ref().map(ToString::to_string).unwrap_or_default(),
         check: check.as_deref().map(check_to_proto),
         health: Some(health_to_proto(health)),
@@ -239,6 +295,13 @@ pub(super) fn instance_from_proto(
             }
             None => None,
         },
+        damped: match message.damped {
+            Some(v1::Damped { until, reason }) => {
+                let until = wire_time(until, "damped.until")?.unwrap_or(SystemTime::UNIX_EPOCH);
+                Some(Box::new(Damped { until, reason }))
+            }
+            None => None,
+        },
     })
 }
 
@@ -283,6 +346,10 @@ mod tests {
             stale: Some(Box::new(Stale {
                 since: SystemTime::UNIX_EPOCH + Duration::from_millis(1_800_000_000_123),
                 reason: "silent".to_owned(),
+            })),
+            damped: Some(Box::new(Damped {
+                until: SystemTime::UNIX_EPOCH + Duration::from_millis(1_900_000_000_123),
+                reason: "comes and goes".to_owned(),
             })),
         }
     }
@@ -341,6 +408,19 @@ mod tests {
     }
 
     #[test]
+    fn roles_read_back_as_they_were() {
+        let others = Role::ALL.into_iter().zip(["a", "b", "c", "d", "e"]);
+        let others = others.map(|(role, id)| (id.parse().unwrap(), role)).collect();
+        let elected = Roles { term: 7, leader: Some("n1".parse().unwrap()), others };
+        for roles in [elected, Roles { term: 8, ..Roles::default() }] {
+            let service: ServiceId = "db.pay".parse().unwrap();
+            let read = decode(&roles_key(&service), Some(&encode_roles(&roles)), Revision(9)).unwrap();
+            let Some(Change::PutRoles(of, read)) = read else { panic!("no roles") };
+            assert_eq!((of, &*read), (service, &roles));
+        }
+    }
+
+    #[test]
     fn what_is_not_ours_is_refused_or_left() {
         let bytes = Bytes::from_static(b"\xff\xff\xff");
         assert!(decode(&"locks/a".into(), Some(&bytes), Revision(1)).unwrap().is_none());
@@ -351,6 +431,8 @@ mod tests {
             "services/a b",
             "health/greeter",
             "health/greeter/a",
+            "roles/greeter",
+            "roles/a/b",
         ] {
             let key = format!("{CATALOG}{key}");
             assert!(decode(&key.as_str().into(), Some(&bytes), Revision(1)).is_err(), "{key}");

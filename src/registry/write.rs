@@ -294,7 +294,9 @@ impl Inner {
             let judged = health.is_some();
             ops.extend(health);
             let what = What::of(present.map(|present| &**present), &next);
-            ops.extend(self.history.note(&next, what, by, ""));
+            let damped = next.damped.as_ref().filter(|_| what == What::Registered);
+            let why = damped.map_or("", |damped| damped.reason.as_str());
+            ops.extend(self.history.note(&next, what, by, why));
             match self.commit(ops, snapshot.revision()).await {
                 Ok(revision) => {
                     next.revision = revision;

@@ -364,7 +364,11 @@ impl<V: Speak> Bench<V> {
     }
 
     pub(super) fn hear(&mut self, asked: Asked<V::Request>) -> Result<Heard, ProtocolError> {
-        self.served.hear(asked, self.now)
+        let heard = self.served.hear(asked, self.now)?;
+        if !self.served.is_due() {
+            self.report();
+        }
+        Ok(heard)
     }
 
     /// The next revision.
@@ -408,15 +412,8 @@ impl<V: Speak> Bench<V> {
         }
         let response = self.served.next(self.now).unwrap();
         self.served.timer(None);
-        self.served.engine.update_status(&mut self.status);
-        // What rests is not kept up; the revision stands for it.
-        let [kept, now] = [self.status.clone(), self.served.engine.status()].map(|mut types| {
-            types.iter_mut().for_each(|of| of.skip(set.revision()));
-            format!("{types:?}")
-        });
-        assert_eq!(kept, now);
-        if response.is_none() {
-            self.served.follower().reported();
+        if !self.served.is_due() {
+            self.report();
         }
         let response: Response = response?;
         let mut bytes = Vec::new();
@@ -436,6 +433,19 @@ impl<V: Speak> Bench<V> {
             self.last.insert(kind, sent.clone());
         }
         Some(sent)
+    }
+
+    /// As the server reports, whenever there is nothing more to do.
+    fn report(&mut self) {
+        self.served.engine.update_status(&mut self.status);
+        // What rests is not kept up; the revision stands for it.
+        let at = self.set.as_ref().map_or(Revision(0), |set| set.revision());
+        let [kept, now] = [self.status.clone(), self.served.engine.status()].map(|mut types| {
+            types.iter_mut().for_each(|of| of.skip(at));
+            format!("{types:?}")
+        });
+        assert_eq!(kept, now);
+        self.served.follower().reported();
     }
 
     /// Everything that is sent now.

@@ -93,6 +93,7 @@ fn instances(service: &str, addresses: &[&str]) -> Vec<catalog::Change> {
             check: None,
             health: disco::model::Health::unchecked(SystemTime::UNIX_EPOCH),
             stale: None,
+            damped: None,
             revision: Revision(1),
             registered_at: SystemTime::UNIX_EPOCH,
         })

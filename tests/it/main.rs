@@ -31,6 +31,7 @@ mod per_type;
 mod plain_http;
 mod real_clients;
 mod renew_many;
+mod roles;
 mod snapshot;
 mod tidy;
 mod validate;

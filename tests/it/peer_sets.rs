@@ -22,7 +22,10 @@ fn peers(disco: &Disco, arguments: &str) -> anyhow::Result<(i32, String)> {
 /// As [`peers`], which has to end with `code` and say `want`.
 fn check(disco: &Disco, arguments: &str, code: i32, want: &str) -> anyhow::Result<String> {
     let (ended, text) = peers(disco, arguments)?;
-    ensure!(ended == code && text.contains(want), "disco peers {arguments}: {ended} instead of {code}\n{text}");
+    ensure!(
+        ended == code && text.contains(want),
+        "disco peers {arguments}: {ended} instead of {code}\n{text}"
+    );
     Ok(text)
 }
 
@@ -36,7 +39,8 @@ fn found(disco: &Disco) -> anyhow::Result<()> {
     check(disco, "create db --kind openraft --expect 3", 0, "expects 3 founders")?;
     for n in 1..=3 {
         let next = if n == 3 { "peers show db" } else { "peers wait db" };
-        let register = format!("register db n{n} --disk d{n} --raft 10.0.0.{n}:1 --client 10.0.0.{n}:2 --zone z{n}");
+        let register =
+            format!("register db n{n} --disk d{n} --raft 10.0.0.{n}:1 --client 10.0.0.{n}:2 --zone z{n}");
         check(disco, &register, 0, next)?;
     }
     Ok(())
@@ -54,7 +58,8 @@ fn report(disco: &Disco, roles: &[(&str, &str)], members: &Value) -> anyhow::Res
 
 fn register_instance(disco: &Disco, key: &str) -> anyhow::Result<()> {
     let path = format!("/v1/services/db/instances/{key}");
-    let (status, answer) = send(disco, "PUT", &path, &json!({"address": "127.0.0.1", "port": 1, "ttl": "60s"}))?;
+    let (status, answer) =
+        send(disco, "PUT", &path, &json!({"address": "127.0.0.1", "port": 1, "ttl": "60s"}))?;
     ensure!(status == 200, "{status} {answer}");
     Ok(())
 }
@@ -73,7 +78,12 @@ fn n1_no_list_before_all_have_come_and_then_the_same_for_ever() {
         ensure!(status == 425 && !answer.to_string().contains("10.0.0.1"), "{status} {answer}");
         check(&disco, "show db", 2, "1 of 2 founders have come (n1)")?;
         check(&disco, "wait db --timeout 100ms", 2, "1 of 2")?;
-        check(&disco, "register db n1 --disk other --raft 10.0.0.1:1 --client 10.0.0.1:2", 1, "another disk")?;
+        check(
+            &disco,
+            "register db n1 --disk other --raft 10.0.0.1:1 --client 10.0.0.1:2",
+            1,
+            "another disk",
+        )?;
 
         // Whoever waits has the list with the last founder's answer.
         let mut wait = disco.command()?;
@@ -82,12 +92,18 @@ fn n1_no_list_before_all_have_come_and_then_the_same_for_ever() {
         check(&disco, "register db n2 --disk d2 --raft 10.0.0.2:1 --client 10.0.0.2:2", 0, "founder")?;
         ensure!(waiting.ended(PATIENCE)?.success(), "{}", waiting.output());
         let founding = disco.get("/v1/peers/db")?["founding"].take();
-        let keys: Vec<_> = founding["list"].as_array().into_iter().flatten().map(|f| f["key"].clone()).collect();
+        let keys: Vec<_> =
+            founding["list"].as_array().into_iter().flatten().map(|f| f["key"].clone()).collect();
         ensure!(keys == ["n1", "n2"], "{founding}");
 
         disco.kill();
         disco.start_again()?;
-        check(&disco, "register db n3 --disk d3 --raft 10.0.0.3:1 --client 10.0.0.3:2", 0, "node 3 of db, a joiner")?;
+        check(
+            &disco,
+            "register db n3 --disk d3 --raft 10.0.0.3:1 --client 10.0.0.3:2",
+            0,
+            "node 3 of db, a joiner",
+        )?;
         ensure!(disco.get("/v1/peers/db")?["founding"] == founding, "the founding list changed (rule N3)");
         check(&disco, "show db", 0, "n3")?;
         Ok(())
@@ -173,9 +189,7 @@ fn n2_real_etcds_in_any_order_one_late_found_one_cluster() {
         let disco = Disco::start(folder)?;
         check(&disco, "create db --expect 3 --kind etcd", 0, "cluster")?;
         let mut etcds = vec![Etcd::start(&disco, "n3")?, Etcd::start(&disco, "n1")?];
-        eventually("two founders", PATIENCE, || {
-            check(&disco, "list", 0, "2 of 3 have come").ok().map(drop)
-        })?;
+        eventually("two founders", PATIENCE, || check(&disco, "list", 0, "2 of 3 have come").ok().map(drop))?;
         ensure!(etcds.iter().all(|etcd| etcd.cluster().is_none()), "a cluster of two");
         etcds.push(Etcd::start(&disco, "n2")?);
         let mut clusters = Vec::new();

@@ -12,6 +12,7 @@ use super::{
         Api, dto,
         error::ApiError,
         request::{Body, Path, Query, Reply, instance_key, read_poll, read_wait, service_id, wait_at_most},
+        time::timestamp,
     },
     Wanted, until,
 };
@@ -325,7 +326,7 @@ fn view_json(view: &View) -> Value {
         });
         json!({
             "digest": founding.digest,
-            "at": dto::timestamp(founding.at),
+            "at": timestamp(founding.at),
             "warnings": founding.warnings,
             "list": list.collect::<Vec<_>>(),
         })
@@ -380,7 +381,7 @@ fn view_json(view: &View) -> Value {
         "observe": observe,
         "revision": revision.0,
         "set_revision": set.revision.0,
-        "stale": stale.map(|since| json!({"since": dto::timestamp(since)})),
+        "stale": stale.map(|since| json!({"since": timestamp(since)})),
     })
 }
 
@@ -395,5 +396,5 @@ fn put_addresses(shown: &mut Value, Addresses { raft, client, extra }: &Addresse
 
 fn pending_json(set: &PeerSet, Pending { change, node, since }: &Pending) -> Value {
     let key = set.peers.get(node).map(|peer| peer.key.as_str());
-    json!({"change": change.as_str(), "node_id": node.0, "key": key, "since": dto::timestamp(*since)})
+    json!({"change": change.as_str(), "node_id": node.0, "key": key, "since": timestamp(*since)})
 }

@@ -21,7 +21,7 @@ use crate::{
     model::{InstanceKey, ServiceId, format_duration, parse_duration},
 };
 use register::Register;
-pub(super) use show::{COLUMNS, endpoint, row};
+pub(super) use show::{endpoint, table};
 
 /// Verbs of `disco instance`.
 #[derive(Debug, Subcommand)]

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Columns of [`row`].
-pub(in crate::cli) const COLUMNS: [Column; 17] = [
+const COLUMNS: [Column; 17] = [
     Column::new("SERVICE"),
     Column::new("ID"),
     Column::whole("ADDRESS"),
@@ -33,8 +33,27 @@ pub(in crate::cli) const COLUMNS: [Column; 17] = [
     Column::wide("STALE"),
 ];
 
+/// Where the role comes in, if any of the instances has one: few services are replicated.
+const ROLE_AT: usize = 3;
+
+/// Instances as a table.
+pub(in crate::cli) fn table<'a>(
+    instances: impl Iterator<Item = &'a Value> + Clone,
+    width: Option<usize>,
+) -> String {
+    let mut columns = COLUMNS.to_vec();
+    let mut rows: Vec<_> = instances.clone().map(row).collect();
+    if instances.clone().any(|instance| instance.get("role").is_some()) {
+        columns.insert(ROLE_AT, Column::whole("ROLE"));
+        rows.iter_mut()
+            .zip(instances)
+            .for_each(|(row, instance)| row.insert(ROLE_AT, cell(instance, "/role")));
+    }
+    render(&columns, &rows, width)
+}
+
 /// One instance as a row of a table.
-pub(in crate::cli) fn row(instance: &Value) -> Vec<String> {
+fn row(instance: &Value) -> Vec<String> {
     vec![
         cell(instance, "/service"),
         cell(instance, "/id"),
@@ -52,13 +71,16 @@ pub(in crate::cli) fn row(instance: &Value) -> Vec<String> {
         cell(instance, "/registered_at"),
         cell(instance, "/health/reason"),
         metadata(instance, ","),
-        cell(instance, "/stale/reason"),
+        match instance.get("stale") {
+            Some(_) => cell(instance, "/stale/reason"),
+            None => cell(instance, "/damped/reason"),
+        },
     ]
 }
 
 fn state(instance: &Value) -> String {
-    let mark = if instance.get("stale").is_some() { ", stale" } else { "" };
-    cell(instance, "/state") + mark
+    let marks = ["stale", "damped"].into_iter().filter(|mark| instance.get(mark).is_some());
+    marks.fold(cell(instance, "/state"), |state, mark| format!("{state}, {mark}"))
 }
 
 /// `None` for an instance that is not stale.
@@ -66,6 +88,12 @@ fn stale(instance: &Value) -> Option<String> {
     instance.get("stale")?;
     let age = age(instance, "/stale/since", rt::now());
     Some(format!("for {age}: {}", cell(instance, "/stale/reason")))
+}
+
+/// `None` for an instance that proxies are told of, as far as that goes.
+fn damped(instance: &Value) -> Option<String> {
+    instance.get("damped")?;
+    Some(format!("until {}: {}", cell(instance, "/damped/until"), cell(instance, "/damped/reason")))
 }
 
 /// Its IP address and port.
@@ -130,8 +158,7 @@ fn metadata(instance: &Value, separator: &str) -> String {
 /// A list of instances.
 pub(super) fn many(document: &Value, width: Option<usize>) -> String {
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
-    let rows: Vec<_> = instances.map(row).collect();
-    render(&COLUMNS, &rows, width)
+    table(instances, width)
 }
 
 /// Everything about one instance.
@@ -143,7 +170,9 @@ pub(super) fn one(instance: &Value, _: Option<usize>) -> String {
         ("Incarnation", field("/incarnation")),
         ("Address", endpoint(instance)),
         ("State", field("/state")),
+        ("Role", field("/role")),
         ("Stale", stale(instance).unwrap_or_else(|| "no".to_owned())),
+        ("Damped", damped(instance).unwrap_or_else(|| "no".to_owned())),
         ("Health", health(instance)),
         ("Check", check(instance)),
         ("Weight", field("/weight")),
@@ -158,7 +187,8 @@ pub(super) fn one(instance: &Value, _: Option<usize>) -> String {
         ("Revision", field("/revision")),
         ("Metadata", metadata(instance, "\n             ")),
     ];
-    rows.iter().map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
+    let rows = rows.iter().filter(|(name, value)| *name != "Role" || value != "-");
+    rows.map(|(name, value)| format!("{name:<11}  {value}\n")).collect()
 }
 
 /// What an instance was at a time.
@@ -249,8 +279,14 @@ pub(super) fn explained(document: &Value, width: Option<usize>) -> String {
         ("Seen by", seen),
     ];
     let mut text: String = rows.iter().map(|(name, value)| format!("{name:<10}  {value}\n")).collect();
+    if instance.get("role").is_some() {
+        text.push_str(&format!("{:<10}  {}\n", "Role", cell(instance, "/role")));
+    }
     if let Some(stale) = stale {
         text.push_str(&format!("{:<10}  {stale}\n", "Stale"));
+    }
+    if let Some(damped) = damped(instance) {
+        text.push_str(&format!("{:<10}  {damped}\n", "Damped"));
     }
     let columns = [
         Column::new("NODE"),

@@ -367,7 +367,9 @@ impl Scene {
     fn new() -> Self {
         let now = Instant::now();
         let mut hearing = Hearing::new(Duration::from_millis(100), false, now);
-        [N1, N2, N3].map(|node| hearing.add(Target::Replica(node), now));
+        for node in [N1, N2, N3] {
+            hearing.add(Target::Replica(node), now);
+        }
         Self { set: Arc::new(set(Kind::Postgres)), hearing, now }
     }
 

@@ -206,8 +206,8 @@ async fn held_instances_survive_a_restart_and_an_operator_lets_them_go() {
     assert_eq!(stale(second.catalog()).len(), 3, "a change by others is no sign of life");
     second.deregister(key("i3"), None).await.unwrap();
     second.register(registration("i2", silent.port(), None)).await.unwrap();
-    let (released, removed) = second.release(key("a").service).await.unwrap();
-    assert_eq!((removed, released), (1, second.catalog().latest().revision()));
+    let Released { revision, removed, published } = second.release(key("a").service).await.unwrap();
+    assert_eq!((removed, published, revision), (1, 0, second.catalog().latest().revision()));
     assert_eq!(ids(second.catalog()), ["i2"]);
     assert!(matches!(second.release("else".parse().unwrap()).await, Err(Error::NoService(_))));
     assert_eq!(refused(second.renew(key("i1"), None).await), "not found greeter/i1");

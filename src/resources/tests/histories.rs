@@ -8,10 +8,23 @@ use super::*;
 fn check_references(set: &ResourceSet, snapshot: &Snapshot, view: &View) {
     let names = |kind| set.iter(kind).map(|(name, _)| name.to_string()).collect::<BTreeSet<_>>();
     let services = snapshot.services().filter(|service| view.includes(&service.id));
-    let services: BTreeSet<_> = services.map(|service| service.id.to_string()).collect();
+    let mut services: BTreeSet<_> = services.map(|service| service.id.to_string()).collect();
+    for service in snapshot.services().filter(|service| service.roles.is_some()) {
+        for group in ["leader", "followers", "any"] {
+            let name = format!("{}.{group}", service.id);
+            let asked = view.upstreams.as_ref().is_none_or(|names| names.contains(name.as_str()));
+            let taken = snapshot.services().any(|other| other.id.as_str() == name);
+            if !taken && (asked || view.includes(&service.id)) {
+                services.insert(name);
+            }
+        }
+    }
 
+    let (tcp, listeners): (BTreeSet<_>, BTreeSet<_>) =
+        names(ResourceType::Listener).into_iter().partition(|name| name.starts_with("tcp/"));
+    assert_eq!(tcp, view.tcp.keys().map(|name| format!("tcp/{name}")).collect());
     let mut routes = BTreeSet::new();
-    for name in names(ResourceType::Listener) {
+    for name in listeners {
         routes.insert(route_name(&http_connection_manager(&decode(set, ResourceType::Listener, &name))));
     }
     assert_eq!(names(ResourceType::Route), routes);
@@ -63,6 +76,14 @@ pub(super) enum Op {
         draining: bool,
     },
     RemoveInstance(u8, u8),
+    /// In that term, with that leader if there is such an instance, and a learner.
+    PutRoles {
+        service: u8,
+        term: u64,
+        leader: u8,
+        learner: u8,
+    },
+    RemoveRoles(u8),
     /// Bring the resources up to date, from the change list or from everything.
     Update {
         resync: bool,
@@ -71,12 +92,16 @@ pub(super) enum Op {
 
 pub(super) fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        1 => (0..4u8).prop_map(Op::PutService),
-        1 => (0..4u8).prop_map(Op::RemoveService),
-        4 => (0..4u8, 0..5u8, 1..5u16, 0..6u8, 1..4u32, any::<bool>()).prop_map(
+        1 => (0..6u8).prop_map(Op::PutService),
+        2 => (0..6u8).prop_map(Op::RemoveService),
+        2 => (0..6u8, 0..3u64, 0..6u8, 0..5u8).prop_map(
+            |(service, term, leader, learner)| Op::PutRoles { service, term, leader, learner }
+        ),
+        1 => (0..6u8).prop_map(Op::RemoveRoles),
+        4 => (0..6u8, 0..5u8, 1..5u16, 0..6u8, 1..4u32, any::<bool>()).prop_map(
             |(service, id, port, zone, weight, draining)| Op::PutInstance { service, id, port, zone, weight, draining }
         ),
-        2 => (0..4u8, 0..5u8).prop_map(|(service, id)| Op::RemoveInstance(service, id)),
+        2 => (0..6u8, 0..5u8).prop_map(|(service, id)| Op::RemoveInstance(service, id)),
         3 => any::<bool>().prop_map(|resync| Op::Update { resync }),
     ]
 }
@@ -85,7 +110,12 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
 const PLACES: [&str; 6] = ["r0/z0", "r0/z1", "r1/z0", "r1/z2", "z1", ""];
 
 pub(super) fn change(op: &Op) -> Option<catalog::Change> {
-    let service = |service: &u8| format!("s{service}");
+    let service = |service: &u8| match service {
+        // What parts of others would be called.
+        4 => "s0.leader".to_owned(),
+        5 => "s1.any".to_owned(),
+        _ => format!("s{service}"),
+    };
     Some(match op {
         Op::PutService(s) => catalog::Change::PutService(service(s).parse().unwrap()),
         Op::RemoveService(s) => catalog::Change::RemoveService(service(s).parse().unwrap()),
@@ -99,6 +129,13 @@ pub(super) fn change(op: &Op) -> Option<catalog::Change> {
             service: service(s).parse().unwrap(),
             id: format!("i{id}").parse().unwrap(),
         }),
+        Op::PutRoles { service: s, term, leader, learner } => {
+            let id = |n: &u8| format!("i{n}").parse().unwrap();
+            let others = [(id(learner), Role::Learner)].into();
+            let roles = Roles { term: *term, leader: (*leader < 5).then(|| id(leader)), others };
+            catalog::Change::PutRoles(service(s).parse().unwrap(), roles.into())
+        }
+        Op::RemoveRoles(s) => catalog::Change::RemoveRoles(service(s).parse().unwrap()),
         Op::Update { .. } => return None,
     })
 }
@@ -108,9 +145,14 @@ fn view() -> impl Strategy<Value = View> {
     let place = prop::sample::select(vec![
         "", "z0", "z1", "r0/", "r0/z0", "r0/z1", "r1/z1", "r1/z9", "r9/z1", "r9/z9",
     ]);
-    let upstreams = prop::option::of(prop::sample::subsequence(vec!["s0", "s1", "s2", "s9"], 0..=4));
-    (kind, place, upstreams).prop_map(|(view, place, upstreams)| {
-        let view = near(place, view);
+    let names = vec!["s0", "s1", "s2", "s9", "s0.leader", "s1.any", "s2.followers", "s0.leader.leader"];
+    let upstreams = prop::option::of(prop::sample::subsequence(names.clone(), 0..=4));
+    let tcp = prop::sample::subsequence(names, 0..=3);
+    (kind, place, upstreams, tcp).prop_map(|(view, place, upstreams, tcp)| {
+        let mut view = near(place, view);
+        if view.kind == ClientKind::Envoy {
+            view.tcp = Arc::new(tcp.into_iter().map(|name| name.parse().unwrap()).zip(1..).collect());
+        }
         upstreams.map_or(view.clone(), |upstreams| only(&upstreams, view))
     })
 }

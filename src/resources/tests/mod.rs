@@ -1,5 +1,6 @@
 mod histories;
 mod leds;
+mod roles;
 
 use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, time::SystemTime};
 
@@ -20,7 +21,10 @@ use prost::Message;
 use super::*;
 use crate::{
     catalog::{self, catalog},
-    model::{Check, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State, Verdict},
+    model::{
+        Check, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Role, Roles, State,
+        Verdict,
+    },
 };
 
 /// `id, address, zone or region/zone, weight, state` of an instance of `greeter`.
@@ -45,6 +49,7 @@ fn instance(service: &str, (id, address, zone, weight, state): Row<'_>) -> Insta
         revision: Revision(1),
         registered_at: SystemTime::UNIX_EPOCH,
         stale: None,
+        damped: None,
         owner: None,
     }
 }

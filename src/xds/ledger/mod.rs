@@ -34,11 +34,11 @@ pub(super) struct Flight {
 pub enum Concern {
     /// Everybody, with all that they asked for.
     All,
-    /// Whoever is sent the endpoints of this name, and only this type of theirs.
-    Endpoints(Arc<str>),
+    /// Whoever is sent the endpoints of one of these names, and only this type of theirs.
+    Endpoints(Vec<Arc<str>>),
     /// Whoever is sent a resource that the change made or removed.
     Change {
-        /// The services that it touched.
+        /// The services that it touched, and the other names of their instances.
         services: BTreeSet<Arc<str>>,
         /// One of them came or went: resources that list services have changed too.
         listed: bool,
@@ -49,7 +49,7 @@ impl Concern {
     /// The endpoints of this name, or all.
     #[cfg(test)]
     pub(super) fn of(endpoints: Option<&str>) -> Self {
-        endpoints.map_or(Self::All, |name| Self::Endpoints(name.into()))
+        endpoints.map_or(Self::All, |name| Self::Endpoints(vec![name.into()]))
     }
 }
 
@@ -113,17 +113,19 @@ impl<'a> Relevant<'a> {
                 let behind = types.iter().filter(|of| !of.has(revision, None, quiet));
                 Some(behind.map(|of| (of.kind, of.why(None))).collect())
             }
-            Concern::Endpoints(name) => {
+            Concern::Endpoints(names) => {
                 let of = types.iter().find(|of| of.kind == ResourceType::Endpoints)?;
-                if !of.subscription.covers(name) {
+                let names: Vec<_> = names.iter().filter(|name| of.subscription.covers(name)).collect();
+                if names.is_empty() {
                     return None;
                 }
-                let mut lacks: Lacks = of.lack(revision, [name], quiet).into_iter().collect();
+                let mut lacks: Lacks = of.lack(revision, names.iter().copied(), quiet).into_iter().collect();
                 // They may be in collections: then the change is in one of these.
-                let entry = set.and_then(|set| set.get(ResourceType::Endpoints, name));
-                let globs = entry.map(|entry| Arc::clone(&entry.resource.needs)).unwrap_or_default();
+                let entries = names.iter().filter_map(|name| set?.get(ResourceType::Endpoints, name));
+                let globs: Vec<_> = entries.map(|entry| Arc::clone(&entry.resource.needs)).collect();
                 if let Some(of) = types.iter().find(|of| of.kind == ResourceType::LbEndpoint) {
-                    let globs = globs.iter().filter(|glob| of.subscription.covers(glob));
+                    let globs = globs.iter().flat_map(|globs| globs.iter());
+                    let globs = globs.filter(|glob| of.subscription.covers(glob));
                     lacks.extend(of.lack(revision, globs, quiet));
                 }
                 Some(lacks)
