@@ -110,7 +110,7 @@ enum Command {
     Serve(server::Serve),
     /// Run a command as an instance: register it once healthy, drain it before it stops
     #[command(long_about = run::LONG)]
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// Look whether everything is in order; ends with 79 when it is not
     #[command(after_help = "Example:\n  disco check && echo fine")]
     Check(check::Check),
@@ -196,7 +196,7 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     match command {
         Command::Dev(arguments) => Box::pin(server::dev(arguments)).await?,
         Command::Serve(arguments) => Box::pin(server::serve(arguments)).await?,
-        Command::Run(arguments) => return Box::pin(run::run(arguments, &global)).await.map(ExitCode::from),
+        Command::Run(arguments) => return Box::pin(run::run(*arguments, &global)).await.map(ExitCode::from),
         Command::Check(arguments) => check::run(arguments, &global).await?,
         Command::Service(command) => service::run(command, &global).await?,
         Command::Instance(command) => instance::run(command, &global).await?,

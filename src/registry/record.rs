@@ -122,9 +122,11 @@ pub(super) fn encode(instance: &Instance) -> Bytes {
     v1::Instance { health: None, ..without_key(instance) }.encode_to_vec().into()
 }
 
-/// The wire form, for a place that has the key and the revision already.
+/// The wire form, for a place that has the key and the revision already. Where nothing is checked there is no verdict in it.
 pub(super) fn without_key(instance: &Instance) -> v1::Instance {
-    v1::Instance { service: String::new(), id: String::new(), revision: 0, ..instance_to_proto(instance) }
+    let message = instance_to_proto(instance);
+    let health = message.health.filter(|_| instance.check.is_some());
+    v1::Instance { service: String::new(), id: String::new(), revision: 0, health, ..message }
 }
 
 /// What a change in the store means for the catalog; `None` for keys of others.

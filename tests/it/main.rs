@@ -26,6 +26,7 @@ mod live;
 mod load_reports;
 mod locks;
 mod on_demand;
+mod peer_lists;
 mod peer_sets;
 mod per_type;
 mod plain_http;

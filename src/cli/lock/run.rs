@@ -95,7 +95,7 @@ pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
     let claim = claim.ok_or_else(|| Failure::usage(format!("--{problems}")))?;
 
     let tasks = Tasks::default();
-    let mut stops = stop_requests(&tasks)?;
+    let (_, mut stops) = stop_requests(&tasks)?;
     let mut locks = Locks::new(servers);
     let taken = tokio::select! {
         taken = take(&mut locks, &claim, !args.no_wait) => taken?,

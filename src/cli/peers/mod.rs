@@ -4,6 +4,9 @@ mod file;
 mod render;
 mod table;
 
+pub(super) use file::{ListFile, Text, Written};
+pub(super) use render::{Asked, fetch, is_passing, on_change};
+
 use std::time::Duration;
 
 use clap::{Args, Subcommand};

@@ -246,6 +246,8 @@ fn a_removed_replica_does_not_come_back() {
     // Under the same name another replica: it is not taken for the one that is out.
     let again = Newcomer { disk: "new".into(), at: newcomer(4).at, ..newcomer(3) };
     assert_eq!(come(&mut set, again), Ok(4));
+    let seen = SeenMember { id: "f003".into(), name: "n3".into(), raft: None, voter: true };
+    assert_eq!(set.find(&seen), None);
     assert_eq!(told(set.propose(&want("remove 3"), set.revision, &runs(says(""), "1 2"), NOW)), "NotMember");
 }
 
