@@ -196,7 +196,9 @@ impl Replica {
         let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
         let (mut shown, mut silent) = (String::new(), None);
         loop {
-            let trouble = match self.ask(http, &disk, known.as_ref()).await {
+            // The first time at once, so that it can be told what is missing.
+            let wait = if shown.is_empty() { Duration::ZERO } else { POLL };
+            let trouble = match self.ask(http, &disk, known.as_ref(), wait).await {
                 Ok((told, list)) => return self.take(&told, &list),
                 Err(trouble) => trouble,
             };
@@ -240,13 +242,19 @@ impl Replica {
     }
 
     /// Registers it and fetches what it is to know.
-    async fn ask(&self, http: &Http, disk: &str, known: Option<&Ready>) -> Result<(Text, Text), Trouble> {
+    async fn ask(
+        &self,
+        http: &Http,
+        disk: &str,
+        known: Option<&Ready>,
+        wait: Duration,
+    ) -> Result<(Text, Text), Trouble> {
         if let Some(known) = known {
             // Before it takes a place among the founders of another database.
             self.is_same(http, known).await?;
         }
         let cluster = self.register(http, disk).await?;
-        let (_, told) = fetch(http, &self.asked(Format::Env), Revision::default(), POLL).await?;
+        let (_, told) = fetch(http, &self.asked(Format::Env), Revision::default(), wait).await?;
         if value(&told.text, "DISCO_CLUSTER_ID") != Some(&cluster) {
             return Err(Trouble::NotYet("this server has not read the newest founding".to_owned()));
         }
