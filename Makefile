@@ -29,7 +29,7 @@ test: requirements tools ## All tests, with real Envoy and real gRPC clients
 	@$(CARGO) test --profile $(PROFILE)
 	@echo "All tests passed"
 
-tools: requirements ## Install Envoy, etcd and the gRPC clients into .tools/
+tools: requirements ## Install Envoy, the databases and the gRPC clients into .tools/
 	@$(PYTHON) tests/tools/install.py
 
 check: requirements ## Formatting, lints and documentation, as CI checks them
@@ -37,13 +37,21 @@ check: requirements ## Formatting, lints and documentation, as CI checks them
 	$(CARGO) clippy --profile $(PROFILE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile $(PROFILE) --no-deps --quiet
 
-bench: requirements ## All benchmarks in a quarter of an hour, with a table and a plot
+# A part of it: `make bench BENCH=fanout CASE=churn`, or `BENCH="scale propagation"`. The table and the plot are of the whole.
+BENCH ?= registrations scale propagation fanout
+CASE ?=
+bench: requirements ## All benchmarks, with a table and a plot; at most 40 minutes. BENCH=fanout CASE=churn: a part
+	@$(PYTHON) tests/tools/install.py envoy
 	@$(CARGO) bench --profile fast --no-run
-	@$(CARGO) bench --profile fast --bench registrations
-	@$(CARGO) bench --profile fast --bench scale -- --file
-	@$(CARGO) bench --profile fast --bench propagation
-	@PYTHON=$(PYTHON) $(CARGO) bench --profile fast --bench fanout -- --json=benches/fanout.json
-	@$(PYTHON) benches/plot.py benches/fanout.json benches/fanout.svg
+	@for bench in $(BENCH); do \
+	  case $$bench in \
+	    scale) set -- --file;; \
+	    fanout) set -- $(if $(CASE),--only=$(CASE),--json=benches/fanout.json);; \
+	    *) set --;; \
+	  esac; \
+	  PYTHON=$(PYTHON) $(CARGO) bench --profile fast --bench $$bench -- "$$@" || exit; \
+	  [ $$bench != fanout ] || [ -n "$(CASE)" ] || $(PYTHON) benches/plot.py benches/fanout.json benches/fanout.svg || exit; \
+	done
 
 # What is found is kept in src/xds/fuzz/corpus, which `make test` tries too.
 SECONDS ?= 150

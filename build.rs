@@ -14,7 +14,8 @@ use protox::prost_reflect::prost_types::{
     DescriptorProto, EnumDescriptorProto, EnumOptions, FileDescriptorProto, FileDescriptorSet, MessageOptions,
 };
 
-const API: &[&str] = &["disco/v1/registry.proto", "disco/v1/proxies.proto", "disco/v1/locks.proto"];
+const API: &[&str] =
+    &["disco/v1/registry.proto", "disco/v1/proxies.proto", "disco/v1/locks.proto", "disco/v1/peers.proto"];
 const ETCD: &[&str] = &["etcd/rpc.proto"];
 /// Services of Envoy's that Disco has or may have: gRPC reflection tells of them.
 const SERVICES: &[&str] = &[

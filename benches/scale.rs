@@ -1,7 +1,7 @@
 //! Many instances: what their renewals, their memory and a restart cost, with the embedded store and over etcd.
 //!
 //! `make tools`, then `cargo bench --profile fast --bench scale`; `-- --quick` with a tenth of the instances, `-- --file` or
-//! `-- --etcd` for one store only. A real `disco serve` is measured, the load is this process. What calls alone cost shows
+//! `-- --etcd` for one store only, `-- --restart` for the restarts only. A real `disco serve` is measured, the load is this process. What calls alone cost shows
 //! beside: the same number of health checks of the server, which do nothing.
 
 #![allow(
@@ -50,15 +50,16 @@ const ROUND: Duration = Duration::from_secs(2);
 fn main() {
     common::guard::start(Duration::from_secs(480));
     let has = |word: &str| env::args().any(|argument| argument == word);
-    let (file, etcd) = (!has("--etcd"), !has("--file"));
+    let restart_only = has("--restart");
+    let (file, etcd) = (!has("--etcd"), !has("--file") && !restart_only);
     let share = if has("--quick") { 10 } else { 1 };
-    if file {
+    if file && !restart_only {
         in_process(200_000 / share);
     }
     Builder::new_multi_thread().enable_all().build().unwrap().block_on(async {
         if file {
-            embedded(200_000 / share, 0).await;
-            embedded(200_000 / share, 100_000 / share).await;
+            embedded(200_000 / share, 0, restart_only).await;
+            embedded(200_000 / share, 100_000 / share, restart_only).await;
         }
         if etcd {
             over_etcd(100_000 / share).await;
@@ -134,7 +135,7 @@ fn directory() -> TempDir {
     TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-async fn embedded(instances: usize, history: usize) {
+async fn embedded(instances: usize, history: usize, restart_only: bool) {
     let dir = directory();
     let (file, store) = (dir.path().join("disco.yaml"), dir.path().join("store"));
     let store_of = format!("store: {{file: {{dir: {}}}}}", store.display());
@@ -142,7 +143,9 @@ async fn embedded(instances: usize, history: usize) {
     println!("{instances} instances, embedded store, a history of {history} entries");
     let disco = common::Disco::serve(&file);
     fill(&disco, instances).await;
-    renewals(&disco, instances).await;
+    if !restart_only {
+        renewals(&disco, instances).await;
+    }
     drop(disco);
     restart(&file, &store, instances).await;
     println!();

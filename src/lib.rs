@@ -18,6 +18,8 @@ pub mod catalog;
 pub mod health;
 pub mod registry;
 pub mod store;
+// What databases are handed.
+pub mod peers;
 // Projections: pure functions of a snapshot.
 pub mod resources;
 // Edges.

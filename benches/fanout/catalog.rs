@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 use crate::{
     Bench, Contender,
     load::{Ask, ENDPOINTS, Fleet, Plan, Protocol},
-    measure::{bounded, content, histogram, median, ms, round, service, sidecar, sidecars},
+    measure::{bounded, content, histogram, median, ms, round, service, sidecar},
     report::Figure,
     servers::{Content, Disco, Server},
 };
@@ -24,9 +24,6 @@ const BUDGET: Duration = Duration::from_secs(12);
 /// A change that costs more than this is not measured with thousands of other streams as well: each of them costs too.
 const AFFORDABLE_US: f64 = 100_000.0;
 
-/// Streams that are sent the whole catalog.
-const WILDCARDS: usize = 50;
-
 pub(crate) fn run(bench: &mut Bench) {
     let (large, others) = if bench.quick { ((2_000, 10), 1_000) } else { ((10_000, 10), 9_000) };
     println!("one change to {CONCERNED} delta streams that name 10 services each");
@@ -35,14 +32,9 @@ pub(crate) fn run(bench: &mut Bench) {
     let [small, mut large_one] = discos.map(Box::new);
     let mut small: Box<dyn Server> = small;
     let case = format!("{} instances", large.0 * large.1);
-    let run = bench.attempt("catalog", &case, Contender::Disco, |bench| {
+    bench.attempt("catalog", &case, Contender::Disco, |bench| {
         compare(bench, Contender::Disco, [small.as_mut(), large_one.as_mut()], large, others);
     });
-    if run.is_some() {
-        bench.attempt("memory", &case, Contender::Disco, |bench| {
-            wildcards(bench, [small.as_ref(), large_one.as_ref()], large);
-        });
-    }
     drop((small, large_one));
     for peer in bench.peers() {
         bench.attempt("catalog", &case, peer, |bench| {
@@ -54,7 +46,6 @@ pub(crate) fn run(bench: &mut Bench) {
     for case in cases(large, others) {
         bench.report.print("catalog", &case);
     }
-    bench.report.print("memory", &case);
 }
 
 /// What is measured: a small catalog, a large one, a large one with other streams.
@@ -141,20 +132,6 @@ fn measure(
         }
     });
     (latencies, cpu.map(median))
-}
-
-fn wildcards(bench: &mut Bench, servers: [&dyn Server; 2], large: (usize, usize)) {
-    for (server, services) in servers.into_iter().zip([SMALL.0, large.0]) {
-        let before = server.memory();
-        let fleet = Fleet::start(server.address(), sidecars(Protocol::Delta, WILDCARDS, &["*"]));
-        fleet.opened();
-        // Responses are split, and the last acknowledgements give memory back.
-        std::thread::sleep(Duration::from_secs(1));
-        let kib = server.memory().saturating_sub(before) as f64 / WILDCARDS as f64;
-        println!("  a delta stream that subscribes to everything of {services} services: {kib:.1} KiB");
-        let case = format!("{services} services, everything subscribed");
-        bench.report.add("memory", &case, Contender::Disco, [Figure::new("memory a stream", "KiB", kib)]);
-    }
 }
 
 /// A client that names what it wants the endpoints of.

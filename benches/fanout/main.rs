@@ -21,10 +21,12 @@ mod bad;
 mod catalog;
 mod change;
 mod churn;
+mod envoy;
 mod leds;
 mod limit;
 mod load;
 mod measure;
+mod memory;
 mod names;
 mod peers;
 mod reconnect;
@@ -46,22 +48,24 @@ use servers::{Cache, Content, Disco, Server, Steered};
 type Case = (&'static str, fn(&mut Bench));
 
 /// The cases, in their order.
-const CASES: [Case; 8] = [
+const CASES: [Case; 10] = [
     ("change", change::run),
     ("reconnect", reconnect::run),
     ("storm", storm::run),
     ("catalog", catalog::run),
+    ("memory", memory::run),
     ("names", names::run),
     ("leds", leds::run),
+    ("envoy", envoy::run),
     ("churn", churn::run),
     ("bad", bad::run),
 ];
 
 /// No case is begun after this.
-const ENOUGH: Duration = Duration::from_secs(360);
+const ENOUGH: Duration = Duration::from_secs(1200);
 
 /// Everything is over then: what hangs is ended.
-const LIMIT: Duration = Duration::from_secs(540);
+const LIMIT: Duration = Duration::from_secs(1500);
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();

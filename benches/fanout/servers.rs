@@ -19,6 +19,7 @@ use envoy_types::pb::envoy::{
         DeltaDiscoveryRequest, aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
     },
 };
+use serde_json::Value;
 use tokio_stream::StreamExt as _;
 
 use crate::{
@@ -69,20 +70,53 @@ const REGISTRARS: usize = 16;
 impl Disco {
     /// With so many services of so many instances.
     pub(crate) fn start(services: usize, instances: usize) -> Self {
-        let process = common::Disco::start(None);
+        Self::filled(common::Disco::start(None), services, instances)
+    }
+
+    /// Likewise, with settings of `xds`.
+    pub(crate) fn start_with(xds: &str, services: usize, instances: usize) -> Self {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let text = format!("roles: [registry, xds, admin]\nstore: memory\nxds: {{{xds}}}\n");
+        std::fs::write(file.path(), text).expect("room for a file");
+        Self::filled(common::Disco::serve(file.path()), services, instances)
+    }
+
+    fn filled(process: common::Disco, services: usize, instances: usize) -> Self {
         std::thread::scope(|scope| {
             for registrar in 0..REGISTRARS.min(services) {
                 let http = &process.http;
                 scope.spawn(move || {
                     let mut writer = Writer::connect(http);
                     for n in (registrar..services).step_by(REGISTRARS) {
-                        (0..instances).for_each(|instance| writer.put(&service(n), instance, 1));
+                        (0..instances).for_each(|instance| _ = writer.put(&service(n), instance, 1));
                     }
                 });
             }
         });
         let writer = Writer::connect(&process.http);
         Self { process, writer, changes: 0, instances }
+    }
+
+    /// Makes a change and waits until all proxies have acknowledged it; how long both took.
+    pub(crate) fn change_everywhere(&mut self) -> Duration {
+        self.changes += 1;
+        let start = Instant::now();
+        let name = service(0);
+        let answer = self.writer.put(&name, self.changes % self.instances, 2 + self.changes);
+        let revision = &answer["revision"];
+        let progress = self.writer.get(&format!("/v1/revisions/{revision}?service={name}&wait=10s"));
+        let took = start.elapsed();
+        assert_eq!(progress["complete"], true, "{progress}");
+        took
+    }
+
+    /// Whether somebody is connected, and all have acknowledged everything.
+    pub(crate) fn is_synced(&mut self) -> bool {
+        let list = self.writer.get("/v1/proxies");
+        let proxies = list["proxies"].as_array().expect("a list");
+        // An Envoy asks for its routes last.
+        let asked = |proxy: &Value| proxy["types"].as_array().is_some_and(|types| types.len() >= 4);
+        !proxies.is_empty() && proxies.iter().all(|proxy| proxy["synced"] == true && asked(proxy))
     }
 }
 
@@ -118,12 +152,20 @@ impl Writer {
         Self(BufReader::new(stream))
     }
 
-    fn put(&mut self, service: &str, instance: usize, weight: usize) {
+    fn put(&mut self, service: &str, instance: usize, weight: usize) -> Value {
         let port = 20_000 + instance;
         let body = format!(r#"{{"address":"127.0.0.1","port":{port},"weight":{weight},"ttl":"1h"}}"#);
+        self.call("PUT", &format!("/v1/services/{service}/instances/{service}-{instance}"), &body)
+    }
+
+    fn get(&mut self, path: &str) -> Value {
+        self.call("GET", path, "")
+    }
+
+    fn call(&mut self, method: &str, path: &str, body: &str) -> Value {
         let request = format!(
-            "PUT /v1/services/{service}/instances/{service}-{instance} HTTP/1.1\r\nhost: disco\r\n\
-             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            "{method} {path} HTTP/1.1\r\nhost: disco\r\ncontent-type: application/json\r\n\
+             content-length: {}\r\n\r\n{body}",
             body.len()
         );
         self.0.get_mut().write_all(request.as_bytes()).expect("disco reads");
@@ -141,6 +183,7 @@ impl Writer {
         let mut body = vec![0; length];
         self.0.read_exact(&mut body).expect("disco answers");
         assert!(status.contains(" 200 "), "{status}{}", String::from_utf8_lossy(&body));
+        serde_json::from_slice(&body).expect("JSON")
     }
 }
 

@@ -1,16 +1,18 @@
 //! The JSON forms of the API.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
-use jiff::Timestamp;
 use serde::Serialize;
 
-use super::health::{CheckDto, HealthDto, read_check};
+use super::{
+    health::{CheckDto, HealthDto, read_check},
+    time::timestamp,
+};
 use crate::{
-    catalog::{Reader, Service},
+    catalog::{Reader, Service, Snapshot},
     model::{
-        Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, State, Update, Value,
-        Verdict, format_duration, parse_duration,
+        Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, Role, Roles, State,
+        Update, Value, Verdict, format_duration, parse_duration,
     },
     registry::Member,
 };
@@ -26,6 +28,9 @@ pub(super) struct InstanceDto {
     weight: u32,
     metadata: BTreeMap<String, String>,
     state: &'static str,
+    /// What it does, where the instances of its service have roles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     check: Option<CheckDto>,
     health: HealthDto,
@@ -108,6 +113,7 @@ impl From<&Instance> for InstanceDto {
                 State::Serving => "serving",
                 State::Draining => "draining",
             },
+            role: None,
             check: check.as_deref().map(CheckDto::from),
             health: health.into(),
             lease: (*lease).into(),
@@ -121,6 +127,28 @@ impl From<&Instance> for InstanceDto {
                 .as_ref()
                 .map(|damped| DampedDto { until: timestamp(damped.until), reason: damped.reason.clone() }),
         }
+    }
+}
+
+impl InstanceDto {
+    /// As it is now, with its role.
+    pub(super) fn of(instance: &Instance, catalog: &Snapshot) -> Self {
+        let role = catalog.service(&instance.key.service).and_then(|service| service.role(&instance.key.id));
+        Self { role: role.map(Role::as_str), ..instance.into() }
+    }
+}
+
+/// The roles of a service's instances, as far as these tell it.
+#[derive(Debug, Serialize)]
+pub(super) struct RolesDto {
+    term: u64,
+    /// The id of an instance, registered or not; `null` while there is none.
+    leader: Option<String>,
+}
+
+impl From<&Roles> for RolesDto {
+    fn from(roles: &Roles) -> Self {
+        Self { term: roles.term, leader: roles.leader.as_ref().map(ToString::to_string) }
     }
 }
 
@@ -159,6 +187,8 @@ pub(super) struct ServiceDto {
     /// Those of them that are stale.
     held: usize,
     revision: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    roles: Option<RolesDto>,
 }
 
 impl From<&Service> for ServiceDto {
@@ -171,6 +201,7 @@ impl From<&Service> for ServiceDto {
             unhealthy,
             held: service.stale(),
             revision: service.revision.0,
+            roles: service.roles.as_deref().map(RolesDto::from),
         }
     }
 }
@@ -197,12 +228,6 @@ pub(super) fn count(service: &Service) -> Counts {
         draining: of(true, false) + of(true, true),
         unhealthy: of(false, true),
     }
-}
-
-/// RFC 3339, UTC.
-pub(super) fn timestamp(at: std::time::SystemTime) -> String {
-    Timestamp::try_from(at)
-        .map_or_else(|_| String::new(), |at| at.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string())
 }
 
 /// A JSON text as a tree. Duplicate keys are refused: which of them was meant is a guess.
@@ -296,7 +321,7 @@ pub(super) fn read_registration(
     let port = fields.integer("port", 1..=65_535, &mut problems);
     let weight = fields.integer("weight", 1..=limits.weight_max.into(), &mut problems);
     let incarnation = fields.integer("incarnation", 1..=u64::MAX.into(), &mut problems);
-    let ttl = read_duration("ttl", &mut fields, &mut problems);
+    let ttl = fields.parse("ttl", &mut problems, parse_duration);
     let metadata = read_metadata(&mut fields, &mut problems);
     let locality = match fields.fields("locality", &mut problems) {
         Some(mut parts) => {
@@ -358,14 +383,6 @@ pub(super) fn read_live(body: &[u8]) -> Result<BTreeMap<String, String>, Problem
 fn read_metadata(fields: &mut Fields<'_>, problems: &mut Problems) -> Option<BTreeMap<String, String>> {
     let entries = fields.texts("metadata", problems)?;
     Some(entries.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
-}
-
-pub(super) fn read_duration(
-    name: &'static str,
-    fields: &mut Fields<'_>,
-    problems: &mut Problems,
-) -> Option<Duration> {
-    fields.parse(name, problems, parse_duration)
 }
 
 #[cfg(test)]

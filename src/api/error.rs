@@ -8,9 +8,13 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::{
-    model::{Problem, Problems},
+    catalog::Snapshot,
+    model::{Problem, Problems, ServiceId, nearest},
     registry,
 };
+
+/// How many names a slip is compared with: asking must stay cheap.
+const COMPARED: usize = 1_000;
 
 /// A refusal as both edges give it.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub(super) enum Kind {
     NotFound,
     MethodNotAllowed,
     Conflict,
+    /// Not wrong, only too early: ask again, or wait.
+    NotYet,
     TooLarge,
     Limit,
     Unavailable,
@@ -44,6 +50,7 @@ impl Kind {
                 ("method_not_allowed", StatusCode::METHOD_NOT_ALLOWED, Code::Unimplemented)
             }
             Self::Conflict => ("conflict", StatusCode::CONFLICT, Code::Aborted),
+            Self::NotYet => ("not_yet", StatusCode::TOO_EARLY, Code::FailedPrecondition),
             Self::TooLarge => ("too_large", StatusCode::PAYLOAD_TOO_LARGE, Code::OutOfRange),
             Self::Limit => ("limit", StatusCode::TOO_MANY_REQUESTS, Code::ResourceExhausted),
             Self::Unavailable => ("unavailable", StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable),
@@ -56,6 +63,21 @@ impl Kind {
 impl ApiError {
     pub(super) fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), fields: Vec::new() }
+    }
+
+    /// There is no such service; perhaps another one was meant.
+    pub(super) fn no_service(snapshot: &Snapshot, id: ServiceId) -> Self {
+        match nearest(id.as_str(), snapshot.services().take(COMPARED).map(|service| service.id.as_str())) {
+            Some(near) => {
+                Self::new(Kind::NotFound, format!("service {id} is not known; did you mean {near}?"))
+            }
+            None => registry::Error::NoService(id).into(),
+        }
+    }
+
+    /// The HTTP status and the message.
+    pub(super) fn http(&self) -> (StatusCode, &str) {
+        (self.kind.codes().1, &self.message)
     }
 
     /// The gRPC code and the message.

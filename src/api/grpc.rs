@@ -1,13 +1,13 @@
 //! `disco.v1.Registry` over the registry's handlers.
 
-use std::{pin::Pin, time::Duration};
+use std::time::Duration;
 
-use futures_util::{Stream, StreamExt as _, stream};
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::{dto, error::ApiError, live};
+use super::{Answers, QUEUE, dto, error::ApiError, live, request::service_id};
 use crate::{
     catalog::Changes,
     model::{
@@ -21,9 +21,6 @@ use crate::{
     },
     rt::{Fate, Hangup, Tasks},
 };
-
-/// Answers of a stream that wait for a slow reader.
-pub(super) const QUEUE: usize = 16;
 
 /// Most instances that one request renews.
 const RENEWALS: usize = 1000;
@@ -39,7 +36,6 @@ pub(super) struct RegistryService {
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl RegistryService {
     pub(super) fn new(registry: Registry, tasks: Tasks) -> Self {
@@ -286,7 +282,7 @@ impl registry_server::Registry for RegistryService {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
         let called = self.called_by(&request);
-        let service = read_service(&request.into_inner().service)?;
+        let service = service_id(&request.into_inner().service)?;
         let Released { revision, removed, published } =
             called.registry.release(service).await.map_err(ApiError::from)?;
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -320,11 +316,10 @@ impl registry_server::Registry for RegistryService {
         &self,
         request: Request<v1::ListInstancesRequest>,
     ) -> Answer<v1::ListInstancesResponse> {
-        let service = read_service(&request.into_inner().service)?;
+        let service = service_id(&request.into_inner().service)?;
         let snapshot = self.registry.catalog().latest();
-        let found = snapshot
-            .service(&service)
-            .ok_or_else(|| ApiError::from(crate::registry::Error::NoService(service.clone())))?;
+        let found =
+            snapshot.service(&service).ok_or_else(|| ApiError::no_service(&snapshot, service.clone()))?;
         Ok(Response::new(v1::ListInstancesResponse {
             revision: snapshot.revision().0,
             instances: found.instances().map(|instance| instance_to_proto(instance)).collect(),
@@ -333,7 +328,7 @@ impl registry_server::Registry for RegistryService {
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
         let v1::WatchRequest { service, after } = request.into_inner();
-        let only = if service.is_empty() { None } else { Some(read_service(&service)?) };
+        let only = if service.is_empty() { None } else { Some(service_id(&service)?) };
         let catalog = self.registry.catalog().clone();
         if after > catalog.latest().revision().0 {
             let mut problems = Problems::default();
@@ -438,14 +433,6 @@ async fn how_it_ended(hangup: Option<&mut Hangup>) -> Ended {
         Fate::HungUp => Ended::HungUp,
         Fate::GivenUp => Ended::Lost,
     }
-}
-
-pub(super) fn read_service(text: &str) -> Result<ServiceId, ApiError> {
-    text.parse().map_err(|message: String| {
-        let mut problems = Problems::default();
-        problems.add("service", message);
-        problems.into()
-    })
 }
 
 fn watch_response(

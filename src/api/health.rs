@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::dto::{read_duration, timestamp};
+use super::time::timestamp;
 use crate::model::{
     Check, Fields, Health, Probe, Problems, RawCheck, RawKind, ServerCheck, Statuses, Value, excerpt,
-    format_duration,
+    format_duration, parse_duration,
 };
 
 #[derive(Debug, Serialize)]
@@ -145,8 +145,8 @@ pub(super) fn read_check(fields: &mut Fields<'_>, problems: &mut Problems) -> Op
                 integer("unhealthy_threshold"),
                 integer("jitter"),
             );
-            let interval: Option<Duration> = read_duration("interval", &mut fields, problems);
-            let timeout = read_duration("timeout", &mut fields, problems);
+            let interval: Option<Duration> = fields.parse("interval", problems, parse_duration);
+            let timeout = fields.parse("timeout", problems, parse_duration);
             fields.finish(problems);
             let kind = kind?;
             Some(RawCheck { kind, port, interval, timeout, healthy_threshold, unhealthy_threshold, jitter })

@@ -1,7 +1,5 @@
 //! HTTP/JSON over the registry's handlers, and what operators ask a process.
 
-use std::sync::Arc;
-
 use axum::{
     Json, Router,
     extract::{DefaultBodyLimit, FromRequestParts, RawQuery, Request, State},
@@ -10,21 +8,22 @@ use axum::{
     response::{IntoResponse, Response},
     routing,
 };
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use serde_json::json;
-use tokio::sync::Semaphore;
 use tonic::transport::server::TcpConnectInfo;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
     Api, SYNCED,
-    dto::{self, InstanceDto, LeaseDto, ServiceDto, StaleDto},
+    dto::{self, InstanceDto, LeaseDto, RolesDto, ServiceDto, StaleDto},
     error::{ApiError, Kind},
-    history, ledger, live, load, locks, proxies,
+    history, ledger,
+    limit::{Places, within_limit},
+    live, load, locks, peers, proxies,
     request::{
         Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
     },
     snapshot,
+    time::timestamp,
 };
 use crate::{
     health::Status,
@@ -52,6 +51,17 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/locks", routing::get(locks::list))
         .route("/v1/locks/{name}", routing::get(locks::show).put(locks::acquire).delete(locks::release))
         .route("/v1/locks/{name}/renew", routing::post(locks::renew))
+        .route("/v1/peers", routing::get(peers::list))
+        .route("/v1/peers/{set}", routing::get(peers::show).put(peers::create))
+        .route("/v1/peers/{set}/render", routing::get(peers::rendered))
+        .route("/v1/peers/{set}/propose", routing::post(peers::propose))
+        .route("/v1/peers/{set}/finish", routing::post(peers::finish))
+        .route("/v1/peers/{set}/refound", routing::post(peers::refound))
+        .route("/v1/peers/{set}/peers/{key}", routing::put(peers::register).delete(peers::withdraw))
+        .route("/v1/peers/{set}/peers/{key}/report", routing::post(peers::report))
+        .route("/v1/etcd/{set}", routing::get(peers::etcd::list))
+        .route("/v1/etcd/{set}/_config/size", routing::get(peers::etcd::size))
+        .route("/v1/etcd/{set}/{id}", routing::get(peers::etcd::show).put(peers::etcd::put))
         .route("/v1/proxies", routing::get(proxies::list))
         .route("/v1/proxies/{node}", routing::get(proxies::show))
         .route("/v1/proxies/{node}/resources", routing::get(ledger::resources))
@@ -107,59 +117,6 @@ async fn when_synced(State(api): State<Api>, request: Request, next: Next) -> Re
     next.run(request).await
 }
 
-/// Places for requests.
-#[derive(Debug, Clone)]
-struct Places {
-    free: Arc<Semaphore>,
-    limit: usize,
-    taken: Gauge,
-    refused: Counter,
-}
-
-impl Places {
-    fn new(api: &Api) -> Self {
-        let limit = api.config.requests;
-        Self {
-            free: Arc::new(Semaphore::new(limit.min(Semaphore::MAX_PERMITS))),
-            limit,
-            taken: api.metrics.gauge("http_requests_open", "HTTP requests that are worked on or wait"),
-            refused: api.metrics.counter("http_requests_refused", "HTTP requests beyond the limit"),
-        }
-    }
-}
-
-/// Turns requests away when there are as many as there may be; those that are there go on.
-async fn within_limit(State(places): State<Places>, request: Request, next: Next) -> Reply {
-    let Ok(_place) = places.free.try_acquire() else {
-        if places.refused.inc() == 0 {
-            let limit = places.limit;
-            tracing::warn!(
-                limit,
-                "HTTP requests are turned away (limits.http_requests); further ones are only counted"
-            );
-        }
-        return Err(ApiError::new(
-            Kind::Unavailable,
-            format!(
-                "this server has {} requests, as many as it may (limits.http_requests); ask another one, or later",
-                places.limit
-            ),
-        ));
-    };
-    let _taken = Taken::new(&places.taken);
-    Ok(next.run(request).await)
-}
-
-/// Counts while it is there; a caller that goes away takes it along.
-struct Taken<'a>(&'a Gauge);
-
-impl<'a> Taken<'a> {
-    fn new(gauge: &'a Gauge) -> Self {
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
 /// The registry for the one who asks, whom the history names.
 struct Called(Registry);
 
@@ -170,12 +127,6 @@ impl FromRequestParts<Api> for Called {
         let peer = parts.extensions.get::<TcpConnectInfo>().and_then(TcpConnectInfo::remote_addr);
         let registry = api.registry()?;
         Ok(Self(peer.map_or_else(|| registry.clone(), |peer| registry.called_by(peer.to_string()))))
-    }
-}
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }
 
@@ -200,7 +151,7 @@ async fn list_nodes(State(api): State<Api>) -> Reply {
 async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
     let snapshot = api.catalog.latest();
-    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
+    let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
     Ok(Json(ServiceDto::from(&**service)).into_response())
 }
 
@@ -234,16 +185,25 @@ async fn list_instances(
     })
     .await;
     let snapshot = catalog.latest();
-    let service = snapshot.service(&id).ok_or(registry::Error::NoService(id))?;
-    let instances: Vec<_> = service.instances().map(|instance| InstanceDto::from(&**instance)).collect();
-    Ok(Json(json!({"revision": snapshot.revision().0, "instances": instances, "stale": StaleDto::of(&api.catalog)})).into_response())
+    let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
+    let instances: Vec<_> =
+        service.instances().map(|instance| InstanceDto::of(instance, &snapshot)).collect();
+    let mut shown = json!({
+        "revision": snapshot.revision().0,
+        "instances": instances,
+        "stale": StaleDto::of(&api.catalog),
+    });
+    if let (Some(roles), Some(fields)) = (&service.roles, shown.as_object_mut()) {
+        fields.insert("roles".to_owned(), json!(RolesDto::from(&**roles)));
+    }
+    Ok(Json(shown).into_response())
 }
 
 async fn show_instance(State(api): State<Api>, Path((service, id)): Path<(String, String)>) -> Reply {
     let key = instance_key(&service, &id)?;
     let snapshot = api.catalog.latest();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
-    Ok(Json(InstanceDto::from(&**instance)).into_response())
+    Ok(Json(InstanceDto::of(instance, &snapshot)).into_response())
 }
 
 async fn register(
@@ -254,8 +214,8 @@ async fn register(
     let registration = dto::read_registration(service, id, &body, registry.limits())?;
     let Accepted { revision, instance } = registry.register(registration).await?;
     let lease = LeaseDto::from(instance.lease);
-    Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": InstanceDto::from(&*instance)}))
-        .into_response())
+    let instance = InstanceDto::of(&instance, &registry.catalog().latest());
+    Ok(Json(json!({"revision": revision.0, "lease": lease, "instance": instance})).into_response())
 }
 
 async fn update(
@@ -267,7 +227,7 @@ async fn update(
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
     let update = dto::read_update(&body, registry.limits())?;
     let accepted = registry.update(instance_key(&service, &id)?, incarnation, update).await?;
-    Ok(accepted_reply(&accepted))
+    Ok(accepted_reply(&registry, &accepted))
 }
 
 async fn drain(
@@ -277,16 +237,17 @@ async fn drain(
 ) -> Reply {
     let incarnation = Query::of(query.as_deref()).read(read_incarnation)?;
     let accepted = registry.drain(instance_key(&service, &id)?, incarnation).await?;
-    Ok(accepted_reply(&accepted))
+    Ok(accepted_reply(&registry, &accepted))
 }
 
-fn accepted_reply(Accepted { revision, instance }: &Accepted) -> Response {
-    Json(json!({"revision": revision.0, "instance": InstanceDto::from(&**instance)})).into_response()
+fn accepted_reply(registry: &Registry, Accepted { revision, instance }: &Accepted) -> Response {
+    let instance = InstanceDto::of(instance, &registry.catalog().latest());
+    Json(json!({"revision": revision.0, "instance": instance})).into_response()
 }
 
 async fn checks(State(api): State<Api>) -> Response {
     let Status { instances, machines, silent, suspended } = api.checks.status();
-    let suspended = suspended.map(dto::timestamp);
+    let suspended = suspended.map(timestamp);
     Json(json!({"instances": instances, "machines": machines, "silent": silent, "suspended": suspended}))
         .into_response()
 }
@@ -356,8 +317,13 @@ async fn debug_catalog(State(api): State<Api>) -> Response {
     let services: serde_json::Map<_, _> = snapshot
         .services()
         .map(|service| {
-            let instances: Vec<_> = service.instances().map(|i| InstanceDto::from(&**i)).collect();
-            (service.id.to_string(), json!({"revision": service.revision.0, "instances": instances}))
+            let instances: Vec<_> = service.instances().map(|i| InstanceDto::of(i, &snapshot)).collect();
+            let shown = json!({
+                "revision": service.revision.0,
+                "roles": service.roles.as_deref().map(RolesDto::from),
+                "instances": instances,
+            });
+            (service.id.to_string(), shown)
         })
         .collect();
     Json(json!({"revision": snapshot.revision().0, "services": services})).into_response()
@@ -386,6 +352,17 @@ async fn index() -> &'static str {
      PUT    /v1/locks/{name}                           take it: {\"holder\":\"me\",\"ttl\":\"10s\",\"wait\":\"30s\"}\n\
      POST   /v1/locks/{name}/renew                     ?token=N\n\
      DELETE /v1/locks/{name}                           ?token=N gives it back; without one its holder loses it\n\
+     GET    /v1/peers                                  peer sets, without lists\n\
+     GET    /v1/peers/{set}                            one with its list, once it is founded (425 before); ?up=N&leader=true&added=KEY&wait=30s waits\n\
+     GET    /v1/peers/{set}/render                     its list for a database: ?format=etcd-env&peer=KEY&wait=30s\n\
+     PUT    /v1/peers/{set}                            make one: {\"kind\":\"etcd\",\"expect\":3}\n\
+     POST   /v1/peers/{set}/propose                    the next safe step: {\"add\":KEY} or remove, replace, demote, and from_revision\n\
+     POST   /v1/peers/{set}/finish                     the pending change was made, or {\"cancel\":true} will not be\n\
+     POST   /v1/peers/{set}/refound                    give the database up and found another: {\"cluster_id\":ID,\"expect\":3}\n\
+     PUT    /v1/peers/{set}/peers/{key}                register a replica: {\"disk\":ID,\"raft\":\"IP:PORT\",\"client\":\"IP:PORT\"}\n\
+     DELETE /v1/peers/{set}/peers/{key}                withdraw one that was handed nothing\n\
+     POST   /v1/peers/{set}/peers/{key}/report         what it does: {\"role\":\"leader\",\"term\":N}\n\
+     GET    /v1/etcd/{set}                             etcd's v2 discovery: etcd --discovery http://IP:PORT/v1/etcd/{set}\n\
      GET    /v1/nodes                                  the Disco processes that share the store\n\
      GET    /v1/checks                                 what the health checks of this server are doing\n\
      GET    /v1/proxies                                connected proxies and what they acknowledged\n\
@@ -402,7 +379,7 @@ async fn index() -> &'static str {
 mod tests {
     use tower::ServiceExt as _;
 
-    use std::time::Duration;
+    use std::{sync::Arc, time::Duration};
 
     use super::*;
     use crate::{
@@ -432,6 +409,7 @@ mod tests {
             nodes: None,
             registry: Some(registry),
             locks: None,
+            peers: None,
             checks: Default::default(),
             proxies: Proxies::default(),
             loads: Loads::new(Duration::from_secs(10)),

@@ -23,14 +23,16 @@ use serde_json::{Value, json};
 
 use super::{
     Api,
-    dto::{self, InstanceDto},
+    dto::InstanceDto,
     error::{ApiError, Kind},
     history,
     proxies::streams_of,
     request::{Path, Query, Reply, instance_key, read_wait},
+    time::{read_time, timestamp},
 };
 use crate::{
-    model::{Instance, Problems, Revision, ServiceId, State as Health, Verdict, excerpt},
+    catalog::Snapshot,
+    model::{Group, Instance, Problems, Revision, ServiceId, State as Health, Verdict, excerpt},
     proto, registry,
     resources::{ClientKind, leds_member},
     xds::{Concern, Delivery, Held, Lack, Progress, ProxyStatus, Resource, ResourceType, Version, Why},
@@ -59,7 +61,7 @@ pub(super) async fn revision(
         "complete": progress.complete,
         "acknowledged": progress.acknowledged,
         "pending": progress.pending,
-        "accepted_at": accepted.map(dto::timestamp),
+        "accepted_at": accepted.map(timestamp),
         "waiting": progress.lacking.iter().map(|lack| waiting(lack, accepted)).collect::<Vec<_>>(),
     }))
     .into_response())
@@ -74,18 +76,21 @@ impl Api {
         wait: Duration,
     ) -> Result<Progress, ApiError> {
         let catalog = &self.catalog;
-        let newest = catalog.latest().revision();
+        let snapshot = catalog.latest();
+        let newest = snapshot.revision();
         if revision > newest {
             let mut problems = Problems::default();
             problems.add("revision", format!("{revision} has not been accepted yet: the newest is {newest}"));
             return Err(problems.into());
         }
         let concern = match (service, catalog.changes_of(revision)) {
-            // The EDS name of a service is its name.
-            (Some(service), _) => Concern::Endpoints(service.shared()),
+            (Some(service), _) => Concern::Endpoints(eds_names(&snapshot, service, false).collect()),
             (None, Some(touched)) if touched.len() <= MANY => Concern::Change {
                 listed: touched.iter().any(|(_, instance)| instance.is_none()),
-                services: touched.into_iter().map(|(service, _)| service.shared()).collect(),
+                services: touched
+                    .iter()
+                    .flat_map(|(service, instance)| eds_names(&snapshot, service, instance.is_none()))
+                    .collect(),
             },
             // What it changed is no longer known, or is nearly everything.
             (None, _) => Concern::All,
@@ -96,6 +101,17 @@ impl Api {
             () = self.tasks.shutdown().wait() => Err(registry::Error::ShuttingDown.into()),
         }
     }
+}
+
+/// The EDS names of a service: its own, and those of its groups if it has roles, or may have had some.
+fn eds_names<'a>(
+    snapshot: &Snapshot,
+    id: &'a ServiceId,
+    may_have_had: bool,
+) -> impl Iterator<Item = Arc<str>> + use<'a> {
+    let roles = may_have_had || snapshot.service(id).is_some_and(|service| service.roles.is_some());
+    let groups = Group::ALL.into_iter().filter(move |_| roles);
+    std::iter::once(id.shared()).chain(groups.map(|group| group.of(id)))
 }
 
 fn waiting(lack: &Lack, accepted: Option<std::time::SystemTime>) -> Value {
@@ -115,7 +131,7 @@ fn waiting(lack: &Lack, accepted: Option<std::time::SystemTime>) -> Value {
         "protocol": lack.protocol.as_str(),
         "type": lack.kind.name(),
         "reason": reason,
-        "since": dto::timestamp(since),
+        "since": timestamp(since),
         "error": error,
     })
 }
@@ -208,20 +224,29 @@ pub(super) async fn explain(
     RawQuery(query): RawQuery,
 ) -> Reply {
     let key = instance_key(&service, &id)?;
-    let at =
-        Query::of(query.as_deref()).read(|fields, problems| fields.parse("at", problems, history::time))?;
+    let at = Query::of(query.as_deref()).read(|fields, problems| fields.parse("at", problems, read_time))?;
     if let Some(at) = at {
         return history::at(&api, &key, at).await;
     }
     let snapshot = api.catalog.latest();
+    let names: Vec<_> = eds_names(&snapshot, &key.service, false).collect();
     let instance = snapshot.instance(&key).ok_or(registry::Error::NotFound(key))?;
     let proxies = api.proxies.list();
     // Of the same endpoints the same is true.
     let mut known: HashMap<Version, Option<HealthStatus>> = HashMap::new();
     let mut sight = |status| {
-        Sight::of(status, instance, |resource| {
-            *known.entry(resource.version).or_insert_with(|| health_of(resource, instance))
-        })
+        let mut own = None;
+        // It may be told of the instance under several names, or of some of them only.
+        for name in &names {
+            let sight = Sight::of(status, instance, name, |resource| {
+                *known.entry(resource.version).or_insert_with(|| health_of(resource, instance))
+            });
+            if sight.sees {
+                return sight;
+            }
+            own.get_or_insert(sight);
+        }
+        own.unwrap_or_default()
     };
     let sights: Vec<(&ProxyStatus, Sight)> = proxies.iter().map(|status| (status, sight(status))).collect();
 
@@ -252,7 +277,7 @@ pub(super) async fn explain(
     });
     Ok(Json(json!({
         "revision": snapshot.revision().0,
-        "instance": InstanceDto::from(&**instance),
+        "instance": InstanceDto::of(instance, &snapshot),
         "abandoned": api.registry.as_ref().is_some_and(|registry| registry.is_abandoned(instance)),
         "views": views.collect::<Vec<_>>(),
         "proxies": proxies.collect::<Vec<_>>(),
@@ -261,6 +286,7 @@ pub(super) async fn explain(
 }
 
 /// Whether a proxy knows an instance.
+#[derive(Default)]
 struct Sight {
     sees: bool,
     why: String,
@@ -270,9 +296,9 @@ impl Sight {
     fn of(
         status: &ProxyStatus,
         instance: &Instance,
+        service: &str,
         mut health_of: impl FnMut(&Resource) -> Option<HealthStatus>,
     ) -> Self {
-        let service = instance.key.service.as_str();
         let no = |why: String| Self { sees: false, why };
         let endpoints = status.types.iter().find(|of| of.kind == ResourceType::Endpoints);
         let Some(of) = endpoints.filter(|of| of.subscription.covers(service)) else {
@@ -327,7 +353,10 @@ impl Sight {
             }
             _ => "",
         };
-        Self { sees: true, why: why.to_owned() }
+        let part = (service != instance.key.service.as_str()).then(|| format!("as {service}"));
+        let why = [part.as_deref().unwrap_or_default(), why];
+        let why: Vec<_> = why.into_iter().filter(|why| !why.is_empty()).collect();
+        Self { sees: true, why: why.join(", ") }
     }
 }
 

@@ -14,18 +14,18 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{
-    Api, dto,
+    Answers, Api, QUEUE, dto,
     error::ApiError,
-    grpc::{Answers, QUEUE, read_service},
     request::{
         Body, Path, Query, Reply, instance_key, read_incarnation, read_poll, service_id, wait_at_most,
     },
+    time::timestamp,
 };
 use crate::{
     catalog::{Live, LiveService, Reader},
     model::{InstanceId, InstanceKey, Problems, ServiceId, check_metadata},
     proto::v1,
-    registry::{self, Registry, live_to_proto},
+    registry::{Registry, live_to_proto},
     rt::Tasks,
 };
 
@@ -62,7 +62,7 @@ pub(super) async fn list(
                 "id": id.as_str(),
                 "incarnation": incarnation.0,
                 "live": entries,
-                "published_at": dto::timestamp(*published_at),
+                "published_at": timestamp(*published_at),
                 "revision": revision.0,
             })
         })
@@ -70,10 +70,11 @@ pub(super) async fn list(
     Ok(Json(json!({"revision": revision.0, "instances": instances})).into_response())
 }
 
-fn known(catalog: &Reader, service: &ServiceId) -> Result<(), registry::Error> {
-    match catalog.latest().service(service) {
+fn known(catalog: &Reader, service: &ServiceId) -> Result<(), ApiError> {
+    let snapshot = catalog.latest();
+    match snapshot.service(service) {
         Some(_) => Ok(()),
-        None => Err(registry::Error::NoService(service.clone())),
+        None => Err(ApiError::no_service(&snapshot, service.clone())),
     }
 }
 
@@ -84,8 +85,8 @@ pub(super) fn watch(
     tasks: &Tasks,
     request: Request<v1::WatchLiveRequest>,
 ) -> Result<Response<Answers<v1::WatchLiveResponse>>, Status> {
-    let service = read_service(&request.into_inner().service)?;
-    known(registry.catalog(), &service).map_err(ApiError::from)?;
+    let service = service_id(&request.into_inner().service)?;
+    known(registry.catalog(), &service)?;
     let mut board = registry.catalog().live().watch(&service);
     let (answers, stream) = mpsc::channel(QUEUE);
     tasks.spawn_until_shutdown("live-watch", async move {

@@ -10,18 +10,19 @@ use tokio::time::Instant;
 
 use super::{
     Api,
+    error::ApiError,
     request::{Reply, service_id},
 };
 use crate::{
     model::{Locality, format_duration},
-    registry,
     xds::{Load, Traffic},
 };
 
 pub(super) async fn show(State(api): State<Api>, Path(service): Path<String>) -> Reply {
     let id = service_id(&service)?;
-    if api.catalog.latest().service(&id).is_none() {
-        return Err(registry::Error::NoService(id).into());
+    let snapshot = api.catalog.latest();
+    if snapshot.service(&id).is_none() {
+        return Err(ApiError::no_service(&snapshot, id));
     }
     let Load { localities, drops } = api.loads.of(id.as_str(), Instant::now());
     let drops = drops.into_iter().map(|(category, a_second)| (category, rounded(a_second)));

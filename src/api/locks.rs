@@ -17,6 +17,7 @@ use super::{
     Api, dto,
     error::{ApiError, Kind},
     request::{Body, Path, Query, Reply, read_poll, read_wait, wait_at_most},
+    time::timestamp,
 };
 use crate::{
     model::{Claim, Fields, Lock, LockName, Problems, Revision, format_duration, parse_duration},
@@ -38,7 +39,7 @@ fn lock_json(locks: &Locks, lock: &Lock) -> Value {
         "name": lock.name.as_str(),
         "token": lock.token.0,
         "holder": lock.holder,
-        "since": dto::timestamp(lock.since),
+        "since": timestamp(lock.since),
         "ttl": format_duration(lock.ttl),
         "node": lock.owner.as_str(),
         "revoked": lock.revoked,
@@ -48,7 +49,7 @@ fn lock_json(locks: &Locks, lock: &Lock) -> Value {
 }
 
 fn stale(board: &Board) -> Value {
-    board.stale().map_or(Value::Null, |since| json!({"since": dto::timestamp(since)}))
+    board.stale().map_or(Value::Null, |since| json!({"since": timestamp(since)}))
 }
 
 pub(super) async fn list(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {

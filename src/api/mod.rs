@@ -11,25 +11,35 @@ mod health;
 mod history;
 mod http;
 mod ledger;
+mod limit;
 mod live;
 mod load;
 mod locks;
+mod peers;
 mod proxies;
 mod request;
 mod snapshot;
+mod time;
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
 use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_server::{
     ClientStatusDiscoveryService, ClientStatusDiscoveryServiceServer,
 };
+
+use futures_util::Stream;
+use tonic::Status;
 
 use error::{ApiError, Kind};
 
 use crate::{
     catalog::Reader,
     health::Monitor,
-    proto::v1::{locks_server::LocksServer, proxies_server::ProxiesServer, registry_server::RegistryServer},
+    peers::Peers,
+    proto::v1::{
+        locks_server::LocksServer, peers_server::PeersServer, proxies_server::ProxiesServer,
+        registry_server::RegistryServer,
+    },
     registry::{Locks, Membership, Registry},
     rt::{Readiness, Tasks},
     telemetry::{LogFilter, Metrics},
@@ -38,6 +48,12 @@ use crate::{
 
 /// The condition of readiness that what is registered has been read back.
 pub const SYNCED: &str = "registry";
+
+/// Answers of a gRPC stream that wait for a slow reader.
+const QUEUE: usize = 16;
+
+/// The answers of a gRPC stream.
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Settings of the edges.
 #[derive(Debug, Clone)]
@@ -63,6 +79,8 @@ pub struct Api {
     pub registry: Option<Registry>,
     /// Keeps the locks, in a process that takes writes.
     pub locks: Option<Locks>,
+    /// Keeps the peer sets, in a process that takes writes.
+    pub peers: Option<Peers>,
     /// What the health checks of this node are doing.
     pub checks: Monitor,
     /// Who is connected and has acknowledged what.
@@ -97,6 +115,12 @@ impl Api {
     pub fn locks_service(&self) -> Option<LocksServer<impl crate::proto::v1::locks_server::Locks + use<>>> {
         let service = locks::LocksService::new(self.locks.clone()?, self.tasks.clone());
         Some(LocksServer::new(service).max_decoding_message_size(self.config.body_limit))
+    }
+
+    /// `disco.v1.Peers`, in a process that takes writes.
+    pub fn peers_service(&self) -> Option<PeersServer<impl crate::proto::v1::peers_server::Peers + use<>>> {
+        let service = peers::PeersService::new(self.peers.clone()?, self.tasks.clone());
+        Some(PeersServer::new(service).max_decoding_message_size(self.config.body_limit))
     }
 
     fn registry(&self) -> Result<&Registry, ApiError> {

@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use tonic::{Request, Status};
 
 use super::{
-    Api, dto,
+    Api,
     error::{ApiError, Kind},
     request::{Path, Reply, WAIT_MAX},
+    time::timestamp,
 };
 use crate::{
     model::{Problems, Revision, ServiceId, excerpt, nearest},
@@ -42,7 +43,7 @@ pub(super) fn streams_of(api: &Api, node: &str) -> Result<Vec<ProxyStatus>, ApiE
     if !all.iter().any(|proxy| proxy.node.id == node) {
         let hint = match nearest(node, all.iter().map(|proxy| proxy.node.id.as_str())) {
             Some(near) => format!("did you mean {}?", excerpt(near)),
-            None => "GET /v1/proxies lists those that are".to_owned(),
+            None => "`disco proxy list` (GET /v1/proxies) shows those that are".to_owned(),
         };
         let message = format!("no proxy with node id {} is connected; {hint}", excerpt(node));
         return Err(ApiError::new(Kind::NotFound, message));
@@ -57,7 +58,7 @@ fn proxy(status: &ProxyStatus) -> Value {
         "user_agent": status.node.user_agent(),
         "protocol": status.protocol.as_str(),
         "peer": status.peer().map(|peer| peer.to_string()).unwrap_or_default(),
-        "connected_at": dto::timestamp(status.connected_at),
+        "connected_at": timestamp(status.connected_at),
         "synced": status.synced(),
         "last_error": status.last_error(),
         "types": status.types.iter().map(proxy_type).collect::<Vec<_>>(),
@@ -86,7 +87,7 @@ fn detailed(status: &ProxyStatus) -> Value {
         if let Value::Object(fields) = &mut shown {
             fields.insert("settled".into(), json!(of.settled.0));
             fields.insert("unanswered".into(), json!(of.unanswered));
-            fields.insert("unanswered_since".into(), json!(of.unanswered_since().map(dto::timestamp)));
+            fields.insert("unanswered_since".into(), json!(of.unanswered_since().map(timestamp)));
             fields.insert("rejections".into(), rejections(of));
         }
         shown
@@ -103,7 +104,7 @@ fn detailed(status: &ProxyStatus) -> Value {
 fn rejections(status: &TypeStatus) -> Value {
     let each = status.rejections.iter().map(|rejection| {
         json!({
-            "at": dto::timestamp(rejection.at),
+            "at": timestamp(rejection.at),
             "revision": rejection.revision.0,
             "reason": rejection.reason,
         })

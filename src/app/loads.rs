@@ -2,8 +2,8 @@ use std::{collections::HashSet, sync::Arc};
 
 use crate::{
     catalog::Reader,
-    model::{Locality, ServiceId},
-    resources::View,
+    model::Locality,
+    resources::{View, names, service_of},
     xds::{Node, Reportable},
 };
 
@@ -13,8 +13,8 @@ pub(super) struct Known(pub(super) Reader);
 
 impl Reportable for Known {
     fn service(&self, name: &str) -> Option<Arc<str>> {
-        let id: ServiceId = name.parse().ok()?;
-        self.0.latest().service(&id).map(|service| service.id.shared())
+        // Calls to some of the instances of a service count for it.
+        service_of(name, &self.0.latest()).map(|service| service.id.shared())
     }
 
     fn localities(&self, service: &str) -> HashSet<Locality> {
@@ -26,13 +26,7 @@ impl Reportable for Known {
 
     /// All that its view has.
     fn wanted(&self, node: &Node) -> Vec<String> {
-        let snapshot = self.0.latest();
-        let upstreams = View::of(node).ok().and_then(|view| view.upstreams);
-        let services = snapshot.services().map(|service| &service.id);
-        services
-            .filter(|id| upstreams.as_ref().is_none_or(|only| only.contains(id)))
-            .map(ToString::to_string)
-            .collect()
+        View::of(node).map(|view| names(&self.0.latest(), &view)).unwrap_or_default()
     }
 }
 

@@ -27,6 +27,7 @@ use crate::{
     config::{Config, Role, Store as StoreConfig},
     health::{Checker, Duty},
     model::Members,
+    peers::{Peers, observe::Observer},
     registry::{self, Forward, GrpcForward, Locks, Membership, Mirror, Patience, Registry},
     rt::{Readiness, Shutdown, Tasks},
     store::{self, EtcdStore, FileStore, MemoryStore, Store},
@@ -49,9 +50,7 @@ pub struct Addresses {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An address cannot be listened on.
-    #[error(
-        "cannot listen on {address} ({field}): {source}; choose another port there, or 0 for any free one"
-    )]
+    #[error("cannot listen on {address}: {source}; choose another port in {field}, or 0 for any free one")]
     Listen {
         /// The setting that names it.
         field: &'static str,
@@ -118,8 +117,12 @@ impl Running {
         // Bound before the store is read: a port that is taken should not cost a restart its wait, and connections that
         // come meanwhile wait in the backlog.
         let has = |role| config.roles.contains(&role);
-        let grpc = listen::bind("listen.grpc", config.listen.grpc, has(Role::Registry) || has(Role::Xds))?;
-        let http = listen::bind("listen.http", config.listen.http, has(Role::Admin))?;
+        let grpc = listen::bind(
+            "listen.grpc (--grpc-listen)",
+            config.listen.grpc,
+            has(Role::Registry) || has(Role::Xds),
+        )?;
+        let http = listen::bind("listen.http (--http-listen)", config.listen.http, has(Role::Admin))?;
         let address = |incoming: &Option<Incoming>| incoming.as_ref().and_then(Incoming::address);
         let addresses = Addresses { grpc: address(&grpc), http: address(&http) };
 
@@ -149,6 +152,12 @@ impl Running {
         }
         let locks = has(Role::Registry)
             .then(|| Locks::start(Arc::clone(&store), members(Role::Registry), &metrics, &core));
+        let peers = has(Role::Registry).then(|| {
+            let (store, catalog) = (Arc::clone(&store), reader.clone());
+            let peers = Peers::start(store, catalog, members(Role::Registry), &metrics, &core);
+            core.spawn_until_shutdown("observe", Observer::new(peers.clone(), core.clone()).run());
+            peers
+        });
         let registry = (has(Role::Registry) || has(Role::Discovery)).then(|| {
             let (store, catalog) = (Arc::clone(&store), reader.clone());
             let members = members(Role::Registry);
@@ -183,6 +192,7 @@ impl Running {
             nodes,
             registry: registry.filter(|_| has(Role::Registry)),
             locks,
+            peers,
             checks: checks.unwrap_or_default(),
             proxies,
             loads,
@@ -210,6 +220,9 @@ impl Running {
             }
             if let Some(locks) = api.locks_service() {
                 services.add(locks);
+            }
+            if let Some(peers) = api.peers_service() {
+                services.add(peers);
             }
             services.add(api.proxies_service());
             let reflection = listen::reflection(&services.names);

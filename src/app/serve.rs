@@ -44,6 +44,10 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from
 /// sends nothing, or a byte now and then, does not hold a descriptor for ever.
 const HEADERS_WITHIN: Duration = Duration::from_secs(30);
 
+/// Bytes of responses that wait for a socket, for each stream. When all proxies are sent everything at once this is what they take, and
+/// the allocator keeps it.
+const SEND_BUFFER: usize = 32 << 10;
+
 /// Bytes of the preface that every HTTP/2 connection begins with. Keep-alive watches over it from there on.
 const PREFACE: usize = 24;
 
@@ -213,6 +217,7 @@ pub(super) fn grpc(door: Door, routes: Routes, age: Option<Duration>, metrics: &
         http.timer(TokioTimer::new())
             .keep_alive_interval(interval)
             .keep_alive_timeout(timeout)
+            .max_send_buf_size(SEND_BUFFER)
             // Each service has a limit of its own.
             .max_concurrent_streams(None);
         let shutdown = owner.shutdown();

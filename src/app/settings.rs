@@ -67,9 +67,7 @@ pub(super) fn health(config: &Config) -> health::Config {
 /// Half of the descriptors are left to those who connect to this process.
 fn most_kept() -> usize {
     let limit = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit / 2).ok());
-    limit.map_or(health::Config::default().connections, |limit| {
-        limit.min(health::Config::default().connections)
-    })
+    health::Config::default().connections.min(limit.unwrap_or(usize::MAX))
 }
 
 pub(super) fn xds(config: &Config) -> xds::Config {

@@ -97,6 +97,14 @@ impl Service {
         }
     }
 
+    /// The endpoints of some of its instances, as if there were no others.
+    pub fn endpoints_of(&self, wanted: impl Fn(&Instance) -> bool) -> Endpoints {
+        let mut some = Endpoints::default();
+        let wanted = self.instances.values().filter(|instance| wanted(instance));
+        wanted.for_each(|instance| some.insert(Arc::clone(instance)));
+        some
+    }
+
     /// Takes in that an instance came, changed or went.
     pub(super) fn follow(&mut self, before: Option<&Instance>, after: Option<&Arc<Instance>>) {
         let many = self.instances.len();
@@ -112,9 +120,7 @@ impl Service {
     }
 
     fn count(&self) -> Endpoints {
-        let mut all = Endpoints::default();
-        self.instances.values().for_each(|instance| all.insert(Arc::clone(instance)));
-        all
+        self.endpoints_of(|_| true)
     }
 }
 

@@ -3,7 +3,9 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::{endpoints::Endpoints, live::Live};
-use crate::model::{Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, ServiceId};
+use crate::model::{
+    Health, Incarnation, Instance, InstanceId, InstanceKey, Revision, Role, Roles, ServiceId,
+};
 
 /// All services and instances as of one revision. A clone is cheap, and so is a changed copy.
 #[derive(Debug, Clone, Default)]
@@ -21,8 +23,12 @@ pub struct Snapshot {
 pub struct Service {
     /// Its name.
     pub id: ServiceId,
-    /// The change that last touched it or one of its instances.
+    /// The change that last touched it, its roles or one of its instances.
     pub revision: Revision,
+    /// Which of its instances does what, if it is replicated. They may be known before it or its instances are.
+    pub roles: Option<Arc<Roles>>,
+    /// Whether it is there for more than its roles.
+    pub(super) registered: bool,
     pub(super) instances: imbl::OrdMap<InstanceId, Arc<Instance>>,
     stale: usize,
     damped: usize,
@@ -35,8 +41,12 @@ pub struct Service {
 pub enum Change {
     /// The service exists.
     PutService(ServiceId),
-    /// The service and its instances are gone.
+    /// The service and its instances are gone. Roles stay until they are removed, and the service with them.
     RemoveService(ServiceId),
+    /// This is what the service's instances do; it exists.
+    PutRoles(ServiceId, Arc<Roles>),
+    /// Nobody says any more what its instances do. It is gone if there was no more to it.
+    RemoveRoles(ServiceId),
     /// This is what the instance is now, except that the same incarnation keeps its health while it is checked; its service
     /// exists.
     PutInstance(Instance),
@@ -51,9 +61,18 @@ pub enum Change {
 }
 
 impl Change {
-    /// Whether it is for the board only.
-    pub(super) fn is_live(&self) -> bool {
-        matches!(self, Self::PutLive(..) | Self::RemoveLive(_))
+    /// What it touches in the snapshot: an instance, or the service as such. `None` where it is for the board only.
+    pub(super) fn touches(&self) -> Option<(&ServiceId, Option<&InstanceId>)> {
+        match self {
+            Self::PutService(id)
+            | Self::RemoveService(id)
+            | Self::PutRoles(id, _)
+            | Self::RemoveRoles(id) => Some((id, None)),
+            Self::PutInstance(Instance { key, .. })
+            | Self::RemoveInstance(key)
+            | Self::PutHealth(key, ..) => Some((&key.service, Some(&key.id))),
+            Self::PutLive(..) | Self::RemoveLive(_) => None,
+        }
     }
 
     pub(super) fn removed_service(&self) -> Option<&ServiceId> {
@@ -80,6 +99,16 @@ impl Service {
     /// How many of them are damped.
     pub fn damped(&self) -> usize {
         self.damped
+    }
+
+    /// Whether it is there for more than its roles.
+    pub fn is_registered(&self) -> bool {
+        self.registered
+    }
+
+    /// What an instance does; `None` where instances have no roles.
+    pub fn role(&self, id: &InstanceId) -> Option<Role> {
+        self.roles.as_ref().map(|roles| roles.of(id))
     }
 }
 
@@ -132,15 +161,35 @@ impl Snapshot {
         for change in changes {
             match change {
                 Change::PutService(id) => {
-                    next.service_mut(revision, id);
+                    next.service_mut(revision, &id).registered = true;
                 }
                 Change::RemoveService(id) => {
                     if let Some(service) = next.services.remove(&id) {
                         next.instances -= service.instances.len();
                         next.stale -= service.stale;
                         next.damped -= service.damped;
+                        if let Some(roles) = &service.roles {
+                            let left = next.service_mut(revision, &id);
+                            left.roles = Some(Arc::clone(roles));
+                        }
                     }
                 }
+                Change::PutRoles(id, roles) => {
+                    let service = next.service_mut(revision, &id);
+                    service.revision = revision;
+                    service.roles = Some(roles);
+                }
+                Change::RemoveRoles(id) => match next.services.get(&id) {
+                    Some(service) if !service.registered => {
+                        next.services.remove(&id);
+                    }
+                    Some(service) if service.roles.is_some() => {
+                        let service = next.service_mut(revision, &id);
+                        service.revision = revision;
+                        service.roles = None;
+                    }
+                    Some(_) | None => {}
+                },
                 Change::PutInstance(mut instance) => {
                     if instance.check.is_some()
                         && let Some(present) = next.instance(&instance.key)
@@ -170,9 +219,14 @@ impl Snapshot {
 
     /// What an instance is from now on; `None`: it is gone.
     fn set(&mut self, revision: Revision, key: InstanceKey, instance: Option<Instance>) {
-        let instance = instance.map(Arc::new);
-        let service = self.service_mut(revision, key.service);
+        let service = self.service_mut(revision, &key.service);
         service.revision = revision;
+        let instance = instance.map(|mut instance| {
+            // One name in memory for all of them.
+            instance.key.service.clone_from(&service.id);
+            Arc::new(instance)
+        });
+        service.registered |= instance.is_some();
         let before = match &instance {
             Some(instance) => service.instances.insert(key.id, Arc::clone(instance)),
             None => service.instances.remove(&key.id),
@@ -189,10 +243,18 @@ impl Snapshot {
         self.instances = self.instances + is - was;
     }
 
-    fn service_mut(&mut self, revision: Revision, id: ServiceId) -> &mut Service {
+    fn service_mut(&mut self, revision: Revision, id: &ServiceId) -> &mut Service {
         let service = self.services.entry(id.clone()).or_insert_with(|| {
-            let instances = imbl::OrdMap::new();
-            Arc::new(Service { id, revision, instances, stale: 0, endpoints: None, damped: 0 })
+            Arc::new(Service {
+                id: id.clone(),
+                revision,
+                roles: None,
+                registered: false,
+                instances: imbl::OrdMap::new(),
+                stale: 0,
+                damped: 0,
+                endpoints: None,
+            })
         });
         Arc::make_mut(service)
     }

@@ -8,7 +8,7 @@ use super::{
     snapshot::Change,
 };
 use crate::{
-    model::{Instance, Revision},
+    model::{Instance, Revision, ServiceId},
     rt,
 };
 
@@ -54,36 +54,41 @@ impl Writer {
             if revision <= snapshot.revision() {
                 continue;
             }
-            let only_live = !changes.is_empty() && changes.iter().all(Change::is_live);
+            let only_live = !changes.is_empty() && changes.iter().all(|change| change.touches().is_none());
+            if start_over || (changes.len() > REMEMBERED && !only_live) {
+                log.clear();
+                log_from = revision;
+            } else {
+                let touched = changes.iter().filter_map(Change::touches);
+                log.extend(touched.map(|(service, id)| (revision, service.clone(), id.cloned())));
+            }
             let mut said = Vec::new();
             for change in &changes {
                 match change {
-                    Change::PutService(id) | Change::RemoveService(id) => {
-                        log.push_back((revision, id.clone(), None));
-                    }
-                    Change::PutInstance(Instance { key, incarnation, .. }) => {
-                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
-                        // What a run said ends with it.
-                        if self.live.get(key).is_some_and(|live| live.incarnation != *incarnation) {
-                            said.push((key.clone(), None));
-                        }
-                    }
-                    Change::RemoveInstance(key) => {
-                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
+                    // What a run said ends with it.
+                    Change::PutInstance(Instance { key, incarnation, .. })
+                        if self.live.get(key).is_some_and(|live| live.incarnation != *incarnation) =>
+                    {
                         said.push((key.clone(), None));
                     }
-                    Change::PutHealth(key, ..) => {
-                        log.push_back((revision, key.service.clone(), Some(key.id.clone())));
-                    }
+                    Change::RemoveInstance(key) | Change::RemoveLive(key) => said.push((key.clone(), None)),
                     Change::PutLive(key, live) => said.push((key.clone(), Some(live.clone()))),
-                    Change::RemoveLive(key) => said.push((key.clone(), None)),
+                    Change::PutInstance(_)
+                    | Change::PutService(_)
+                    | Change::RemoveService(_)
+                    | Change::PutRoles(..)
+                    | Change::RemoveRoles(_)
+                    | Change::PutHealth(..) => {}
                 }
             }
             if !only_live {
                 times.push_back((revision, time));
                 let gone: Vec<_> = changes.iter().filter_map(Change::removed_service).cloned().collect();
                 snapshot = snapshot.apply(revision, changes);
-                gone.iter().filter(|id| snapshot.service(id).is_none()).for_each(|id| self.live.forget(id));
+                let is_empty = |id: &ServiceId| {
+                    snapshot.service(id).is_none_or(|service| service.instances().len() == 0)
+                };
+                gone.iter().filter(|id| is_empty(id)).for_each(|id| self.live.forget(id));
             }
             for (key, live) in said {
                 let run = snapshot.instance(&key).map(|instance| instance.incarnation);
@@ -97,10 +102,6 @@ impl Writer {
             if let Some((dropped, ..)) = log.pop_front() {
                 log_from = dropped;
             }
-        }
-        if start_over {
-            log.clear();
-            log_from = snapshot.revision();
         }
         while times.len() > REMEMBERED {
             times.pop_front();
@@ -139,7 +140,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{super::reader::Changes, *};
-    use crate::model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Stale, State::Serving};
+    use crate::model::{
+        Health, Incarnation, Instance, InstanceKey, Lease, Locality, Roles, Stale, State::Serving,
+    };
 
     fn instance(service: u8, id: u8, port: u16, revision: Revision) -> Instance {
         Instance {
@@ -168,46 +171,76 @@ mod tests {
         InstanceKey { service: format!("s{service}").parse().unwrap(), id: format!("i{id}").parse().unwrap() }
     }
 
+    /// A service as the naive map has it.
+    #[derive(Debug, Default)]
+    struct Naive {
+        registered: bool,
+        instances: BTreeMap<u8, u16>,
+        term: Option<u64>,
+    }
+
     proptest! {
         /// Any history: the catalog equals a naive map, and applying what `since` names to an old view gives the new one.
         #[test]
-        fn equals_a_naive_map(history in proptest::collection::vec((0..4u8, 0..3u8, 0..4u8, 1..9u16), 1..80)) {
+        fn equals_a_naive_map(history in proptest::collection::vec((0..6u8, 0..3u8, 0..4u8, 1..9u16), 1..80)) {
             let (mut writer, reader) = catalog();
-            let mut naive: BTreeMap<u8, BTreeMap<u8, u16>> = BTreeMap::new();
+            let mut naive: BTreeMap<u8, Naive> = BTreeMap::new();
             let mut seen = reader.latest();
             for (n, (op, service, id, port)) in history.into_iter().enumerate() {
                 let revision = Revision(n as u64 + 1);
+                let name = key(service, 0).service;
                 let change = match op {
                     0 => {
-                        naive.entry(service).or_default();
-                        Change::PutService(key(service, 0).service)
+                        naive.entry(service).or_default().registered = true;
+                        Change::PutService(name)
                     }
                     1 => {
-                        naive.remove(&service);
-                        Change::RemoveService(key(service, 0).service)
+                        if let Some(known) = naive.get_mut(&service) {
+                            *known = Naive { term: known.term, ..Naive::default() };
+                        }
+                        Change::RemoveService(name)
                     }
                     2 => {
-                        if let Some(instances) = naive.get_mut(&service) {
-                            instances.remove(&id);
+                        if let Some(known) = naive.get_mut(&service) {
+                            known.instances.remove(&id);
                         }
                         Change::RemoveInstance(key(service, id))
                     }
+                    3 if port % 2 == 0 => {
+                        if let Some(known) = naive.get_mut(&service) {
+                            known.term = None;
+                        }
+                        Change::RemoveRoles(name)
+                    }
+                    3 => {
+                        let term = u64::from(port);
+                        naive.entry(service).or_default().term = Some(term);
+                        Change::PutRoles(name, Arc::new(Roles { term, ..Roles::default() }))
+                    }
                     _ => {
-                        naive.entry(service).or_default().insert(id, port);
+                        let known = naive.entry(service).or_default();
+                        known.registered = true;
+                        known.instances.insert(id, port);
                         Change::PutInstance(instance(service, id, port, revision))
                     }
                 };
+                naive.retain(|_, known| known.registered || known.term.is_some());
                 writer.apply(revision, vec![change]);
                 let now = reader.latest();
-                let got: Vec<(String, Vec<(String, u16)>)> = now.services()
-                    .map(|s| (s.id.to_string(), s.instances().map(|i| (i.key.id.to_string(), i.port.get())).collect()))
-                    .collect();
-                let want: Vec<(String, Vec<(String, u16)>)> = naive.iter()
-                    .map(|(s, is)| (format!("s{s}"), is.iter().map(|(i, p)| (format!("i{i}"), *p)).collect()))
-                    .collect();
+                let got = now.services().map(|s| {
+                    let instances = s.instances().map(|i| (i.key.id.to_string(), i.port.get()));
+                    let term = s.roles.as_ref().map(|roles| roles.term);
+                    format!("{} {term:?} {} {:?}", s.id, s.is_registered(), instances.collect::<Vec<_>>())
+                });
+                let want = naive.iter().map(|(s, Naive { registered, instances, term })| {
+                    let instances = instances.iter().map(|(i, p)| (format!("i{i}"), *p));
+                    format!("s{s} {term:?} {registered} {:?}", instances.collect::<Vec<_>>())
+                });
+                let (got, want): (Vec<_>, Vec<_>) = (got.collect(), want.collect());
                 prop_assert_eq!(got, want);
-                prop_assert_eq!(now.instances(), naive.values().map(BTreeMap::len).sum::<usize>());
-                let stale = naive.values().flat_map(BTreeMap::values).filter(|port| *port % 2 == 0).count();
+                let ports = || naive.values().flat_map(|known| known.instances.values());
+                prop_assert_eq!(now.instances(), ports().count());
+                let stale = ports().filter(|port| *port % 2 == 0).count();
                 prop_assert_eq!(now.stale(), stale);
                 prop_assert_eq!(now.services().map(|service| service.stale()).sum::<usize>(), stale);
 
@@ -241,5 +274,27 @@ mod tests {
         assert!(reader.reached(Revision(5)).await);
         writer.apply(Revision(3), vec![Change::RemoveService(key(0, 0).service)]);
         assert_eq!(reader.latest().instances(), 1);
+    }
+
+    #[test]
+    fn more_than_is_remembered_at_once_is_looked_at_whole() {
+        let (mut writer, reader) = catalog();
+        let many = (0..=REMEMBERED).map(|n| Change::PutService(format!("s{n}").parse().unwrap()));
+        writer.apply(Revision(5), many.collect());
+        assert_eq!(reader.since(Revision(4)).1, Changes::Resync);
+        assert_eq!(reader.changes_of(Revision(5)), None);
+        writer.apply(Revision(6), vec![Change::PutInstance(instance(0, 0, 1, Revision(6)))]);
+        assert!(matches!(reader.since(Revision(5)).1, Changes::Touched(touched) if touched.len() == 1));
+    }
+
+    #[test]
+    fn instances_share_the_name_of_their_service() {
+        let (mut writer, reader) = catalog();
+        let both = [0, 1].map(|id| Change::PutInstance(instance(0, id, 1, Revision(1))));
+        writer.apply(Revision(1), both.into());
+        let snapshot = reader.latest();
+        let service = snapshot.service(&key(0, 0).service).unwrap();
+        let name = service.id.shared();
+        assert!(service.instances().all(|instance| Arc::ptr_eq(&instance.key.service.shared(), &name)));
     }
 }

@@ -1,12 +1,15 @@
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::future::join_all;
 use http::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
+    failure::USAGE,
     output::{Format, ShowOptions, View, cell, clean, count, number, print},
+    servers::{Elsewhere, ask_all},
 };
 use crate::client::{Http, HttpError};
 
@@ -34,7 +37,7 @@ impl Finding {
     }
 }
 
-/// Looks at the server, its services and its proxies.
+/// Looks at the servers, their services and their proxies.
 ///
 /// # Errors
 /// Exit code 79 when something is not in order.
@@ -42,8 +45,8 @@ pub(super) async fn run(arguments: Check, global: &Global) -> Result<(), Failure
     let http = global.client()?;
     let (findings, seen) = match look(&http).await {
         Ok(seen) => seen,
-        Err(HttpError::Settings(message)) => return Err(Failure::usage(message)),
-        Err(error) => (vec![Finding::new("server", error.to_string(), "")], String::new()),
+        Err(failure) if failure.code == USAGE => return Err(failure),
+        Err(failure) => (vec![Finding::new("server", failure.message, "")], String::new()),
     };
     let format = arguments.options.output;
     let view = View { document: document(&findings), items: Some("findings"), table: text, empty: "" };
@@ -79,33 +82,58 @@ fn text(document: &Value, _: Option<usize>) -> String {
 }
 
 /// What is not in order, and what was looked at.
-async fn look(http: &Http) -> Result<(Vec<Finding>, String), HttpError> {
-    let (status, body) = http.raw(Method::GET, "/readyz", None, Duration::ZERO).await?;
+async fn look(http: &Http) -> Result<(Vec<Finding>, String), Failure> {
+    let servers = http.each();
     let mut findings = Vec::new();
-    findings.extend(readiness(status, &serde_json::from_slice(&body).unwrap_or_default()));
+    let looks = join_all(servers.iter().map(server)).await;
+    let reached = looks.iter().any(Result::is_ok);
+    for (server, look) in servers.iter().zip(looks) {
+        let found = match look {
+            Ok(found) => found,
+            Err(error @ HttpError::Settings(_)) => return Err(error.into()),
+            Err(error) => vec![Finding::new("server", error.to_string(), "")],
+        };
+        findings.extend(found.into_iter().map(|finding| match servers.len() {
+            1 => finding,
+            _ => Finding { what: format!("{} {}", finding.what, server.address()), ..finding },
+        }));
+    }
+    if !reached {
+        return Ok((findings, String::new()));
+    }
 
     let services = http.get("/v1/services", Duration::ZERO).await?;
     findings.extend(service_findings(&services));
 
-    findings.extend(check_findings(&http.get("/v1/checks", Duration::ZERO).await?));
-    let mut proxies = http.get("/v1/proxies", Duration::ZERO).await?;
+    let mut proxies = ask_all(http, "/v1/proxies", Duration::ZERO, Elsewhere::No).await?;
     if !lagging(&proxies).is_empty() {
         let before = lagging(&proxies);
         tokio::time::sleep(SETTLE).await;
-        proxies = http.get("/v1/proxies", Duration::ZERO).await?;
+        proxies = ask_all(http, "/v1/proxies", Duration::ZERO, Elsewhere::No).await?;
         findings.extend(lag_findings(&before, &lagging(&proxies)));
     }
     findings.extend(rejections(&proxies));
 
     let serving: u64 = items(&services, "services").map(|service| number(service, "/serving")).sum();
+    let are = if servers.len() == 1 { "the server at {} is" } else { "the servers at {} are" };
     let seen = format!(
-        "the server at {} is ready; {} with {}; {} up to date",
-        http.address(),
+        "{} ready; {} with {}; {} up to date",
+        are.replace("{}", &http.address()),
         count(items(&services, "services").count() as u64, "service"),
         count(serving, "serving instance"),
         count(items(&proxies, "proxies").count() as u64, "proxy"),
     );
     Ok((findings, seen))
+}
+
+/// What one server says of itself.
+async fn server(http: &Http) -> Result<Vec<Finding>, HttpError> {
+    let (status, body) = http.raw(Method::GET, "/readyz", None, Duration::ZERO).await?;
+    let checks = http.get("/v1/checks", Duration::ZERO).await;
+    let ready = readiness(status, &serde_json::from_slice(&body).unwrap_or_default());
+    // Before a server is ready it need not answer anything else.
+    let checks = if ready.is_some() { checks.unwrap_or_default() } else { checks? };
+    Ok(ready.into_iter().chain(check_findings(&checks)).collect())
 }
 
 fn items<'a>(document: &'a Value, list: &str) -> impl Iterator<Item = &'a Value> {
@@ -121,30 +149,57 @@ fn readiness(status: StatusCode, body: &Value) -> Option<Finding> {
         [] => format!("is not ready: /readyz answered {status}"),
         waiting => format!("is not ready: waits for {}", waiting.join(", ")),
     };
-    Some(Finding::new("server", problem, "its log says why; it is ready once it has read its store"))
+    Some(Finding::new("server", problem, "its log says why"))
 }
 
 fn service_findings(services: &Value) -> Vec<Finding> {
-    items(services, "services")
-        .filter(|service| number(service, "/serving") == 0)
-        .map(|service| {
-            let name = cell(service, "/name");
-            let problem = match (number(service, "/draining"), number(service, "/unhealthy")) {
-                (_, unhealthy @ 1..) => {
-                    let all = count(unhealthy, "instance");
-                    let problem =
-                        format!("all checks fail ({all}): calls go to them all the same, as a last resort");
-                    let next = format!("`disco instance list {name} -o wide` shows what the checks see");
-                    return Finding::new(format!("service {name}"), problem, next);
-                }
-                (0, _) => "has no instances: calls to it fail".to_owned(),
-                (draining, _) => format!("has no serving instance, {draining} draining: calls to it fail"),
-            };
-            let next =
-                format!("start one with `disco run --service {name} …`, or `disco service remove {name}`");
-            Finding::new(format!("service {name}"), problem, next)
-        })
-        .collect()
+    let each = || items(services, "services");
+    let none = each().filter(|service| number(service, "/serving") == 0).map(nobody_serves);
+    let some = each().filter(|service| number(service, "/serving") > 0).filter_map(some_fail);
+    none.chain(some).chain(each().filter_map(some_are_stale)).collect()
+}
+
+fn some_fail(service: &Value) -> Option<Finding> {
+    let (unhealthy, serving) = (number(service, "/unhealthy"), number(service, "/serving"));
+    let name = cell(service, "/name");
+    (unhealthy > 0).then(|| {
+        Finding::new(
+            format!("service {name}"),
+            format!("checks fail: {unhealthy} unhealthy, {serving} serving: calls go to those that serve"),
+            format!("`disco instance list {name} -o wide` shows what the checks see"),
+        )
+    })
+}
+
+fn some_are_stale(service: &Value) -> Option<Finding> {
+    let held = number(service, "/held");
+    let name = cell(service, "/name");
+    (held > 0).then(|| {
+        Finding::new(
+            format!("service {name}"),
+            format!(
+                "{}: too many leases ended at once to be believed; they go on taking calls",
+                count(held, "stale instance")
+            ),
+            format!("`disco service release {name}` removes them if they are gone"),
+        )
+    })
+}
+
+fn nobody_serves(service: &Value) -> Finding {
+    let name = cell(service, "/name");
+    let problem = match (number(service, "/draining"), number(service, "/unhealthy")) {
+        (_, unhealthy @ 1..) => {
+            let all = count(unhealthy, "instance");
+            let problem = format!("all checks fail ({all}): calls go to them all the same, as a last resort");
+            let next = format!("`disco instance list {name} -o wide` shows what the checks see");
+            return Finding::new(format!("service {name}"), problem, next);
+        }
+        (0, _) => "has no instances: calls to it fail".to_owned(),
+        (draining, _) => format!("has no serving instance, {draining} draining: calls to it fail"),
+    };
+    let next = format!("start one with `disco run --service {name} …`, or `disco service remove {name}`");
+    Finding::new(format!("service {name}"), problem, next)
 }
 
 fn check_findings(checks: &Value) -> Option<Finding> {
@@ -208,6 +263,7 @@ mod tests {
             {"name": "empty", "serving": 0, "draining": 0},
             {"name": "leaving", "serving": 0, "draining": 2},
             {"name": "ill", "serving": 0, "draining": 1, "unhealthy": 2},
+            {"name": "partly", "serving": 2, "draining": 0, "unhealthy": 1, "held": 2},
         ]});
         let named = |findings: &[Finding]| {
             findings.iter().map(|f| format!("{}: {}", f.what, f.problem)).collect::<Vec<_>>()
@@ -217,7 +273,9 @@ mod tests {
             [
                 "service empty: has no instances: calls to it fail",
                 "service leaving: has no serving instance, 2 draining: calls to it fail",
-                "service ill: all checks fail (2 instances): calls go to them all the same, as a last resort"
+                "service ill: all checks fail (2 instances): calls go to them all the same, as a last resort",
+                "service partly: checks fail: 1 unhealthy, 2 serving: calls go to those that serve",
+                "service partly: 2 stale instances: too many leases ended at once to be believed; they go on taking calls"
             ]
         );
 

@@ -67,7 +67,9 @@ impl From<HttpError> for Failure {
         let message = error.to_string();
         match error {
             HttpError::Settings(_) => Self::usage(message),
-            HttpError::TimedOut { .. } | HttpError::Refused { status: 503, .. } => Self::not_yet(message),
+            HttpError::TimedOut { .. } | HttpError::Refused { status: 425 | 503, .. } => {
+                Self::not_yet(message)
+            }
             HttpError::Refused { status: 400 | 413 | 422, .. } => Self::bad_data(message),
             HttpError::Refused { .. } | HttpError::Unreachable { .. } | HttpError::NotDisco { .. } => {
                 Self::failed(message)

@@ -7,9 +7,12 @@ mod check;
 mod configuration;
 mod envoy;
 mod failure;
+mod files;
 mod instance;
 mod lock;
 mod output;
+mod parse;
+mod peers;
 mod proxy;
 mod rollout;
 mod run;
@@ -39,7 +42,7 @@ use crate::client::Http;
     arg_required_else_help = true,
     subcommand_required = true,
     after_help = "Start with:\n  disco dev\n\nExit codes:\n  0 done, 1 failed, 2 not yet or timed out, 64 usage, 65 bad data, \
-                  79 a check found problems"
+                  79 a check found problems; `run` and `lock run` end as their command does"
 )]
 struct Cli {
     #[command(flatten)]
@@ -106,14 +109,15 @@ enum Command {
     #[command(after_help = "Example:\n  disco serve --config disco.yaml")]
     Serve(server::Serve),
     /// Run a command as an instance: register it once healthy, drain it before it stops
-    Run(run::RunArgs),
+    #[command(long_about = run::LONG)]
+    Run(Box<run::RunArgs>),
     /// Look whether everything is in order; ends with 79 when it is not
     #[command(after_help = "Example:\n  disco check && echo fine")]
     Check(check::Check),
-    /// Services: list, show, remove
+    /// Services: list, show, load, history, release, live, remove
     #[command(subcommand, visible_alias = "services")]
     Service(service::Command),
-    /// Instances of services: list, show, explain, register, drain, deregister
+    /// Instances of services: list, show, explain, register, publish, drain, deregister
     #[command(subcommand, visible_alias = "instances")]
     Instance(instance::Command),
     /// Connected proxies: list, status, resources, diff
@@ -125,6 +129,10 @@ enum Command {
     /// Locks for what must run exactly once: run, list, show, release
     #[command(subcommand, visible_alias = "locks")]
     Lock(lock::Command),
+    /// The replicas of Raft and other databases: create, list, show, wait, render, verify, propose, finish, register, withdraw, report,
+    /// refound
+    #[command(subcommand)]
+    Peers(peers::Command),
     /// Backups of everything that is registered: save, show, restore
     #[command(subcommand)]
     Snapshot(snapshot::Command),
@@ -188,13 +196,14 @@ async fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     match command {
         Command::Dev(arguments) => Box::pin(server::dev(arguments)).await?,
         Command::Serve(arguments) => Box::pin(server::serve(arguments)).await?,
-        Command::Run(arguments) => return Box::pin(run::run(arguments, &global)).await.map(ExitCode::from),
+        Command::Run(arguments) => return Box::pin(run::run(*arguments, &global)).await.map(ExitCode::from),
         Command::Check(arguments) => check::run(arguments, &global).await?,
         Command::Service(command) => service::run(command, &global).await?,
         Command::Instance(command) => instance::run(command, &global).await?,
         Command::Proxy(command) => proxy::run(command, &global).await?,
         Command::Rollout(command) => rollout::run(command, &global).await?,
         Command::Lock(command) => return Box::pin(lock::run(command, &global)).await.map(ExitCode::from),
+        Command::Peers(command) => Box::pin(peers::run(command, &global)).await?,
         Command::Snapshot(command) => snapshot::run(command, &global).await?,
         Command::Xds(command) => xds::run(command, &global).await?,
         Command::Envoy(command) => return envoy::envoy(command, &global).map(ExitCode::from),

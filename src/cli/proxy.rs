@@ -337,7 +337,7 @@ fn proxy_table(proxy: &Value, width: Option<usize>) -> String {
 
 fn rejections(proxy: &Value, width: Option<usize>) -> String {
     let columns =
-        [Column::new("REJECTED"), Column::new("REVISION"), Column::new("AGO"), Column::new("REASON")];
+        [Column::new("REJECTED"), Column::new("REVISION"), Column::new("AGO"), Column::sentence("REASON")];
     let rows: Vec<_> = types(proxy)
         .flat_map(|kind| {
             let each = kind.get("rejections").and_then(Value::as_array).into_iter().flatten();

@@ -6,22 +6,14 @@ use serde_json::Value;
 use super::{
     Failure, Global,
     output::{Column, ShowOptions, View, age, cell, count, number, render, some_of, status_line},
-    servers::{Elsewhere, ask_all, pending, unknown},
+    parse,
+    servers::{is_complete, pending, rollout, unknown},
 };
 use crate::{
     client::Http,
     model::{ServiceId, format_duration, parse_duration},
     rt,
 };
-
-/// How long one question may wait at the server.
-const ASK: Duration = Duration::from_secs(20);
-
-/// Likewise while somebody watches the progress.
-const TURN: Duration = Duration::from_millis(500);
-
-/// Shortest time between two questions, should the server not wait as asked.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// Verbs of `disco rollout`.
 #[derive(Debug, Subcommand)]
@@ -39,7 +31,7 @@ pub(super) enum Command {
 #[derive(Debug, Args)]
 pub(super) struct Status {
     /// The revision that the change was answered with
-    #[arg(value_name = "REVISION")]
+    #[arg(value_name = "REVISION", value_parser = parse::whole)]
     revision: u64,
     /// Only proxies that are sent this service's endpoints
     #[arg(long)]
@@ -48,7 +40,7 @@ pub(super) struct Status {
     #[arg(long)]
     wait: bool,
     /// How long to wait
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", requires = "wait", value_parser = parse_duration)]
     timeout: Duration,
     #[command(flatten)]
     options: ShowOptions,
@@ -63,22 +55,9 @@ async fn status(http: &Http, arguments: &Status) -> Result<(), Failure> {
     let Status { revision, service, wait, timeout, options } = arguments;
     let limit = if *wait { *timeout } else { Duration::ZERO };
     let progress = *wait && std::io::stderr().is_terminal();
-    let started = tokio::time::Instant::now();
-    let document = loop {
-        let asked = tokio::time::Instant::now();
-        let left = limit.saturating_sub(started.elapsed());
-        let turn = left.min(if progress { TURN } else { ASK });
-        let only = service.as_ref().map(|service| format!("&service={service}")).unwrap_or_default();
-        let path = format!("/v1/revisions/{revision}?wait={}ms{only}", turn.as_millis());
-        let document = ask_all(http, &path, turn, Elsewhere::No).await?;
-        if is_complete(&document) || started.elapsed() >= limit {
-            break document;
-        }
-        if progress {
-            status_line(&line(&document));
-        }
-        tokio::time::sleep_until(asked + PAUSE.min(left)).await;
-    };
+    let tell = |document: &Value| status_line(&line(document));
+    let tell = progress.then_some(&tell as &dyn Fn(&Value));
+    let document = rollout(http, *revision, service.as_ref(), limit, tell).await?;
     if progress {
         status_line("");
     }
@@ -95,10 +74,6 @@ async fn status(http: &Http, arguments: &Status) -> Result<(), Failure> {
         message.push_str(&format!("\n  {line}"));
     }
     Err(Failure::not_yet(message))
-}
-
-fn is_complete(document: &Value) -> bool {
-    document.get("complete").and_then(Value::as_bool).unwrap_or_default()
 }
 
 /// E.g. `2 of 3 proxies`.
@@ -129,7 +104,7 @@ fn status_table(document: &Value, width: Option<usize>) -> String {
         Column::new("TYPE"),
         Column::new("REASON"),
         Column::new("FOR"),
-        Column::new("ERROR"),
+        Column::sentence("ERROR"),
         Column::wide("SINCE"),
         Column::wide("PEER"),
         Column::wide("PROTOCOL"),

@@ -4,10 +4,11 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::Args;
 
-use super::{Failure, output::print};
+use super::{Failure, output::print, parse};
 use crate::{
     app::{self, Addresses},
     config::{Config, Listen, Overrides, Role, Store},
+    resources::DEFAULT_OUTBOUND_PORT,
 };
 
 /// Arguments of `disco dev`.
@@ -43,10 +44,10 @@ pub(super) struct Serve {
 #[derive(Debug, Args)]
 struct ListenOptions {
     /// Where to listen for gRPC; port 0 takes any free one
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse::listen)]
     grpc_listen: Option<SocketAddr>,
     /// Where to listen for HTTP; port 0 takes any free one
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = parse::listen)]
     http_listen: Option<SocketAddr>,
     /// What to log, e.g. info,disco::xds=debug
     #[arg(long, value_name = "FILTER", env = "DISCO_LOG")]
@@ -98,8 +99,10 @@ fn banner(addresses: &Addresses, store: &Store) -> String {
 
 Try next, in another terminal:
   disco run --service hello --port 8000{grpc} -- python3 -m http.server 8000
-  disco service list{http}
   disco envoy run{grpc}
+  curl -H 'Host: hello' http://127.0.0.1:{DEFAULT_OUTBOUND_PORT}/
+  disco service list{http}
+  disco check{http}
 
 ",
         listening(addresses)

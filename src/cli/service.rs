@@ -7,18 +7,15 @@ use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
-    instance::{INSTANCE_COLUMNS, POLL, endpoint, instance_row},
+    instance::{endpoint, table},
     output::{
-        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, number, parse_when,
-        print, render, some_of,
+        Column, ListOptions, Refresh, ShowOptions, View, age, cell, clean, count, list, number, print,
+        render, some_of,
     },
-    servers::{Elsewhere, ask_all, pending},
+    parse,
+    servers::{pending, rollout},
 };
-use crate::{
-    client::Http,
-    model::{ServiceId, format_duration},
-    rt,
-};
+use crate::{client::Http, model::ServiceId, rt};
 
 /// Verbs of `disco service`.
 #[derive(Debug, Subcommand)]
@@ -49,7 +46,7 @@ pub(super) enum Command {
         /// Its name
         service: ServiceId,
         /// Only what changed since then: a time, e.g. 2026-01-31T12:00:00Z, or how long ago, e.g. 10m
-        #[arg(long, value_name = "TIME", value_parser = parse_when)]
+        #[arg(long, value_name = "TIME", value_parser = parse::when)]
         since: Option<Timestamp>,
         #[command(flatten)]
         options: ShowOptions,
@@ -116,12 +113,16 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<(), Failure
         Command::Release { service } => {
             let path = format!("/v1/services/{service}/release");
             let answer = http.send(Method::POST, &path, None, Duration::ZERO).await?;
-            let removed = count(number(&answer, "/removed"), "stale instance");
-            let published = count(number(&answer, "/published"), "damped instance");
-            print(&format!(
-                "{service}: {removed} removed, {published} published, revision {}\n",
-                number(&answer, "/revision")
-            ))
+            let (removed, published) = (number(&answer, "/removed"), number(&answer, "/published"));
+            print(&match (removed, published) {
+                (0, 0) => format!("{service} has no stale and no damped instances\n"),
+                _ => format!(
+                    "{service}: {} removed, {} published at revision {}\n",
+                    count(removed, "stale instance"),
+                    count(published, "damped instance"),
+                    number(&answer, "/revision")
+                ),
+            })
         }
         Command::Live { service, options } => {
             list(&options, async |refresh| live(&http, &service, refresh).await).await
@@ -144,13 +145,7 @@ async fn services(http: &Http) -> Result<View, Failure> {
 }
 
 async fn live(http: &Http, service: &ServiceId, refresh: Refresh) -> Result<View, Failure> {
-    let path = format!("/v1/services/{service}/live");
-    let document = match refresh {
-        Refresh::Now => http.get(&path, Duration::ZERO).await?,
-        Refresh::After(revision) => {
-            http.get(&format!("{path}?index={revision}&wait={}", format_duration(POLL)), POLL).await?
-        }
-    };
+    let document = refresh.get(http, &format!("/v1/services/{service}/live")).await?;
     let empty = "no instance says anything; `disco instance publish SERVICE/ID KEY=VALUE` does";
     Ok(View { document, items: Some("instances"), table: live_tables, empty })
 }
@@ -179,8 +174,7 @@ fn services_table(document: &Value, width: Option<usize>) -> String {
 async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
     let mut answer = http.get(&format!("/v1/services/{service}/instances"), Duration::ZERO).await?;
     let revision = number(&answer, "/revision");
-    let path = format!("/v1/revisions/{revision}?service={service}&wait=0s");
-    let delivery = ask_all(http, &path, Duration::ZERO, Elsewhere::No).await?;
+    let delivery = rollout(http, revision, Some(service), Duration::ZERO, None).await?;
 
     let instances = answer.get_mut("instances").map(Value::take).unwrap_or_default();
     let each = || instances.as_array().into_iter().flatten();
@@ -208,6 +202,7 @@ async fn show(http: &Http, service: &ServiceId) -> Result<View, Failure> {
         "zones": zones,
         "proxies": {"acknowledged": delivery.get("acknowledged"), "pending": delivery.get("pending")},
         "instances": instances,
+        "roles": answer.get("roles"),
         "stale": answer.get("stale"),
     });
     Ok(View { document, items: None, table: service_table, empty: "" })
@@ -242,6 +237,15 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
             number(document, "/damped")
         ));
     }
+    if let Some(roles) = document.get("roles").filter(|roles| !roles.is_null()) {
+        let leader = match cell(roles, "/leader").as_str() {
+            "-" => "none now".to_owned(),
+            leader => leader.to_owned(),
+        };
+        let name = field("/name");
+        text.push_str(&format!("Leader     {leader}, term {}\n", number(roles, "/term")));
+        text.push_str(&format!("Called     {name}, {name}.leader, {name}.followers, {name}.any\n"));
+    }
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
     }
@@ -252,10 +256,9 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
     }
     text.push('\n');
     let instances = document.get("instances").and_then(Value::as_array).into_iter().flatten();
-    let rows: Vec<_> = instances.map(instance_row).collect();
-    if !rows.is_empty() {
+    if instances.clone().next().is_some() {
         text.push('\n');
-        text.push_str(&render(&INSTANCE_COLUMNS, &rows, width));
+        text.push_str(&table(instances, width));
     }
     text
 }
@@ -263,11 +266,11 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
 fn history_table(document: &Value, width: Option<usize>) -> String {
     let entries = document.get("entries").and_then(Value::as_array).into_iter().flatten();
     let columns = [
-        Column::new("AT"),
+        Column::whole("AT"),
         Column::new("ID"),
         Column::new("WHAT"),
         Column::new("BY"),
-        Column::new("WHY"),
+        Column::sentence("WHY"),
         Column::wide("INCARNATION"),
         Column::wide("REVISION"),
         Column::wide("ADDRESS"),
@@ -333,6 +336,33 @@ mod tests {
         let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[1], ["r", "z\\u{1b}", "-", "2", "12.345", "0.0", "3"], "{text}");
         assert!(text.ends_with("\nDropped by clients, calls a second: other 0.5\n"), "{text}");
+    }
+
+    #[test]
+    fn who_leads() {
+        let instance = |id: &str, role: &str| {
+            json!({"service": "db", "id": id, "address": "127.0.0.1", "port": 1, "state": "serving", "role": role,
+                   "weight": 1, "locality": {"zone": ""}, "registered_at": "2000-01-01T00:00:00Z"})
+        };
+        let document = |leader: Value| {
+            json!({"name": "db", "revision": 7, "zones": {}, "proxies": {"acknowledged": 0, "pending": []},
+                   "roles": {"term": 3, "leader": leader},
+                   "instances": [instance("a", "leader"), instance("b", "follower")]})
+        };
+        let text = service_table(&document(json!("a")), Some(100));
+        assert!(
+            text.contains("\nLeader     a, term 3\nCalled     db, db.leader, db.followers, db.any\n"),
+            "{text}"
+        );
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        let rows = &rows[rows.len() - 3..];
+        assert_eq!(
+            rows.iter().map(|row| row[3]).collect::<Vec<_>>(),
+            ["ROLE", "leader", "follower"],
+            "{text}"
+        );
+        let text = service_table(&document(Value::Null), Some(100));
+        assert!(text.contains("\nLeader     none now, term 3\n"), "{text}");
     }
 
     #[test]

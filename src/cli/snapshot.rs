@@ -2,20 +2,18 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, OpenOptions},
-    io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use bytes::Bytes;
 use clap::Subcommand;
-use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde_json::{Value, json};
 
 use super::{
     Failure, Global,
+    files::{Present, write_whole},
     output::{ShowOptions, View, cell, number, print},
 };
 use crate::{
@@ -103,34 +101,14 @@ async fn save(global: &Global, file: &Path, force: bool) -> Result<(), Failure> 
     let bytes = global.client()?.download("/v1/snapshot", WAIT).await?;
     let backup =
         Backup::read(&bytes).map_err(|error| Failure::failed(format!("what came is no use: {error}")))?;
-    match write(file, &bytes, force) {
+    let present = if force { Present::Replace } else { Present::Keep };
+    match write_whole(file, &bytes, 0o600, present) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(there()),
         Err(error) => return Err(Failure::failed(format!("cannot write {}: {error}", file.display()))),
     }
     let entries = backup.listing.entries.len();
     print(&format!("saved {entries} entries at revision {} to {}\n", backup.listing.revision, file.display()))
-}
-
-/// The file is there whole or not at all, also after a crash.
-fn write(file: &Path, bytes: &[u8], force: bool) -> io::Result<()> {
-    let mut name = file.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = file.with_file_name(name);
-    let flags = if force { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
-    let written = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temporary)
-        .and_then(|mut open| open.write_all(bytes).and_then(|()| open.sync_all()))
-        .and_then(|()| Ok(renameat_with(CWD, &temporary, CWD, file, flags)?));
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-        return written;
-    }
-    let folder = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    fs::File::open(folder)?.sync_all()
 }
 
 fn read(file: &Path) -> Result<(Bytes, Backup), Failure> {
@@ -154,11 +132,13 @@ async fn restore_offline(dir: &Path, backup: Backup, replace: bool) -> Result<Va
 fn describe(backup: &Backup) -> Value {
     let mut kinds = BTreeMap::<&str, u64>::new();
     for entry in &backup.listing.entries {
-        *kinds.entry(entry.key.split('/').next().unwrap_or_default()).or_default() += 1;
+        // Most is in the catalog: what of it tells more.
+        let key = entry.key.strip_prefix("catalog/").unwrap_or(&entry.key);
+        *kinds.entry(key.split('/').next().unwrap_or_default()).or_default() += 1;
     }
     let taken = jiff::Timestamp::try_from(backup.taken_at).unwrap_or_default();
     json!({
-        "taken_at": taken.to_string(),
+        "taken_at": format!("{taken:.3}"),
         "revision": backup.listing.revision.0,
         "entries": backup.listing.entries.len(),
         "kinds": kinds,

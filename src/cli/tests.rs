@@ -40,6 +40,19 @@ fn every_command_has_a_help_text_with_an_example() {
 }
 
 #[test]
+fn a_noun_names_its_verbs_and_what_is_long_is_shown() {
+    for noun in Cli::command().get_subcommands().filter(|noun| noun.has_subcommands()) {
+        let about = noun.get_about().unwrap().to_string();
+        for verb in noun.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
+            assert!(about.contains(verb.get_name()), "{about}: {} is missing", verb.get_name());
+        }
+    }
+    for line in ["disco run --help", "disco lock run --help"] {
+        assert!(parse(line).unwrap_err().to_string().contains("exit code is the command's own"), "{line}");
+    }
+}
+
+#[test]
 fn command_lines() {
     for line in [
         "disco dev",
@@ -59,7 +72,8 @@ fn command_lines() {
         "disco service release greeter",
         "disco instance explain greeter/a --at 2026-01-31T12:00:00Z",
         "disco proxy show some/node~id",
-        "disco config check f",
+        "disco config check f g",
+        "disco rollout status 1 --wait",
         "disco config show",
         "disco completions zsh",
         "disco check -o json",
@@ -79,7 +93,7 @@ fn wrong_command_lines_say_what_is_right() {
         ("disco instance show greeter/a/b", "is not an instance id"),
         ("disco instance drain greeter/a --wait 10", "want a number and a unit, such as 30s"),
         ("disco instance register greeter/a --address 10.0.0.1", "--port"),
-        ("disco instance register greeter/a --address 10.0.0.1 --port 1 --metadata x", "want KEY=VALUE"),
+        ("disco instance register greeter/a --address 10.0.0.1 --port 1 --metadata x", "is not KEY=VALUE"),
         ("disco instance register greeter/a --address 10.0.0.1 --port 1 --health ping", "is not a check"),
         ("disco instance register greeter/a --address 10.0.0.1 --port 1 --health-port 1", "--health <CHECK>"),
         ("disco service history greeter --since soon", "or how long ago, e.g. 10m"),
@@ -87,7 +101,10 @@ fn wrong_command_lines_say_what_is_right() {
         ("disco dev --http 127.0.0.1:1", "where to listen is --http-listen"),
         ("disco --grpc 127.0.0.1:1 serve", "where to listen is --grpc-listen"),
         ("disco dev --accept-loss", "--data"),
-        ("disco dev --grpc-listen localhost:1", "invalid socket address"),
+        ("disco rollout status x", "is not a whole number"),
+        ("disco rollout status 1 --timeout 1s", "--wait"),
+        ("disco config check", "<FILE>"),
+        ("disco dev --grpc-listen localhost:1", "is not an address to listen on: want IP:PORT"),
     ];
     for (line, want) in cases {
         let error = parse(line).unwrap_err();
@@ -218,6 +235,10 @@ async fn all_servers_are_asked_about_proxies_and_one_that_is_away_leaves_it_open
     against(format!("{away},{one},{other}"), "proxy diff late").await.unwrap();
     against(format!("{away},{one}"), "proxy list").await.unwrap();
     against(format!("{away},{one}"), "instance list").await.unwrap();
+    // Each is to be in order.
+    against(format!("{one},{two}"), "check").await.unwrap();
+    let failure = against(format!("{one},{away}"), "check").await.unwrap_err();
+    assert_eq!((failure.code, failure.message.as_str()), (failure::FINDINGS, "1 problem found"));
     let failure = against(format!("{away},{away}"), "rollout status 5").await.unwrap_err();
     assert_eq!(failure.code, failure::FAILED, "{failure}");
 }
@@ -241,6 +262,7 @@ async fn exit_codes() {
     let (address, _tasks) = server(router).await;
     let sad = Router::new()
         .route("/readyz", answer(json!({})))
+        .route("/v1/checks", answer(json!({})))
         .route("/v1/services", empty)
         .route("/v1/proxies", answer(json!({"proxies": []})));
     let (sad, _tasks) = server(sad).await;

@@ -16,7 +16,7 @@ pub(super) enum Command {
     /// Subscribe at any xDS server, and print and acknowledge each response
     #[command(
         long_about = "Subscribe at any xDS server over ADS, and print and acknowledge each response until Ctrl-C.\n\nTYPE is \
-                      cluster, endpoints, lb-endpoint, listener, route, secret or runtime, or a whole type URL. Without names all resources \
+                      cluster, endpoints, lb-endpoint, listener, route, virtual_host, secret or runtime, or a whole type URL. Without names all resources \
                       are asked for; not every server and type has that.",
         after_help = "Examples:\n  disco xds watch cluster\n  disco xds watch endpoints greeter --count 1 -o json\n  \
                       disco xds watch listener --server 10.0.0.7:15010 --sotw --node-id sidecar-7"
@@ -93,8 +93,12 @@ async fn watch(arguments: Watch, global: &Global) -> Result<(), Failure> {
         names.push("*".to_owned());
     }
     let ask = Ask { type_url: kind, names, node_id, sotw };
+    let mut ads = Ads::open(&servers, ask).await.map_err(|reason| {
+        Failure::failed(format!(
+            "cannot subscribe at {reason}: start a server with `disco dev`, or name one with --server, --grpc or DISCO_GRPC"
+        ))
+    })?;
     let lost = |reason: String| Failure::failed(format!("the xDS stream at {address} failed: {reason}"));
-    let mut ads = Ads::open(&servers, ask).await.map_err(lost)?;
     let mut seen = 0;
     while count.is_none_or(|count| seen < count) {
         let Some(answer) = ads.next().await.map_err(lost)? else {

@@ -1,7 +1,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, Uri, header};
+use http::{Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
@@ -185,6 +185,26 @@ impl Http {
         body: Option<&Value>,
         wait: Duration,
     ) -> Result<(StatusCode, Bytes), HttpError> {
+        let (head, body) = self.answer(method, path, body, wait).await?.into_parts();
+        Ok((head.status, body))
+    }
+
+    /// Fetches the text at `path` with its headers.
+    ///
+    /// # Errors
+    /// As [`Http::send`].
+    pub async fn page(&self, path: &str, wait: Duration) -> Result<Response<Bytes>, HttpError> {
+        let answer = self.answer(Method::GET, path, None, wait).await?;
+        if answer.status().is_success() { Ok(answer) } else { Err(refused(answer.status(), answer.body())) }
+    }
+
+    async fn answer(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        wait: Duration,
+    ) -> Result<Response<Bytes>, HttpError> {
         let limit = wait.saturating_add(ANSWER);
         let json = body.map(|body| Bytes::from(body.to_string()));
         match tokio::time::timeout(limit, self.exchange(method, path, json, "application/json")).await {
@@ -198,8 +218,7 @@ impl Http {
     /// # Errors
     /// As [`Http::send`].
     pub async fn download(&self, path: &str, wait: Duration) -> Result<Bytes, HttpError> {
-        let (status, bytes) = self.raw(Method::GET, path, None, wait).await?;
-        if status.is_success() { Ok(bytes) } else { Err(refused(status, &bytes)) }
+        Ok(self.page(path, wait).await?.into_body())
     }
 
     /// Sends a file to `path` and reads the JSON answer.
@@ -210,7 +229,8 @@ impl Http {
         let limit = wait.saturating_add(ANSWER);
         let exchange = self.exchange(Method::POST, path, Some(file), "application/octet-stream");
         let timed_out = |_| HttpError::TimedOut { address: self.address(), limit };
-        let (status, bytes) = tokio::time::timeout(limit, exchange).await.map_err(timed_out)??;
+        let answer = tokio::time::timeout(limit, exchange).await.map_err(timed_out)??;
+        let (status, bytes) = (answer.status(), answer.into_body());
         if !status.is_success() {
             return Err(refused(status, &bytes));
         }
@@ -223,7 +243,7 @@ impl Http {
         path: &str,
         body: Option<Bytes>,
         kind: &'static str,
-    ) -> Result<(StatusCode, Bytes), HttpError> {
+    ) -> Result<Response<Bytes>, HttpError> {
         // What is said when no server does it.
         let mut last = Err(HttpError::Settings("no server is named".to_owned()));
         for address in self.addresses.iter() {
@@ -240,11 +260,12 @@ impl Http {
                 }
                 Err(error) => return Err(self.not_disco(plain_cause(&error))),
             };
-            let status = answer.status();
-            let body = Limited::new(answer.into_body(), BODY).collect().await;
+            let (head, body) = answer.into_parts();
+            let body = Limited::new(body, BODY).collect().await;
             let body = body.map_err(|error| self.not_disco(format!("the answer broke off: {error}")))?;
-            last = Ok((status, body.to_bytes()));
-            if status != StatusCode::MISDIRECTED_REQUEST {
+            let is_elsewhere = head.status == StatusCode::MISDIRECTED_REQUEST;
+            last = Ok(Response::from_parts(head, body.to_bytes()));
+            if !is_elsewhere {
                 break;
             }
         }

@@ -49,8 +49,8 @@ impl FromStr for ServiceId {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let labels: Vec<&str> = text.split('.').collect();
-        if labels.len() <= 2 && labels.iter().all(|label| is_label(label)) {
+        let labels = text.split('.');
+        if labels.clone().count() <= 2 && labels.into_iter().all(is_label) {
             return Ok(Self(text.into()));
         }
         Err(format!(

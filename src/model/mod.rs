@@ -11,6 +11,8 @@ mod instance;
 mod lock;
 mod members;
 mod registration;
+mod roles;
+mod upstream;
 
 pub use health::{Check, Health, HealthReport, Probe, RawCheck, RawKind, ServerCheck, Statuses, Verdict};
 pub use id::{Incarnation, InstanceId, InstanceKey, MAX_INSTANCE_ID, MAX_LABEL, Revision, ServiceId};
@@ -21,3 +23,5 @@ pub use members::{MemberId, Members};
 pub use registration::{
     Limits, RawRegistration, Registration, Update, check_metadata, format_duration, parse_duration,
 };
+pub use roles::{Role, Roles};
+pub use upstream::{Group, Upstream};

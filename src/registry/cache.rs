@@ -1,6 +1,7 @@
 //! The catalog on disk, for a process that starts while its store cannot be reached: old but better than nothing.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write as _},
     path::PathBuf,
@@ -10,7 +11,7 @@ use std::{
 use prost::Message as _;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::record::{instance_from_proto, instance_to_proto};
+use super::record::{decode_roles, encode_roles, instance_from_proto, instance_to_proto};
 use crate::{
     catalog::{Change, Reader, Snapshot},
     model::{InstanceKey, Revision},
@@ -48,6 +49,9 @@ struct Record {
     services: Vec<String>,
     #[prost(message, repeated, tag = "4")]
     instances: Vec<v1::Instance>,
+    /// By service, as they are in the store.
+    #[prost(btree_map = "string, bytes", tag = "5")]
+    roles: BTreeMap<String, Vec<u8>>,
 }
 
 impl Cache {
@@ -88,11 +92,16 @@ impl Cache {
 
     fn write(&self, snapshot: &Snapshot, taken_at: SystemTime) -> io::Result<()> {
         let instances = snapshot.services().flat_map(|service| service.instances());
+        let registered = snapshot.services().filter(|service| service.is_registered());
+        let roles = snapshot.services().filter_map(|service| {
+            Some((service.id.to_string(), encode_roles(service.roles.as_ref()?).into()))
+        });
         let record = Record {
             revision: snapshot.revision().0,
             taken_at: Some(taken_at.into()),
-            services: snapshot.services().map(|service| service.id.to_string()).collect(),
+            services: registered.map(|service| service.id.to_string()).collect(),
             instances: instances.map(|instance| instance_to_proto(instance)).collect(),
+            roles: roles.collect(),
         };
         let body = record.encode_to_vec();
         if let Some(directory) = self.path.parent() {
@@ -114,7 +123,7 @@ fn read(bytes: &[u8]) -> Result<Cached, String> {
     if xxh3_64(body) != u64::from_le_bytes(*checksum) {
         return Err("it is damaged: its checksum is wrong".to_owned());
     }
-    let Record { revision, taken_at, services, instances } =
+    let Record { revision, taken_at, services, instances, roles } =
         Record::decode(body).map_err(|error| error.to_string())?;
     let mut changes = Vec::with_capacity(services.len() + instances.len());
     for service in services {
@@ -125,6 +134,9 @@ fn read(bytes: &[u8]) -> Result<Cached, String> {
         let revision = Revision(message.revision);
         changes.push(Change::PutInstance(instance_from_proto(key, message, revision)?));
     }
+    for (service, roles) in roles {
+        changes.push(Change::PutRoles(service.parse()?, decode_roles(&roles.into())?.into()));
+    }
     let taken_at = taken_at.and_then(|at| SystemTime::try_from(at).ok()).ok_or("it has no date")?;
     Ok(Cached { revision: Revision(revision), taken_at, changes })
 }
@@ -132,7 +144,7 @@ fn read(bytes: &[u8]) -> Result<Cached, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::catalog;
+    use crate::{catalog::catalog, model::Roles};
 
     #[test]
     fn it_reads_back_and_damage_is_noticed() {
@@ -141,11 +153,19 @@ mod tests {
         assert!(cache.load().unwrap().is_none());
 
         let (mut writer, reader) = catalog();
-        writer.apply(Revision(7), vec![Change::PutService("empty".parse().unwrap())]);
+        let roles = Roles { term: 3, leader: Some("n1".parse().unwrap()), ..Roles::default() };
+        let changes = vec![
+            Change::PutService("empty".parse().unwrap()),
+            Change::PutRoles("db".parse().unwrap(), roles.clone().into()),
+        ];
+        writer.apply(Revision(7), changes);
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000);
         cache.write(&reader.latest(), at).unwrap();
         let cached = cache.load().unwrap().unwrap();
-        assert_eq!((cached.revision, cached.taken_at, cached.changes.len()), (Revision(7), at, 1));
+        assert_eq!((cached.revision, cached.taken_at, cached.changes.len()), (Revision(7), at, 2));
+        let known = Snapshot::default().apply(Revision(7), cached.changes);
+        let db = known.service(&"db".parse().unwrap()).unwrap();
+        assert_eq!((db.roles.as_deref(), db.is_registered()), (Some(&roles), false));
 
         let good = fs::read(&cache.path).unwrap();
         for at in 0..good.len() {

@@ -10,10 +10,12 @@ pub enum Error {
     #[error("{0}")]
     Invalid(Problems),
     /// There is no such instance. An owner registers again.
-    #[error("instance {0} is not registered: register it (again)")]
+    #[error(
+        "instance {0} is not registered: register it (again); `disco instance list` shows those that are"
+    )]
     NotFound(InstanceKey),
     /// There is no such service.
-    #[error("service {0} is not known")]
+    #[error("service {0} is not known; `disco service list` (GET /v1/services) shows those that are")]
     NoService(crate::model::ServiceId),
     /// Nobody holds the lock.
     #[error("lock {0} is held by nobody")]

@@ -204,12 +204,7 @@ impl History {
             what: what.name().to_owned(),
             by: by.to_owned(),
             why: why.to_owned(),
-            instance: (!what.removes()).then(|| v1::Instance {
-                service: String::new(),
-                id: String::new(),
-                revision: 0,
-                ..record::instance_to_proto(instance)
-            }),
+            instance: (!what.removes()).then(|| record::without_key(instance)),
         };
         Some(Op::Put {
             key: format!("{HISTORY}{service}/{millis:015}-{count:08x}{:04x}", self.seed).into(),

@@ -26,27 +26,32 @@ impl Inner {
         keeps(&self.members.borrow(), instance.owner.as_ref(), &instance.key)
     }
 
-    fn adopt(&self, instance: &Instance) {
-        let ttl = match instance.lease {
-            Lease::Ttl(ttl) => Some(ttl),
-            Lease::Session => None,
-        };
-        self.leases.adopt(&instance.key, instance.incarnation, ttl, Instant::now());
+    fn adopt<'a>(&self, instances: impl IntoIterator<Item = &'a Instance>) {
+        let leases = instances.into_iter().map(|instance| {
+            let ttl = match instance.lease {
+                Lease::Ttl(ttl) => Some(ttl),
+                Lease::Session => None,
+            };
+            (&instance.key, instance.incarnation, ttl)
+        });
+        self.leases.adopt(leases, Instant::now());
     }
 
     /// Counts the leases that it keeps, and no others. That of a stale instance is over, unless a store that went back does not
     /// know that its owner vouches for it again.
     pub(super) fn settle_all(&self, snapshot: &Snapshot) {
         let members = self.members.borrow().clone();
+        let mut adopted = Vec::new();
         for instance in snapshot.services().flat_map(|service| service.instances()) {
             if !keeps(&members, instance.owner.as_ref(), &instance.key) {
                 self.leases.cede(&instance.key);
             } else if instance.stale.is_none() {
-                self.adopt(instance);
+                adopted.push(&**instance);
             } else if self.leases.held(&instance.key, instance.incarnation) {
                 self.held.revived((instance.key.clone(), instance.incarnation));
             }
         }
+        self.adopt(adopted);
     }
 
     fn settle(&self, snapshot: &Snapshot, key: &InstanceKey) {
@@ -56,7 +61,7 @@ impl Inner {
             self.leases.cede(key);
         } else if instance.owner.as_ref() != Some(&members.own) && instance.stale.is_none() {
             // What it owns itself it counts since the write. If that lease is over, a change must not bring it back.
-            self.adopt(instance);
+            self.adopt([&**instance]);
         }
     }
 }

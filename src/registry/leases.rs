@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeSet, BinaryHeap, HashMap, HashSet},
+    collections::{BTreeSet, BinaryHeap, HashMap, HashSet, hash_map::Entry},
     hash::Hash,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -62,18 +62,26 @@ impl<K: Clone + Ord + Hash> Leases<K> {
         table.queue.reserve(more);
     }
 
-    /// Begins to count a lease that another process counted, or this one before a restart: its owner has the time to come
-    /// back. A lease that is counted already stays as it is.
-    pub(super) fn adopt(&self, key: &K, incarnation: Incarnation, ttl: Option<Duration>, now: Instant) {
-        let (holder, within) = match ttl {
-            Some(ttl) => (Holder::Ttl(ttl), ttl.max(self.grace)),
-            None => (Holder::Nobody, self.grace),
-        };
+    /// Begins to count leases that another process counted, or this one before a restart, by what they last without a renewal:
+    /// their owners have the time to come back. A lease that is counted already stays as it is.
+    pub(super) fn adopt<'a>(
+        &self,
+        leases: impl IntoIterator<Item = (&'a K, Incarnation, Option<Duration>)>,
+        now: Instant,
+    ) where
+        K: 'a,
+    {
         let mut table = self.table();
-        if table.held.get(key).is_some_and(|held| held.incarnation == incarnation) {
-            return;
+        let mut first = false;
+        for (key, incarnation, ttl) in leases {
+            let (holder, within) = match ttl {
+                Some(ttl) => (Holder::Ttl(ttl), ttl.max(self.grace)),
+                None => (Holder::Nobody, self.grace),
+            };
+            if table.held.get(key).is_none_or(|held| held.incarnation != incarnation) {
+                first |= table.hold(key.clone(), incarnation, holder, Some(now + within));
+            }
         }
-        let first = table.hold(key.clone(), incarnation, holder, Some(now + within));
         drop(table);
         if first {
             self.earlier.notify_one();
@@ -315,26 +323,29 @@ impl<K: Clone + Ord + Hash> Table<K> {
 
     /// Returns whether its deadline is now the next of all.
     fn hold(&mut self, key: K, incarnation: Incarnation, holder: Holder, deadline: Option<Instant>) -> bool {
-        let before = self.held.get(&key);
-        let queued = before.and_then(|held| held.queued).filter(|at| deadline.is_none_or(|new| *at <= new));
-        if let Some(Holder::Session(old)) = before.map(|held| held.holder)
-            && let Some(keys) = self.sessions.get_mut(&old)
-        {
-            keys.remove(&key);
+        let mut held = Held { incarnation, holder, deadline, queued: None };
+        let entry = self.held.entry(key.clone());
+        if let Entry::Occupied(before) = &entry {
+            let before = before.get();
+            held.queued = before.queued.filter(|at| deadline.is_none_or(|new| *at <= new));
+            if let Holder::Session(old) = before.holder
+                && let Some(keys) = self.sessions.get_mut(&old)
+            {
+                keys.remove(&key);
+            }
         }
         if let Holder::Session(session) = holder
             && let Some(keys) = self.sessions.get_mut(&session)
         {
             keys.insert(key.clone());
         }
-        let mut held = Held { incarnation, holder, deadline, queued };
         let mut first = false;
-        if let (Some(deadline), None) = (deadline, queued) {
+        if let (Some(deadline), None) = (deadline, held.queued) {
             first = self.queue.peek().is_none_or(|Reverse((at, _))| deadline < *at);
-            self.queue.push(Reverse((deadline, key.clone())));
+            self.queue.push(Reverse((deadline, key)));
             held.queued = Some(deadline);
         }
-        self.held.insert(key, held);
+        entry.insert_entry(held);
         first
     }
 

@@ -9,8 +9,8 @@ use futures_util::FutureExt as _;
 
 use super::{Cache, Error, cache::Cached, membership, record};
 use crate::{
-    catalog::{Change, Reader, Stale, Writer},
-    model::{InstanceKey, Revision},
+    catalog::{Change, Reader, Snapshot, Stale, Writer},
+    model::{Group, InstanceKey, Revision, Roles, ServiceId},
     rt::{self, Backoff, Gate, Tasks},
     store::{Condition, Entry, Event, Fault, Key, Listing, Op, Store, StoreError, Watch},
 };
@@ -81,13 +81,39 @@ impl Mirror {
         let Listing { revision, entries } = self.store.list(record::CATALOG).await.map_err(Error::Store)?;
         let mut all = Vec::with_capacity(entries.len());
         for entry in entries {
-            all.extend(record::decode(&entry.key, Some(&entry.value), entry.revision)?);
+            // Roles are written by others, as often as a database elects; one record that is wrong is no reason not to start.
+            if entry.key.starts_with(record::ROLES) {
+                all.extend(decoded(&entry.key, Some(&entry.value), entry.revision));
+            } else {
+                all.extend(record::decode(&entry.key, Some(&entry.value), entry.revision)?);
+            }
         }
         let feed = self.store.watch(record::CATALOG, revision).await.map_err(Error::Store)?;
         instances_first(&mut all);
         self.writer.apply(revision, all);
+        self.tell_of_names_taken(&Snapshot::default());
         self.followed = true;
         Ok(feed)
+    }
+
+    /// Says so where a service is registered under a name that would stand for some of another one's instances. It keeps the name:
+    /// those who call it mean it.
+    fn tell_of_names_taken(&self, before: &Snapshot) {
+        let now = self.catalog.latest();
+        for service in now.services().filter(|service| service.roles.is_some()) {
+            if before.service(&service.id).is_some_and(|before| before.roles.is_some()) {
+                continue;
+            }
+            for name in Group::ALL.map(|group| group.of(&service.id)) {
+                if name.parse().is_ok_and(|id| now.service(&id).is_some()) {
+                    let service = &service.id;
+                    tracing::warn!(
+                        %service, %name,
+                        "a service of this name is registered, so it does not stand for instances of the replicated one"
+                    );
+                }
+            }
+        }
     }
 
     /// Publishes the copy, and returns whether there was one.
@@ -169,7 +195,14 @@ impl Mirror {
                     Some(Err(_)) | None => break,
                 }
             }
-            self.writer.apply_all(events.into_iter().map(changes));
+            let batches: Vec<_> = events.into_iter().map(changes).collect();
+            let mut changes = batches.iter().flat_map(|(_, changes)| changes);
+            let roles = changes.any(|change| matches!(change, Change::PutRoles(..)));
+            let before = roles.then(|| self.catalog.latest());
+            self.writer.apply_all(batches);
+            if let Some(before) = before {
+                self.tell_of_names_taken(&before);
+            }
         }
     }
 
@@ -182,9 +215,10 @@ impl Mirror {
         let mut lost = Vec::new();
         for service in known.services() {
             let key = record::service_key(&service.id);
-            if !there.contains_key(key.as_ref()) {
+            if service.is_registered() && !there.contains_key(key.as_ref()) {
                 lost.push(Op::Put { key, value: Bytes::new(), when: Condition::Absent });
             }
+            lost.extend(service.roles.as_ref().and_then(|roles| newer_roles(&service.id, roles, &there)));
             for instance in service.instances() {
                 let key = record::instance_key(&instance.key);
                 let when = match there.get(key.as_ref()) {
@@ -237,7 +271,10 @@ impl Mirror {
         for service in known.services() {
             let gone = service.instances().filter(|i| !keys.contains(record::instance_key(&i.key).as_ref()));
             different.extend(gone.map(|instance| Change::RemoveInstance(instance.key.clone())));
-            if !keys.contains(record::service_key(&service.id).as_ref()) {
+            if service.roles.is_some() && !keys.contains(record::roles_key(&service.id).as_ref()) {
+                different.push(Change::RemoveRoles(service.id.clone()));
+            }
+            if service.is_registered() && !keys.contains(record::service_key(&service.id).as_ref()) {
                 different.push(Change::RemoveService(service.id.clone()));
             }
         }
@@ -263,6 +300,19 @@ impl Mirror {
         self.followed = true;
         Ok(feed)
     }
+}
+
+/// Writes roles that the store has lost, or has of an earlier term: no older leader is to come back (rule N7).
+fn newer_roles(id: &ServiceId, known: &Roles, there: &HashMap<&str, &Entry>) -> Option<Op> {
+    let key = record::roles_key(id);
+    let when = match there.get(key.as_ref()) {
+        None => Condition::Absent,
+        Some(entry) => match record::decode_roles(&entry.value) {
+            Ok(old) if old.term >= known.term => return None,
+            Ok(_) | Err(_) => Condition::Unchanged(entry.revision),
+        },
+    };
+    Some(Op::Put { key, value: record::encode_roles(known), when })
 }
 
 fn changes(event: Event) -> (Revision, Vec<Change>) {
@@ -312,6 +362,66 @@ mod tests {
         let both = store.commit(vec![put("history/s/3-0".into()), service.clone()]).await.unwrap();
         let event = feed.next().await.unwrap();
         assert_eq!((event.revision, event.changes.len()), (both, 1));
+    }
+
+    #[tokio::test]
+    async fn roles_come_and_go_and_a_bad_record_fails_nothing_else() {
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+        let put = |key: Key, value: Bytes| Op::Put { key, value, when: Condition::Always };
+        let id = |name: &str| name.parse::<ServiceId>().unwrap();
+        let roles = |term| Roles { term, leader: Some("n1".parse().unwrap()), ..Roles::default() };
+        let elected = |name, term| put(record::roles_key(&id(name)), record::encode_roles(&roles(term)));
+        let bad = put(record::roles_key(&id("bad")), Bytes::from_static(b"\xff"));
+        let service = put(record::service_key(&id("s")), Bytes::new());
+        store.commit(vec![bad.clone(), service, elected("db", 1)]).await.unwrap();
+        let (writer, reader) = catalog();
+        let mut mirror = Mirror::new(Arc::clone(&store), writer, reader.clone());
+        let mut feed = mirror.load().await.unwrap();
+        let shown = || {
+            let catalog = reader.latest();
+            let term = |roles: &Arc<Roles>| roles.term.to_string();
+            let shown = catalog.services().map(|service| {
+                format!("{} {}", service.id, service.roles.as_ref().map(term).unwrap_or_default())
+            });
+            shown.collect::<Vec<_>>()
+        };
+        assert_eq!(shown(), ["db 1", "s "]);
+        let gone = |name| Op::Delete { key: record::roles_key(&id(name)), when: Condition::Always };
+        for (ops, want) in [
+            (vec![elected("db", 2), bad], vec!["db 2", "s "]),
+            (vec![elected("s", 3)], vec!["db 2", "s 3"]),
+            (vec![gone("db")], vec!["s 3"]),
+        ] {
+            store.commit(ops).await.unwrap();
+            mirror.writer.apply_all([changes(feed.next().await.unwrap())]);
+            assert_eq!(shown(), want);
+        }
+        // What went while nobody followed is noticed.
+        store.commit(vec![gone("s"), elected("late", 1)]).await.unwrap();
+        mirror.resync().await.unwrap();
+        assert_eq!(shown(), ["late 1", "s "]);
+    }
+
+    #[tokio::test]
+    async fn a_store_that_went_back_brings_no_older_leader_back() {
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+        let id = |name: &str| name.parse::<ServiceId>().unwrap();
+        let roles = |term| Roles { term, ..Roles::default() };
+        let put = |name: &str, term| Op::Put {
+            key: record::roles_key(&id(name)),
+            value: record::encode_roles(&roles(term)),
+            when: Condition::Always,
+        };
+        store.commit(vec![put("older", 1), put("newer", 5)]).await.unwrap();
+        let (mut writer, reader) = catalog();
+        let known = ["older", "newer", "lost"].map(|name| Change::PutRoles(id(name), roles(3).into()));
+        writer.apply(Revision(9), known.into());
+        Mirror::new(Arc::clone(&store), writer, reader).heal().await.unwrap();
+        for (name, term) in [("older", 3), ("newer", 5), ("lost", 3)] {
+            let entry = store.get(&record::roles_key(&id(name))).await.unwrap().unwrap();
+            assert_eq!(record::decode_roles(&entry.value), Ok(roles(term)), "{name}");
+        }
+        assert!(store.list(record::SERVICES).await.unwrap().entries.is_empty());
     }
 
     #[tokio::test]

@@ -1,6 +1,9 @@
 //! What is kept in the store, and the wire form of an instance. The same message serves both.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -13,8 +16,8 @@ use crate::{
     catalog::{Change, Live},
     client::check_to_proto,
     model::{
-        Damped, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, ServiceId, Stale,
-        State,
+        Damped, Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Role, Roles,
+        ServiceId, Stale, State,
     },
     proto::v1,
     store::Key,
@@ -28,12 +31,56 @@ pub(super) const LIVE: &str = "catalog/live/";
 /// The verdict on each instance that is checked, apart, so that it changes without the instance's record.
 pub(super) const HEALTH: &str = "catalog/health/";
 
+/// What the instances of a replicated service do; written by whoever asks the database.
+pub(super) const ROLES: &str = "catalog/roles/";
+
 pub(super) fn service_key(id: &ServiceId) -> Key {
     format!("{SERVICES}{id}").into()
 }
 
 pub(super) fn instance_key(key: &InstanceKey) -> Key {
     format!("{INSTANCES}{key}").into()
+}
+
+pub(super) fn roles_key(id: &ServiceId) -> Key {
+    format!("{ROLES}{id}").into()
+}
+
+pub(super) fn encode_roles(roles: &Roles) -> Bytes {
+    let Roles { term, leader, others } = roles;
+    let wire = |role: &Role| match role {
+        Role::Unknown => v1::Role::Unknown,
+        Role::Leader => v1::Role::Leader,
+        Role::Follower => v1::Role::Follower,
+        Role::Candidate => v1::Role::Candidate,
+        Role::Learner => v1::Role::Learner,
+    };
+    let message = v1::RolesRecord {
+        term: *term,
+        leader: leader.as_ref().map(ToString::to_string).unwrap_or_default(),
+        others: others.iter().map(|(id, role)| (id.to_string(), wire(role).into())).collect(),
+    };
+    message.encode_to_vec().into()
+}
+
+pub(super) fn decode_roles(value: &Bytes) -> Result<Roles, String> {
+    let v1::RolesRecord { term, leader, others } =
+        v1::RolesRecord::decode(value.clone()).map_err(|e| e.to_string())?;
+    let model = |role: i32| match v1::Role::try_from(role) {
+        // A role of a later version.
+        Ok(v1::Role::Unknown) | Err(_) => Role::Unknown,
+        Ok(v1::Role::Leader) => Role::Leader,
+        Ok(v1::Role::Follower) => Role::Follower,
+        Ok(v1::Role::Candidate) => Role::Candidate,
+        Ok(v1::Role::Learner) => Role::Learner,
+    };
+    let leader = (!leader.is_empty()).then(|| leader.parse()).transpose();
+    let others = others.into_iter().map(|(id, role)| Ok((id.parse()?, model(role))));
+    Ok(Roles {
+        term,
+        leader: leader.map_err(|e| format!("leader: {e}"))?,
+        others: others.collect::<Result<_, String>>().map_err(|e| format!("others: {e}"))?,
+    })
 }
 
 pub(super) fn live_key(key: &InstanceKey) -> Key {
@@ -70,12 +117,16 @@ pub(super) fn encode_health(health: &Health, incarnation: Incarnation) -> Bytes 
     message.encode_to_vec().into()
 }
 
-/// The stored form, without its health. The revision is not in it: the store keeps that.
+/// The stored form, without its health. What the store keeps of it is not in it: key and revision.
 pub(super) fn encode(instance: &Instance) -> Bytes {
-    let mut message = instance_to_proto(instance);
-    message.revision = 0;
-    message.health = None;
-    message.encode_to_vec().into()
+    v1::Instance { health: None, ..without_key(instance) }.encode_to_vec().into()
+}
+
+/// The wire form, for a place that has the key and the revision already. Where nothing is checked there is no verdict in it.
+pub(super) fn without_key(instance: &Instance) -> v1::Instance {
+    let message = instance_to_proto(instance);
+    let health = message.health.filter(|_| instance.check.is_some());
+    v1::Instance { service: String::new(), id: String::new(), revision: 0, health, ..message }
 }
 
 /// What a change in the store means for the catalog; `None` for keys of others.
@@ -84,6 +135,11 @@ pub(super) fn decode(key: &Key, value: Option<&Bytes>, revision: Revision) -> Re
     if let Some(name) = key.strip_prefix(SERVICES) {
         let id: ServiceId = name.parse().map_err(wrong)?;
         return Ok(Some(if value.is_some() { Change::PutService(id) } else { Change::RemoveService(id) }));
+    }
+    if let Some(name) = key.strip_prefix(ROLES) {
+        let id: ServiceId = name.parse().map_err(wrong)?;
+        let Some(value) = value else { return Ok(Some(Change::RemoveRoles(id))) };
+        return Ok(Some(Change::PutRoles(id, Arc::new(decode_roles(value).map_err(wrong)?))));
     }
     let instance_key = |path: &str| {
         let (service, id) =
@@ -221,9 +277,9 @@ pub(super) fn instance_from_proto(
             .and_then(|port| port.try_into().ok())
             .ok_or("port: out of range")?,
         locality: Locality {
-            region: locality.region.into(),
-            zone: locality.zone.into(),
-            sub_zone: locality.sub_zone.into(),
+            region: shared(locality.region),
+            zone: shared(locality.zone),
+            sub_zone: shared(locality.sub_zone),
         },
         weight: message.weight.try_into().map_err(|_| "weight: is 0")?,
         metadata: message.metadata,
@@ -249,6 +305,11 @@ pub(super) fn instance_from_proto(
             None => None,
         },
     })
+}
+
+/// Most localities are empty, and those need no memory of their own.
+fn shared(text: String) -> Arc<str> {
+    if text.is_empty() { Arc::default() } else { text.into() }
 }
 
 pub(super) fn wire_time(
@@ -365,6 +426,19 @@ mod tests {
     }
 
     #[test]
+    fn roles_read_back_as_they_were() {
+        let others = Role::ALL.into_iter().zip(["a", "b", "c", "d", "e"]);
+        let others = others.map(|(role, id)| (id.parse().unwrap(), role)).collect();
+        let elected = Roles { term: 7, leader: Some("n1".parse().unwrap()), others };
+        for roles in [elected, Roles { term: 8, ..Roles::default() }] {
+            let service: ServiceId = "db.pay".parse().unwrap();
+            let read = decode(&roles_key(&service), Some(&encode_roles(&roles)), Revision(9)).unwrap();
+            let Some(Change::PutRoles(of, read)) = read else { panic!("no roles") };
+            assert_eq!((of, &*read), (service, &roles));
+        }
+    }
+
+    #[test]
     fn what_is_not_ours_is_refused_or_left() {
         let bytes = Bytes::from_static(b"\xff\xff\xff");
         assert!(decode(&"locks/a".into(), Some(&bytes), Revision(1)).unwrap().is_none());
@@ -375,6 +449,8 @@ mod tests {
             "services/a b",
             "health/greeter",
             "health/greeter/a",
+            "roles/greeter",
+            "roles/a/b",
         ] {
             let key = format!("{CATALOG}{key}");
             assert!(decode(&key.as_str().into(), Some(&bytes), Revision(1)).is_err(), "{key}");

@@ -6,7 +6,8 @@ use tokio::time::Instant;
 
 use super::{Accepted, Error, Inner, Registry, leases::Holder, write::Decision};
 use crate::{
-    model::{Health, Incarnation, Instance, Lease, Registration, Revision, State},
+    catalog::Snapshot,
+    model::{Group, Health, Incarnation, Instance, Lease, Registration, Revision, ServiceId, State},
     rt,
 };
 
@@ -86,6 +87,15 @@ impl Inner {
                         format!(
                             "{} has {} instances, the most that one service may have; limits.instances_per_service raises it",
                             service.id, limits.instances_per_service
+                        ),
+                    ));
+                }
+                None if is_group(&snapshot, &registration.key.service) => {
+                    return Err(Error::conflict(
+                        "service",
+                        format!(
+                            "{} stands for some of the instances of a replicated service: choose another name or namespace",
+                            registration.key.service
                         ),
                     ));
                 }
@@ -203,4 +213,11 @@ fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: H
         stale: None,
         damped: same_run.and_then(|present| present.damped.clone()),
     }
+}
+
+/// Whether callers know some of the instances of another service by this name, such as `db.leader`: who took it would be sent what is
+/// meant for them.
+fn is_group(snapshot: &Snapshot, id: &ServiceId) -> bool {
+    let group = Group::parse(id.as_str());
+    group.and_then(|(of, _)| snapshot.service(&of)?.roles.as_ref()).is_some()
 }

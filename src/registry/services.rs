@@ -32,7 +32,9 @@ impl Registry {
                 continue;
             }
             let snapshot = self.inner.catalog.latest();
-            let empty = |id: &ServiceId| snapshot.service(id).is_some_and(|s| s.instances().len() == 0);
+            let empty = |id: &ServiceId| {
+                snapshot.service(id).is_some_and(|s| s.instances().len() == 0 && s.roles.is_none())
+            };
             empty_since.retain(|id, _| empty(id));
             for service in snapshot.services().filter(|service| empty(&service.id)) {
                 let since = *empty_since.entry(service.id.clone()).or_insert(now);
@@ -59,7 +61,12 @@ impl Inner {
             let entry = self.store.get(&key).await.map_err(Error::Store)?.ok_or_else(unknown)?;
             self.catalog.reached(entry.revision).await;
             let snapshot = self.catalog.latest();
-            let instances = snapshot.service(id).ok_or_else(unknown)?.instances().len();
+            let service = snapshot.service(id).ok_or_else(unknown)?;
+            if service.roles.is_some() {
+                let message = format!("{id} is replicated and has roles: remove its peer set first");
+                return Err(Error::conflict("service", message));
+            }
+            let instances = service.instances().len();
             if instances > 0 {
                 let noun = if instances == 1 { "instance" } else { "instances" };
                 return Err(Error::conflict(

@@ -1,6 +1,6 @@
 //! Backups: everything that is kept in the store, out of it and into another one.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -16,6 +16,13 @@ use crate::{
 /// How far revisions jump beyond all that a backup knows of: more changes than anybody makes between a backup and its use, so that
 /// no revision and no fencing token is given out twice.
 const JUMP: u64 = 1_000_000_000;
+
+/// How far the ids that replicas are given jump, and the numbers of foundings, likewise (rules N12 and N2 of peer sets): small, since
+/// some databases want small ones.
+const ID_JUMP: u64 = 1000;
+
+/// Where peer sets are kept.
+const PEER_SETS: &str = "peers/sets/";
 
 /// Operations of one commit. etcd takes at most 128 with what a commit adds to them.
 const BATCH: usize = 100;
@@ -76,13 +83,19 @@ pub async fn restore(store: &dyn Store, backup: Backup, replace: bool) -> Result
 
     let entries: Vec<_> = backup.listing.entries.into_iter().filter(kept).collect();
     let names: HashSet<_> = entries.iter().map(|entry| &entry.key).collect();
+    let sets = present.iter().filter(|entry| entry.key.starts_with(PEER_SETS));
+    let sets: HashMap<_, _> = sets.map(|entry| (entry.key.clone(), entry.value.clone())).collect();
     let over = present.into_iter().filter(|entry| !names.contains(&entry.key));
     let removals: Vec<_> = over.map(|entry| Op::Delete { key: entry.key, when: Condition::Always }).collect();
     let removed = removals.len();
     let when = if replace { Condition::Always } else { Condition::Absent };
     let written = entries.len();
     let puts = entries.into_iter().map(|Entry { key, value, .. }| {
-        let value = if key.starts_with(record::INSTANCES) { without_owner(value) } else { value };
+        let value = match &*key {
+            key if key.starts_with(record::INSTANCES) => without_owner(value),
+            key if key.starts_with(PEER_SETS) => with_later_ids(value, sets.get(key)),
+            _ => value,
+        };
         Op::Put { key, value, when }
     });
     let ops: Vec<_> = removals.into_iter().chain(puts).collect();
@@ -101,4 +114,24 @@ fn without_owner(value: Bytes) -> Bytes {
         // Whoever reads it reports it.
         Err(_) => value,
     }
+}
+
+/// Replicas and foundings that came after the backup have ids that it does not know of; what is in its place, `present`, may.
+///
+/// A list that was not frozen then may have been since, and handed out: so what is collected for now is another founding, with
+/// another identity (rule N2).
+fn with_later_ids(value: Bytes, present: Option<&Bytes>) -> Bytes {
+    // Whoever reads one that cannot be read reports it.
+    let Ok(mut record) = v1::PeerSetRecord::decode(value.clone()) else { return value };
+    let generation = |record: &v1::PeerSetRecord| {
+        record.last_generation.max(record.set.as_ref().map_or(0, |set| set.generation))
+    };
+    let present = present.and_then(|value| v1::PeerSetRecord::decode(value.clone()).ok()).unwrap_or_default();
+    record.next_node = record.next_node.max(present.next_node).saturating_add(ID_JUMP);
+    record.last_generation = generation(&record).max(generation(&present)).saturating_add(ID_JUMP);
+    if let Some(set) = record.set.as_mut().filter(|set| set.founding.is_none()) {
+        set.generation = record.last_generation;
+        set.cluster_id = format!("{:032x}", fastrand::u128(1..));
+    }
+    record.encode_to_vec().into()
 }

@@ -1,6 +1,6 @@
-use std::{fmt::Write as _, net::SocketAddr};
+use std::{collections::BTreeMap, fmt::Write as _, net::SocketAddr};
 
-use crate::model::{Locality, ServiceId};
+use crate::model::{Locality, ServiceId, Upstream};
 
 /// Where a sidecar's admin interface listens on loopback, unless told otherwise.
 pub const DEFAULT_ADMIN_PORT: u16 = 19_000;
@@ -22,8 +22,10 @@ pub struct Bootstrap {
     pub outbound_port: u16,
     /// The gRPC addresses of the Disco servers. Envoy spreads its streams over them and goes on to the next when one fails.
     pub servers: Vec<SocketAddr>,
-    /// The only services that it is to be told of; all if there are none here.
-    pub upstreams: Vec<ServiceId>,
+    /// The only services, or parts of services, that it is to be told of; all if there are none here.
+    pub upstreams: Vec<Upstream>,
+    /// What it is to offer to applications that speak no HTTP: the loopback port for each.
+    pub tcp: BTreeMap<Upstream, u16>,
     /// How it asks for what it needs.
     pub protocol: Protocol,
 }
@@ -148,6 +150,10 @@ overload_manager:
             let names: Vec<_> = self.upstreams.iter().map(|name| quoted(name.as_str())).collect();
             let _ = writeln!(node, "    disco.upstreams: [{}]", names.join(", "));
         }
+        if !self.tcp.is_empty() {
+            let ports = self.tcp.iter().map(|(name, port)| format!("{}: {port}", quoted(name.as_str())));
+            let _ = writeln!(node, "    disco.tcp: {{ {} }}", ports.collect::<Vec<_>>().join(", "));
+        }
         node
     }
 
@@ -196,6 +202,7 @@ mod tests {
             outbound_port: 10_000,
             servers: vec!["127.0.0.1:18000".parse().unwrap()],
             upstreams: vec![],
+            tcp: BTreeMap::new(),
             protocol: Protocol::Delta,
         }
     }
@@ -212,6 +219,7 @@ mod tests {
             outbound_port: 2,
             servers: vec!["10.0.0.1:3".parse().unwrap(), "[::1]:4".parse().unwrap()],
             upstreams: vec!["a".parse().unwrap(), "b.c".parse().unwrap()],
+            tcp: [("db.leader", 6), ("db", 5)].map(|(name, port)| (name.parse().unwrap(), port)).into(),
             protocol: Protocol::Sotw,
             ..bootstrap()
         });
@@ -222,7 +230,8 @@ mod tests {
                 "cluster": "web",
                 "locality": { "region": "r", "zone": "z" },
                 "metadata": {
-                    "disco.service": "web", "disco.outbound_port": 2, "disco.upstreams": ["a", "b.c"]
+                    "disco.service": "web", "disco.outbound_port": 2, "disco.upstreams": ["a", "b.c"],
+                    "disco.tcp": { "db": 5, "db.leader": 6 },
                 },
             })
         );

@@ -2,6 +2,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     num::NonZeroU16,
+    sync::Arc,
 };
 
 use envoy_types::pb::envoy::config::{
@@ -15,26 +16,26 @@ use envoy_types::pb::envoy::config::{
     },
 };
 
-use super::{View, wire::number};
+use super::{View, names::Source, wire::number};
 use crate::{
-    catalog::{Endpoints, Part, Service},
+    catalog::{Endpoints, Part},
     model::{Instance, Locality},
     xds::{Resource, ResourceType},
 };
 
 /// With the instances that take no new calls, marked so: Envoy lets the calls that run finish.
-pub(super) fn for_envoy(service: &Service, view: &View) -> Resource {
-    let endpoints = service.endpoints();
-    resource(service, &endpoints, &listed(service, &endpoints), view)
+pub(super) fn for_envoy(name: &Arc<str>, source: Source<'_>, view: &View) -> Resource {
+    let endpoints = source.endpoints();
+    resource(name, &endpoints, &listed(source, &endpoints), view)
 }
 
 /// Only the instances that take calls; gRPC clients skip the others in any case (A27), and a locality that has no more than those
 /// would still get its share of the calls from clients that honour locality weights.
-pub(super) fn for_grpc(service: &Service, view: &View) -> Resource {
-    let endpoints = service.endpoints();
-    let mut instances = listed(service, &endpoints);
+pub(super) fn for_grpc(name: &Arc<str>, source: Source<'_>, view: &View) -> Resource {
+    let endpoints = source.endpoints();
+    let mut instances = listed(source, &endpoints);
     instances.retain(|listed| listed.part == Part::Serving);
-    resource(service, &endpoints, &instances, view)
+    resource(name, &endpoints, &instances, view)
 }
 
 /// An instance and the part that it has.
@@ -47,12 +48,19 @@ struct Listed<'a> {
 ///
 /// Who serves when some or all are ill is decided by [`Endpoints`], and not left to the clients: Envoy's panic would call draining
 /// instances, too, and gRPC clients know no panic.
-fn listed<'a>(service: &'a Service, endpoints: &Endpoints) -> Vec<Listed<'a>> {
-    let instances = service.instances().map(AsRef::as_ref).filter(|instance| endpoints.has(instance));
+///
+/// The leader is the leader, whatever its checks say and even while it drains: only those who elected it know better, and there is
+/// nobody else to call.
+fn listed<'a>(source: Source<'a>, endpoints: &Endpoints) -> Vec<Listed<'a>> {
+    if source.is_leader() {
+        let leader = source.instances().next();
+        return leader.into_iter().map(|instance| Listed { instance, part: Part::Serving }).collect();
+    }
+    let instances = source.instances().filter(|instance| endpoints.has(instance));
     instances.map(|instance| Listed { instance, part: endpoints.part(instance) }).collect()
 }
 
-fn resource(service: &Service, endpoints: &Endpoints, instances: &[Listed<'_>], view: &View) -> Resource {
+fn resource(name: &Arc<str>, endpoints: &Endpoints, instances: &[Listed<'_>], view: &View) -> Resource {
     // Clients refuse weights whose sum does not fit 32 bits (gRPC A27).
     let scale = scale(instances.iter().map(|listed| u64::from(listed.instance.weight.get())).sum());
     let weight = |listed: &Listed<'_>| scaled(listed.instance, scale);
@@ -80,12 +88,12 @@ fn resource(service: &Service, endpoints: &Endpoints, instances: &[Listed<'_>], 
     });
     let ill = instances.iter().any(|listed| matches!(listed.part, Part::Degraded | Part::Unhealthy));
     let message = ClusterLoadAssignment {
-        cluster_name: service.id.to_string(),
+        cluster_name: name.to_string(),
         endpoints: localities.collect(),
         policy: policy(ill && endpoints.some_are_ill()),
         ..ClusterLoadAssignment::default()
     };
-    Resource::new(ResourceType::Endpoints, service.id.shared(), &message, [])
+    Resource::new(ResourceType::Endpoints, Arc::clone(name), &message, [])
 }
 
 /// In percent, how much more than its share a healthy instance is taken to bear: enough for one of a million. Else Envoy sends

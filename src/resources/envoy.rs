@@ -51,6 +51,7 @@ use envoy_types::pb::envoy::{
 use super::{
     View,
     endpoints::socket,
+    names::Source,
     wire::{
         ads, all_paths, any, circuit_breakers, eds, forward, http_filter, number, percent, rds, retries,
         router, seconds, virtual_host,
@@ -71,7 +72,9 @@ const RETRIES_AT_ONCE: u32 = 1_000;
 
 const AUTHORITY: &str = ":authority";
 
-pub(super) fn cluster(service: &Arc<str>) -> Resource {
+/// There is one leader or none. It is tried as long as it is the leader, and never put aside: who calls it is told at once what is
+/// wrong, and by whom. What it is not the leader for any more, no panic sends to it.
+pub(super) fn cluster(service: &Arc<str>, source: Source<'_>) -> Resource {
     let message = Cluster {
         name: service.to_string(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
@@ -91,11 +94,11 @@ pub(super) fn cluster(service: &Arc<str>) -> Resource {
             min_retry_concurrency: number(RETRIES_AT_ONCE),
             ..RetryBudget::default()
         })),
-        outlier_detection: Some(outlier_detection()),
+        outlier_detection: (!source.is_leader()).then(outlier_detection),
         common_lb_config: Some(CommonLbConfig {
             // Only when no instance at all is healthy, near or far, are the others tried: with the default of 50 % the calls of
             // a service that lost two of three instances would go to all three.
-            healthy_panic_threshold: percent(1.0),
+            healthy_panic_threshold: percent(if source.is_leader() { 0.0 } else { 1.0 }),
             // Envoy collects changes of health and weight for up to 1 s by default: a drained instance would be sent new
             // calls after the drain was acknowledged, and a crashed one after it was put aside.
             update_merge_window: seconds(0),
@@ -224,13 +227,21 @@ fn cluster_not_found() -> LocalReplyConfig {
     LocalReplyConfig { mappers: vec![mapper], body_format: None }
 }
 
-/// One table for all services of the view, so it changes only when one of them comes or goes.
-pub(super) fn routes<'a>(services: impl Iterator<Item = &'a str>, view: &View) -> Resource {
-    let retry_policy = retry_policy();
+/// One table for all names of the view, so it changes only when one of them comes or goes.
+pub(super) fn routes(names: &[(Arc<str>, Source<'_>)], view: &View) -> Resource {
     let mut virtual_hosts: Vec<_> = if view.on_demand {
-        on_demand_host(services.map(str::to_owned).collect(), retry_policy, view).into_iter().collect()
+        let (leaders, others): (Vec<_>, Vec<_>) = names.iter().partition(|(_, source)| source.is_leader());
+        let hosts = [("services", others, retry_policy()), ("leaders", leaders, leader_retry_policy())];
+        let hosts = hosts.into_iter().filter_map(|(host, names, retry_policy)| {
+            let names = names.iter().map(|(name, _)| name.to_string()).collect();
+            on_demand_host(host, names, retry_policy, view)
+        });
+        hosts.collect()
     } else {
-        services.map(|service| virtual_host(service, retry_policy.clone())).collect()
+        let policies = [retry_policy(), leader_retry_policy()];
+        let [of_others, of_leaders] = &policies;
+        let of = |source: Source<'_>| if source.is_leader() { of_leaders } else { of_others };
+        names.iter().map(|(name, source)| virtual_host(name, Some(of(*source).clone()))).collect()
     };
     // No service can have this name.
     virtual_hosts.push(host("*", vec!["*".to_owned()], vec![no_such_service(view)]));
@@ -240,8 +251,9 @@ pub(super) fn routes<'a>(services: impl Iterator<Item = &'a str>, view: &View) -
 }
 
 /// The part of the route table that is about one service, as the table has it, named `<table>/<host>`.
-pub(super) fn host_of(service: &Arc<str>) -> Resource {
-    let message = virtual_host(service, retry_policy());
+pub(super) fn host_of(service: &Arc<str>, source: Source<'_>) -> Resource {
+    let retry_policy = if source.is_leader() { leader_retry_policy() } else { retry_policy() };
+    let message = virtual_host(service, Some(retry_policy));
     Resource::new(ResourceType::VirtualHost, host_name(service), &message, [])
 }
 
@@ -249,12 +261,17 @@ pub(super) fn host_name(service: &str) -> Arc<str> {
     format!("{OUTBOUND}/{service}").into()
 }
 
-/// One for all services: little more than a list of names. Without that list every name would be asked for, and Envoy asks only
+/// One for many names: little more than a list of names. Without that list every name would be asked for, and Envoy asks only
 /// once: it has calls to a name that it knows to be missing wait for the whole time-out.
-fn on_demand_host(services: Vec<String>, retry_policy: RetryPolicy, view: &View) -> Option<VirtualHost> {
+fn on_demand_host(
+    name: &str,
+    services: Vec<String>,
+    retry_policy: RetryPolicy,
+    view: &View,
+) -> Option<VirtualHost> {
     // Domains match in any case, clusters do not.
     let lower_case = RegexMatcher { regex: "[-.a-z0-9]+".to_owned(), ..RegexMatcher::default() };
-    let mut route = forward(ClusterSpecifier::ClusterHeader(AUTHORITY.to_owned()), retry_policy);
+    let mut route = forward(ClusterSpecifier::ClusterHeader(AUTHORITY.to_owned()), Some(retry_policy));
     if let Some(condition) = &mut route.r#match {
         condition.headers.push(HeaderMatcher {
             name: AUTHORITY.to_owned(),
@@ -266,7 +283,7 @@ fn on_demand_host(services: Vec<String>, retry_policy: RetryPolicy, view: &View)
         });
     }
     // Envoy refuses a host without domains.
-    (!services.is_empty()).then(|| host("services", services, vec![route, no_such_service(view)]))
+    (!services.is_empty()).then(|| host(name, services, vec![route, no_such_service(view)]))
 }
 
 /// Calls that got no answer go to another instance: whether they could not be sent, were refused by a server that shuts down, lost
@@ -291,6 +308,12 @@ fn retry_policy() -> RetryPolicy {
         }),
         ..retries("connect-failure,refused-stream,reset,unavailable")
     }
+}
+
+/// Only calls that the leader has certainly not begun, and to the same one unless another was elected meanwhile: a write that got no
+/// answer may have had its effect.
+fn leader_retry_policy() -> RetryPolicy {
+    retries("connect-failure,refused-stream")
 }
 
 /// How a call to nobody is answered; what follows says where it was looked for.

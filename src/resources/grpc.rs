@@ -16,7 +16,10 @@ use envoy_types::pb::envoy::{
     extensions::filters::network::http_connection_manager::v3::HttpConnectionManager,
 };
 
-use super::wire::{any, circuit_breakers, eds, itself, rds, retries, router, virtual_host};
+use super::{
+    names::Source,
+    wire::{any, circuit_breakers, eds, itself, rds, retries, router, virtual_host},
+};
 use crate::xds::{Resource, ResourceType};
 
 /// `xds:///service` is the name of a Listener (A27).
@@ -34,11 +37,13 @@ pub(super) fn listener(service: &Arc<str>) -> Resource {
     Resource::new(ResourceType::Listener, Arc::clone(service), &message, [])
 }
 
-pub(super) fn routes(service: &Arc<str>) -> Resource {
-    // What a call gets when the instance that it was sent to is gone (A44).
+pub(super) fn routes(service: &Arc<str>, source: Source<'_>) -> Resource {
+    // What a call gets when the instance that it was sent to is gone (A44). There is one leader or none: another try would only take
+    // longer, and may write twice.
+    let retries = (!source.is_leader()).then(|| retries("unavailable"));
     let message = RouteConfiguration {
         name: service.to_string(),
-        virtual_hosts: vec![virtual_host(service, retries("unavailable"))],
+        virtual_hosts: vec![virtual_host(service, retries)],
         ..RouteConfiguration::default()
     };
     Resource::new(ResourceType::Route, Arc::clone(service), &message, [])

@@ -18,6 +18,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::{
     View,
     endpoints::{self, endpoint, policy, priorities, proto_locality, scale, scaled, socket_of},
+    names::Source,
     wire::{ads, number},
 };
 use crate::{
@@ -46,25 +47,29 @@ fn is_due(old: &ResourceSet, service: &Service, view: &View) -> bool {
     count >= from || (is && count >= from - (from / 4).max(1))
 }
 
-/// The endpoints of a service, one by one or all together. With `twin`, a set that has come as far and that all members are to be
+/// The endpoints of a name, one by one or all together; those of a group always together. With `twin`, a set that has come as far and that all members are to be
 /// taken from, in the form that it has them, and without the members.
 pub(super) fn changes(
     old: &ResourceSet,
     twin: Option<&ResourceSet>,
-    service: &Service,
+    name: &Arc<str>,
+    source: Source<'_>,
     touched: Touched<'_>,
     view: &View,
 ) -> Vec<Change> {
     let mut out = Vec::new();
-    let name = service.id.as_str();
-    if twin.map_or_else(|| is_due(old, service, view), |twin| !globs(twin, name).is_empty()) {
+    let is_due =
+        |service| twin.map_or_else(|| is_due(old, service, view), |twin| !globs(twin, name).is_empty());
+    if let Source::Service(service) = source
+        && is_due(service)
+    {
         let of = Collections::new(old.origin(), service);
         out.push(Change::Put(of.assignment(service, view)));
         if twin.is_none() {
             of.members(old, service, touched, &mut out);
         }
     } else {
-        out.push(Change::Put(endpoints::for_envoy(service, view)));
+        out.push(Change::Put(endpoints::for_envoy(name, source, view)));
         if twin.is_none() {
             remove(old, name, &mut out);
         }

@@ -11,7 +11,9 @@ mod endpoints;
 mod envoy;
 mod grpc;
 mod leds;
+mod names;
 mod places;
+mod tcp;
 mod view;
 mod wire;
 
@@ -26,14 +28,17 @@ use std::{
 pub use bootstrap::{Bootstrap, DEFAULT_ADMIN_PORT, Protocol};
 pub use envoy::OUTBOUND;
 pub use leds::member as leds_member;
+pub use names::{names, service_of};
 pub use places::Places;
-pub use view::{ClientKind, DEFAULT_OUTBOUND_PORT, MAX_UPSTREAMS, NodeError, View};
+pub use view::{ClientKind, DEFAULT_OUTBOUND_PORT, MAX_TCP, MAX_UPSTREAMS, NodeError, View};
 
 use leds::Touched;
+use names::Source;
 
 use crate::{
-    catalog::{Changes, Service, Snapshot},
-    xds::{Change, ResourceSet, ResourceType},
+    catalog::{Changes, Snapshot},
+    model::Group,
+    xds::{Change, Resource, ResourceSet, ResourceType},
 };
 
 /// All resources of a view.
@@ -42,7 +47,7 @@ pub fn render(snapshot: &Snapshot, view: &View) -> ResourceSet {
 }
 
 /// The resources of a view after `changes`, which lead from `old` to `snapshot`; equal to [`render`] of the snapshot. Only the
-/// services that the changes name are generated again, and what comes out the same keeps its version and place.
+/// names that the changes touch are generated again, and what comes out the same keeps its version and place.
 pub fn update(old: &ResourceSet, snapshot: &Snapshot, changes: &Changes, view: &View) -> ResourceSet {
     update_beside(None, old, snapshot, changes, view)
 }
@@ -61,14 +66,27 @@ pub fn update_beside(
         (other.revision(), other.origin()) == (snapshot.revision(), old.origin()) && view.leds_from > 0
     });
     let mut out = Vec::new();
-    // Every service that a view includes has a cluster of its name, so the clusters of a set say which services it knows.
-    let known = |name: &str| old.get(ResourceType::Cluster, name).is_some();
-    let mut services_changed = false;
-    let mut put = |service: &Service, touched: Touched<'_>, out: &mut Vec<Change>| {
-        services_changed |= !known(service.id.as_str());
-        service_resources(old, twin, service, touched, view, out);
+    // Every name that a view is told of has a cluster, so the clusters of a set say which names it knows, and what they stood for.
+    let mut names_changed = false;
+    let mut settle = |name: &Arc<str>, source: Option<Source<'_>>, touched: Touched<'_>| {
+        let known = old.get(ResourceType::Cluster, name);
+        match source {
+            Some(source) => {
+                let cluster = cluster(name, source, view);
+                names_changed |= known.is_none_or(|known| known.resource.version != cluster.version);
+                out.push(Change::Put(cluster));
+                rest(old, twin, name, source, touched, view, &mut out);
+            }
+            None => {
+                names_changed |= known.is_some();
+                if twin.is_none() {
+                    leds::remove(old, name, &mut out);
+                }
+                out.extend(removals(name, view));
+            }
+        }
     };
-    let mut gone: Vec<Arc<str>> = Vec::new();
+    let known = |name: &str| old.get(ResourceType::Cluster, name).is_some();
     match changes {
         Changes::Touched(touched) => {
             let mut services: BTreeMap<_, Option<BTreeSet<_>>> = BTreeMap::new();
@@ -80,40 +98,43 @@ pub fn update_beside(
                     its
                 });
             }
-            for (id, instances) in services {
-                match snapshot.service(id) {
-                    _ if !view.includes(id) => {}
-                    Some(service) => {
-                        put(service, instances.as_ref().map_or(Touched::All, Touched::Only), &mut out);
+            for (id, instances) in services.into_iter().filter(|(id, _)| view.concerns(id)) {
+                let touched = instances.as_ref().map_or(Touched::All, Touched::Only);
+                let source = Source::of(id.as_str(), snapshot, view);
+                if source.is_some() || known(id.as_str()) {
+                    settle(&id.shared(), source, touched);
+                }
+                // Roles come and go with a change of the service as such.
+                let has_roles = snapshot.service(id).is_some_and(|service| service.roles.is_some());
+                if !has_roles && instances.is_some() {
+                    continue;
+                }
+                for name in Group::ALL.map(|group| group.of(id)) {
+                    // What is registered under that name changes by itself.
+                    let source = Source::of(&name, snapshot, view);
+                    let is_group = !matches!(source, Some(Source::Service(_)));
+                    if is_group && (source.is_some() || known(&name)) {
+                        settle(&name, source, touched);
                     }
-                    None => gone.push(id.shared()),
                 }
             }
         }
         Changes::Resync => {
-            services(snapshot, view).for_each(|service| put(service, Touched::All, &mut out));
-            let present: BTreeSet<&str> =
-                services(snapshot, view).map(|service| service.id.as_str()).collect();
+            let all: BTreeMap<_, _> = Source::all(snapshot, view).into_iter().collect();
+            all.iter().for_each(|(name, source)| settle(name, Some(*source), Touched::All));
             let names = old.iter(ResourceType::Cluster).map(|(name, _)| name);
-            gone.extend(names.filter(|name| !present.contains(name.as_ref())).cloned());
+            names.filter(|name| !all.contains_key(*name)).for_each(|name| settle(name, None, Touched::All));
         }
-    }
-    services_changed |= gone.iter().any(|name| known(name));
-    for name in &gone {
-        if twin.is_none() {
-            leds::remove(old, name, &mut out);
-        }
-        out.extend(removals(name, view));
     }
 
     if view.kind == ClientKind::Envoy {
         if old.get(ResourceType::Listener, OUTBOUND).is_none() {
             out.push(Change::Put(envoy::listener(view)));
         }
-        if services_changed || old.get(ResourceType::Route, OUTBOUND).is_none() {
-            let names = services(snapshot, view).map(|service| service.id.as_str());
-            out.push(Change::Put(envoy::routes(names, view)));
+        if names_changed || old.get(ResourceType::Route, OUTBOUND).is_none() {
+            out.push(Change::Put(envoy::routes(&Source::all(snapshot, view), view)));
         }
+        out.extend(tcp::listeners(old, snapshot, changes, view));
     }
     if let Some(other) = other {
         out.iter_mut().for_each(|change| share(change, other));
@@ -135,36 +156,31 @@ fn share(change: &mut Change, other: &ResourceSet) {
     }
 }
 
-/// What the view includes, by name.
-fn services<'a>(snapshot: &'a Snapshot, view: &'a View) -> Box<dyn Iterator<Item = &'a Arc<Service>> + 'a> {
-    match &view.upstreams {
-        None => Box::new(snapshot.services()),
-        Some(names) => Box::new(names.iter().filter_map(|name| snapshot.service(name))),
+fn cluster(name: &Arc<str>, source: Source<'_>, view: &View) -> Resource {
+    match view.kind {
+        ClientKind::Envoy => envoy::cluster(name, source),
+        ClientKind::Grpc => grpc::cluster(name),
     }
 }
 
-fn service_resources(
+/// What is sent of a name beside its cluster.
+fn rest(
     old: &ResourceSet,
     twin: Option<&ResourceSet>,
-    service: &Service,
+    name: &Arc<str>,
+    source: Source<'_>,
     touched: Touched<'_>,
     view: &View,
     out: &mut Vec<Change>,
 ) {
-    let name = service.id.shared();
     match view.kind {
         ClientKind::Envoy => {
-            out.push(Change::Put(envoy::cluster(&name)));
-            out.extend(leds::changes(old, twin, service, touched, view));
-            out.extend(view.virtual_hosts.then(|| Change::Put(envoy::host_of(&name))));
+            out.extend(leds::changes(old, twin, name, source, touched, view));
+            out.extend(view.virtual_hosts.then(|| Change::Put(envoy::host_of(name, source))));
         }
         ClientKind::Grpc => {
-            let resources = [
-                grpc::cluster(&name),
-                endpoints::for_grpc(service, view),
-                grpc::listener(&name),
-                grpc::routes(&name),
-            ];
+            let resources =
+                [endpoints::for_grpc(name, source, view), grpc::listener(name), grpc::routes(name, source)];
             out.extend(resources.map(Change::Put));
         }
     }

@@ -19,11 +19,11 @@ pub struct Places {
 }
 
 impl Places {
-    /// Takes in `changes`, which lead from `old` to `new`, as far as the view includes them. Costs what the changes touch.
+    /// Takes in `changes`, which lead from `old` to `new`, as far as they concern the view. Costs what the changes touch.
     pub fn follow(&mut self, old: &Snapshot, new: &Snapshot, changes: &Changes, view: &View) {
         let Changes::Touched(touched) = changes else {
             *self = Self::default();
-            let services = new.services().filter(|service| view.includes(&service.id));
+            let services = new.services().filter(|service| view.concerns(&service.id));
             services
                 .flat_map(|service| service.instances())
                 .for_each(|instance| self.add(&instance.locality));
@@ -31,7 +31,7 @@ impl Places {
         };
         let whole: BTreeSet<_> =
             touched.iter().filter(|(_, id)| id.is_none()).map(|(service, _)| service).collect();
-        for (service, id) in touched.iter().filter(|(service, _)| view.includes(service)) {
+        for (service, id) in touched.iter().filter(|(service, _)| view.concerns(service)) {
             let of = |snapshot: &Snapshot| match (snapshot.service(service), id) {
                 (Some(service), None) => service.instances().cloned().collect(),
                 (Some(of), Some(id)) if !whole.contains(service) => {

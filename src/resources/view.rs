@@ -1,9 +1,12 @@
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use serde_json::Value;
 
 use crate::{
-    model::{Locality, ServiceId, excerpt},
+    model::{Group, Locality, ServiceId, Upstream, excerpt},
     xds::{Node, ResourceType},
 };
 
@@ -12,6 +15,9 @@ pub const DEFAULT_OUTBOUND_PORT: u16 = 10_000;
 
 /// The most names that `disco.upstreams` may have. A proxy that calls more services wants all of them.
 pub const MAX_UPSTREAMS: usize = 1_000;
+
+/// The most names that `disco.tcp` may have.
+pub const MAX_TCP: usize = 100;
 
 /// What of a proxy changes its resources. Streams of equal views share one resource set.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,8 +32,11 @@ pub struct View {
     pub virtual_hosts: bool,
     /// Where it runs, as far as it knows; the sub-zone decides nothing and is left out.
     pub locality: Locality,
-    /// The services that it is told of, registered or not; `None` for all.
-    pub upstreams: Option<Arc<BTreeSet<ServiceId>>>,
+    /// The services that it is told of, registered or not, each with its groups, and the groups that it is told of alone; `None` for
+    /// all.
+    pub upstreams: Option<Arc<BTreeSet<Upstream>>>,
+    /// What it offers to applications that speak no HTTP: the loopback port for each.
+    pub tcp: Arc<BTreeMap<Upstream, u16>>,
     /// From so many instances on, it gets the endpoints of a service one by one (LEDS); 0 for never. Only for an Envoy whose stream can
     /// carry that: others crash on it, or see no endpoints.
     pub leds_from: usize,
@@ -55,6 +64,7 @@ pub struct NodeError {
 const CLIENT: &str = "disco.client";
 const OUTBOUND_PORT: &str = "disco.outbound_port";
 const ON_DEMAND: &str = "disco.on_demand";
+const TCP: &str = "disco.tcp";
 const UPSTREAMS: &str = "disco.upstreams";
 const VIRTUAL_HOSTS: &str = "disco.virtual_hosts";
 
@@ -68,6 +78,7 @@ impl View {
             virtual_hosts: false,
             locality: Locality::default(),
             upstreams: None,
+            tcp: Arc::default(),
             leds_from: 0,
         }
     }
@@ -78,8 +89,8 @@ impl View {
     }
 
     /// The view of a node, by its user agent, its locality, and the metadata keys `disco.client`, `disco.outbound_port`,
-    /// `disco.on_demand`, `disco.virtual_hosts` and `disco.upstreams`, each absent or usable; a stream of the service for virtual
-    /// hosts has them anyway.
+    /// `disco.on_demand`, `disco.virtual_hosts`, `disco.upstreams` and `disco.tcp`, each absent or usable; a stream of the service for
+    /// virtual hosts has them anyway. What is in `disco.tcp` is an upstream.
     pub fn of(node: &Node) -> Result<Self, NodeError> {
         let value = |key: &str| node.metadata.get(key);
         let kind = match value(CLIENT) {
@@ -114,7 +125,14 @@ impl View {
         };
         let on_demand = flag(node, ON_DEMAND)?;
         let virtual_hosts = flag(node, VIRTUAL_HOSTS)? || node.only == Some(ResourceType::VirtualHost.url());
-        Ok(Self { kind, outbound_port, on_demand, virtual_hosts, ..view })
+        let tcp = value(TCP).map(|value| tcp(value, outbound_port)).transpose()?.unwrap_or_default();
+        let upstreams = view.upstreams.map(|mut upstreams| {
+            if !tcp.is_empty() {
+                Arc::make_mut(&mut upstreams).extend(tcp.keys().cloned());
+            }
+            upstreams
+        });
+        Ok(Self { kind, outbound_port, on_demand, virtual_hosts, upstreams, tcp: tcp.into(), ..view })
     }
 
     /// The same with this `leds_from`, as far as the node can take it: an Envoy, by what it calls itself.
@@ -127,7 +145,22 @@ impl View {
 
     /// Whether it is told of this service.
     pub fn includes(&self, service: &ServiceId) -> bool {
-        self.upstreams.as_ref().is_none_or(|upstreams| upstreams.contains(service))
+        self.upstreams.as_ref().is_none_or(|upstreams| upstreams.contains(service.as_str()))
+    }
+
+    /// Whether it is told of this part of a service.
+    pub fn includes_group(&self, service: &ServiceId, group: Group) -> bool {
+        let is_one = |upstreams: &BTreeSet<Upstream>| upstreams.contains(&*group.of(service));
+        self.includes(service) || self.upstreams.as_deref().is_some_and(is_one)
+    }
+
+    /// Whether a change of this service can be one for the view.
+    pub(super) fn concerns(&self, service: &ServiceId) -> bool {
+        let groups = || Group::ALL.into_iter().any(|group| self.includes_group(service, group));
+        // It may have taken, or given back, the name of a group.
+        let is_group =
+            || Group::parse(service.as_str()).is_some_and(|(of, group)| self.includes_group(&of, group));
+        self.includes(service) || groups() || is_group()
     }
 
     /// How far away something is: 0 in its zone, 1 in its region, 2 elsewhere. Everything is near to who does not know where it
@@ -168,8 +201,39 @@ fn flag(node: &Node, key: &'static str) -> Result<bool, NodeError> {
     }
 }
 
+/// From a port for each name.
+fn tcp(value: &Value, outbound_port: u16) -> Result<BTreeMap<Upstream, u16>, NodeError> {
+    let bad = |problem: String| NodeError { key: TCP, problem };
+    let Value::Object(fields) = value else {
+        let problem = format!("{} names no ports: want {{\"redis.leader\": 6379}}", excerpt(&text(value)));
+        return Err(bad(problem));
+    };
+    if fields.len() > MAX_TCP {
+        return Err(bad(format!("{} names are too many: want at most {MAX_TCP}", fields.len())));
+    }
+    let mut taken = BTreeMap::from([(outbound_port, OUTBOUND_PORT.to_owned())]);
+    let mut tcp = BTreeMap::new();
+    for (name, port) in fields {
+        let port = text(port);
+        let Some(number) = port.parse().ok().filter(|port| *port > 0) else {
+            let problem = format!(
+                "{}: {} is no port: want a whole number from 1 to 65535",
+                excerpt(name),
+                excerpt(&port)
+            );
+            return Err(bad(problem));
+        };
+        let name: Upstream = name.parse().map_err(bad)?;
+        if let Some(other) = taken.insert(number, name.to_string()) {
+            return Err(bad(format!("{name}: port {number} is that of {other}, too")));
+        }
+        tcp.insert(name, number);
+    }
+    Ok(tcp)
+}
+
 /// From a list of names, or from text with commas between them.
-fn upstreams(value: &Value) -> Result<Arc<BTreeSet<ServiceId>>, NodeError> {
+fn upstreams(value: &Value) -> Result<Arc<BTreeSet<Upstream>>, NodeError> {
     let bad = |problem: String| NodeError { key: UPSTREAMS, problem };
     let names = match value {
         Value::Array(list) => list.iter().map(text).collect(),
@@ -186,7 +250,7 @@ fn upstreams(value: &Value) -> Result<Arc<BTreeSet<ServiceId>>, NodeError> {
             "{count} names are too many: want at most {MAX_UPSTREAMS}, or leave it out for all"
         )));
     }
-    let names: Result<BTreeSet<ServiceId>, String> = names.iter().map(|name| name.parse()).collect();
+    let names: Result<BTreeSet<Upstream>, String> = names.iter().map(|name| name.parse()).collect();
     names.map(Arc::new).map_err(bad)
 }
 
@@ -283,6 +347,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_called_over_tcp_is_an_upstream() {
+        let ports = json!({ "redis.leader": 6379.0, "pg": "6432" });
+        let tcp: BTreeMap<Upstream, u16> =
+            [("redis.leader", 6379), ("pg", 6432)].map(|(name, port)| (name.parse().unwrap(), port)).into();
+        let want = View { tcp: tcp.clone().into(), ..View::envoy(10_000) };
+        assert_eq!(View::of(&node("envoy", &[("disco.tcp", ports.clone())])), Ok(want.clone()));
+        let names = ["a", "pg", "redis.leader"].map(|name| name.parse().unwrap());
+        let want = View { upstreams: Some(Arc::new(names.into())), ..want };
+        let metadata = [("disco.tcp", ports.clone()), ("disco.upstreams", json!("a"))];
+        assert_eq!(View::of(&node("envoy", &metadata)), Ok(want));
+        // It has no listeners.
+        assert_eq!(View::of(&node("gRPC Go", &[("disco.tcp", ports)])), Ok(View::grpc()));
+    }
+
+    #[test]
     fn l3_who_asks_for_virtual_hosts_has_them() {
         let want = View { virtual_hosts: true, ..View::envoy(10_000) };
         assert_eq!(View::of(&node("envoy", &[("disco.virtual_hosts", json!(true))])), Ok(want.clone()));
@@ -321,6 +400,11 @@ mod tests {
             ("disco.upstreams", json!([["a"]]), "\"[…]\" is not a service name"),
             ("disco.upstreams", json!({ "a": 1 }), "\"{…}\" is no list"),
             ("disco.upstreams", json!(vec!["a"; 1001]), "1001 names are too many"),
+            ("disco.tcp", json!("a=1"), "\"a=1\" names no ports"),
+            ("disco.tcp", json!({ "a": 0 }), "\"a\": \"0\" is no port"),
+            ("disco.tcp", json!({ "a.b.c": 1 }), "\"a.b.c\" is not a service name"),
+            ("disco.tcp", json!({ "a": 1, "b": 1 }), "b: port 1 is that of a, too"),
+            ("disco.tcp", json!({ "a": 10000 }), "a: port 10000 is that of disco.outbound_port, too"),
             ("disco.client", json!("Envoy\n"), "\"Envoy\\n\" is no client kind"),
         ] {
             let message = View::of(&node("envoy", &[(key, value)])).unwrap_err().to_string();

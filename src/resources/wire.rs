@@ -132,7 +132,7 @@ pub(super) fn retries(conditions: &str) -> RetryPolicy {
 }
 
 /// Everything addressed to a service, with or without a port, goes to the cluster of its name.
-pub(super) fn virtual_host(service: &str, retry_policy: RetryPolicy) -> VirtualHost {
+pub(super) fn virtual_host(service: &str, retry_policy: Option<RetryPolicy>) -> VirtualHost {
     VirtualHost {
         name: service.to_owned(),
         domains: vec![service.to_owned(), format!("{service}:*")],
@@ -142,12 +142,12 @@ pub(super) fn virtual_host(service: &str, retry_policy: RetryPolicy) -> VirtualH
 }
 
 /// All calls go to that cluster.
-pub(super) fn forward(cluster: ClusterSpecifier, retry_policy: RetryPolicy) -> Route {
+pub(super) fn forward(cluster: ClusterSpecifier, retry_policy: Option<RetryPolicy>) -> Route {
     all_paths(Action::Route(RouteAction {
         cluster_specifier: Some(cluster),
         // The call's own deadline counts; the default of 15 s would cut server streams.
         timeout: seconds(0),
-        retry_policy: Some(retry_policy),
+        retry_policy,
         ..RouteAction::default()
     }))
 }

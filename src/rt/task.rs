@@ -63,7 +63,7 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.tracker.spawn(task.instrument(tracing::info_span!("task", name)));
+        self.tracker.spawn(task.instrument(tracing::info_span!(parent: None, "task", name)));
     }
 
     /// Runs `task`, which listens to [`Tasks::shutdown`] itself, without a name: for tasks that wake so often that entering and

@@ -106,7 +106,7 @@ impl Backup {
             rest = behind;
             Some((length > 0).then(|| file.slice_ref(message)))
         };
-        let read = || -> Option<Self> {
+        let mut read = || -> Option<Self> {
             let head = Head::decode(next()??).ok()?;
             let mut entries = Vec::new();
             while let Some(message) = next()? {
@@ -118,7 +118,6 @@ impl Backup {
             let taken_at = SystemTime::try_from(head.taken_at?).ok()?;
             Some(Self { taken_at, listing: Listing { revision: Revision(head.revision), entries } })
         };
-        let mut read = read;
         read().ok_or(BackupError::Unknown)
     }
 }
@@ -127,7 +126,7 @@ fn push(bytes: &mut Vec<u8>, message: &impl prost::Message) {
     // An entry is bounded by the largest commit of a store.
     let length = u32::try_from(message.encoded_len()).unwrap_or(u32::MAX);
     bytes.extend_from_slice(&length.to_le_bytes());
-    bytes.extend_from_slice(&message.encode_to_vec());
+    message.encode_raw(bytes);
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod conformance;
 mod etcd;
 mod feed;
 mod file;
+mod follow;
 mod memory;
 mod state;
 mod status;
@@ -18,6 +19,7 @@ mod status;
 pub use backup::{Backup, BackupError};
 pub use etcd::{EtcdConfig, EtcdError, EtcdStore, EtcdTls, EtcdUser};
 pub use file::{Config, Cut, Damage, FileError, FileStore, Loss, OpenError, Recovery, Stats};
+pub use follow::{Follower, News};
 pub use memory::Memory as MemoryStore;
 pub use status::{Fault, Session, Status};
 

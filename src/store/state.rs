@@ -105,7 +105,7 @@ impl State {
                 }
                 Op::Delete { key, .. } => {
                     if let Some(old) = self.records.remove(&key) {
-                        self.bytes -= size(&key, &old.value);
+                        self.bytes -= size(key.len(), &old.value);
                         changes.push((key, None));
                     }
                 }
@@ -117,15 +117,16 @@ impl State {
 
     /// Adds a record as it is, from a snapshot.
     pub(super) fn insert(&mut self, key: Key, record: Record) {
-        self.bytes += size(&key, &record.value);
-        if let Some(old) = self.records.insert(Arc::clone(&key), record) {
-            self.bytes -= size(&key, &old.value);
+        let length = key.len();
+        self.bytes += size(length, &record.value);
+        if let Some(old) = self.records.insert(key, record) {
+            self.bytes -= size(length, &old.value);
         }
     }
 }
 
-fn size(key: &str, value: &Bytes) -> u64 {
-    (key.len() + value.len()) as u64 + RECORD_OVERHEAD
+fn size(key: usize, value: &Bytes) -> u64 {
+    (key + value.len()) as u64 + RECORD_OVERHEAD
 }
 
 /// What commits that are accepted but not yet applied will have written: the revision of each key, `None` when absent. They

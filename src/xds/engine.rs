@@ -7,6 +7,7 @@ use super::{
     Config, ProtocolError, Rejection, ResourceSet, ResourceType, Response, StreamPolicy, Subscription,
     TypeStatus,
     asked::{Asked, Decode},
+    by_type::ByType,
     response::Head,
     subscription::Terms,
     track::{Outstanding, Track},
@@ -64,13 +65,13 @@ pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
     /// Whether removals of a type are told at all.
     fn tells_removals(kind: ResourceType) -> bool;
 
-    /// Takes the names of a request into the track.
+    /// Takes the names of a request into the track, if it is more than an answer.
     fn subscribe(
         track: &mut Track,
         asked: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
-    ) -> Result<(), ProtocolError>;
+    ) -> Result<Anew, ProtocolError>;
 
     /// Weighs what a client says it holds. True if it holds anything.
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, policy: StreamPolicy) -> bool;
@@ -88,6 +89,11 @@ pub(super) trait Variant: fmt::Debug + Default + Clone + Send + 'static {
         let _ = (url, request);
     }
 
+    /// Whether there is an answer to one.
+    fn owes_unknown(&self) -> bool {
+        false
+    }
+
     /// The answer to it: the type URL, the parts and how many removals there are.
     fn next_unknown(&mut self) -> Option<(String, Vec<Bytes>, usize)> {
         None
@@ -102,6 +108,9 @@ pub(super) struct Ask<'a> {
     pub nonce: &'a str,
     pub error: Option<&'a str>,
 }
+
+/// Whether a request changed what is asked for.
+pub(super) type Anew = bool;
 
 /// The content of a response.
 #[derive(Debug, Default)]
@@ -135,6 +144,10 @@ pub(super) struct Engine<V> {
     looked: Option<Instant>,
     /// When the oldest set was published that has not been looked at.
     published: Option<Instant>,
+    /// What was asked for has changed since somebody was told.
+    asked: Anew,
+    /// The last look left nothing to send.
+    done: bool,
     /// The client came with clusters: until then it may have listeners or routes that it has not asked for yet.
     reconnected_until: Option<Instant>,
     variant: V,
@@ -159,6 +172,8 @@ impl<V: Variant> Engine<V> {
             current: Revision(0),
             looked: None,
             published: None,
+            asked: false,
+            done: false,
             reconnected_until: None,
             variant: V::default(),
         }
@@ -207,8 +222,23 @@ impl<V: Variant> Engine<V> {
         let first = !mem::replace(&mut track.seen, true);
         // Rule S1: a nonce of an earlier stream means nothing.
         let heard = if first { Heard::Request } else { answer(track, &ask, config, now) };
-        V::subscribe(track, asked, first, terms)?;
+        self.asked |= V::subscribe(track, asked, first, terms)?;
         Ok(heard)
+    }
+
+    /// Whether what the stream asked for has changed since the last call.
+    pub(super) fn asked_anew(&mut self) -> Anew {
+        mem::take(&mut self.asked)
+    }
+
+    /// Whether the client has everything that it asked for, as of the last look.
+    pub(super) fn rests(&self) -> bool {
+        self.tracks.iter().flatten().all(|track| !track.seen || track.rests(self.current))
+    }
+
+    /// Whether the last response was all there was to say, so that there is no need to look again.
+    pub(super) fn is_done(&self) -> bool {
+        self.done
     }
 
     /// Notes when the first set was published that has news, for the measured latency.
@@ -229,7 +259,7 @@ impl<V: Variant> Engine<V> {
         seen.map(|track| (track.kind, &track.subscription))
     }
 
-    /// The next response, if anything is due and may be sent. Call until `None`.
+    /// The next response, if anything is due and may be sent. Call until `None`, or [`Engine::is_done`].
     pub(super) fn next_response(
         &mut self,
         set: &Arc<ResourceSet>,
@@ -256,6 +286,7 @@ impl<V: Variant> Engine<V> {
                     && self.may_send(kind, set, now)?
                     && let Some(response) = self.send(kind, set, now)?
                 {
+                    self.done = self.is_last(kind, set, now)?;
                     return Ok(Some(response));
                 }
             }
@@ -263,12 +294,33 @@ impl<V: Variant> Engine<V> {
                 break;
             }
         }
+        self.done = true;
         if let Some((type_url, body, removed)) = self.variant.next_unknown() {
+            self.done = false;
             let built = Built { body, removed, version: set.revision().to_string(), ..Built::default() };
             return Ok(Some(self.respond(None, &type_url, built, set)));
         }
         self.published = None;
         Ok(None)
+    }
+
+    /// Whether nothing may follow a response of `kind`. Types before it were looked at, and wait for answers if for anything;
+    /// so does what is left of its own. Those after it come to know that they have no news.
+    fn is_last(
+        &mut self,
+        kind: ResourceType,
+        set: &Arc<ResourceSet>,
+        now: Instant,
+    ) -> Result<bool, ProtocolError> {
+        let mut last =
+            !self.variant.owes_unknown() && self.tracks.iter().flatten().all(|it| it.held.is_empty());
+        for kind in ResourceType::ALL.into_iter().skip_while(|before| *before < kind) {
+            last &= !self.is_pending(kind, set, now)?;
+        }
+        if last {
+            self.published = None;
+        }
+        Ok(last)
     }
 
     /// When to call [`Engine::next_response`] again even if nothing happens.
@@ -430,7 +482,7 @@ impl<V: Variant> Engine<V> {
     /// Likewise the members of the collections that its endpoints are in, and after those: a cluster that does not get them
     /// anew has no endpoints at all (rule L4).
     fn repush_members(&mut self, set: &ResourceSet) {
-        let [_, Some(endpoints), members, ..] = &mut self.tracks else { return };
+        let ByType([_, Some(endpoints), members, ..]) = &mut self.tracks else { return };
         for name in endpoints.outstanding.iter().flat_map(|outstanding| outstanding.names.iter()) {
             if !self.warming.remove(name) {
                 continue;
@@ -447,8 +499,8 @@ impl<V: Variant> Engine<V> {
     /// Rule O3: removes what was held, once nothing of this stream refers to it any more. True if anything was.
     fn release(&mut self, set: &Arc<ResourceSet>, now: Instant) -> Result<bool, ProtocolError> {
         let released = self.release_members(set)?;
-        let mut others = self.tracks.iter().flatten().filter(|track| track.kind != ResourceType::LbEndpoint);
-        if others.all(|track| track.held.is_empty()) {
+        let is_other = |track: &Track| track.kind != ResourceType::LbEndpoint;
+        if self.tracks.iter().flatten().all(|track| track.held.is_empty() || !is_other(track)) {
             return Ok(released);
         }
         let grace = self.reconnected_until.is_some_and(|until| now < until);
@@ -466,8 +518,7 @@ impl<V: Variant> Engine<V> {
                 return Ok(released);
             }
         }
-        let others = |track: &&mut Box<Track>| track.kind != ResourceType::LbEndpoint;
-        for track in self.tracks.iter_mut().flatten().filter(others) {
+        for track in self.tracks.iter_mut().flatten().filter(|track| is_other(track)) {
             track.due.extend(mem::take(&mut track.held).into_keys());
         }
         Ok(true)
@@ -475,7 +526,7 @@ impl<V: Variant> Engine<V> {
 
     /// Removes members that were held, once the client has all endpoints: those that it has refer to no collection that went.
     fn release_members(&mut self, set: &Arc<ResourceSet>) -> Result<bool, ProtocolError> {
-        let [_, endpoints, Some(members), ..] = &mut self.tracks else { return Ok(false) };
+        let ByType([_, endpoints, Some(members), ..]) = &mut self.tracks else { return Ok(false) };
         if members.held.is_empty() {
             return Ok(false);
         }
@@ -530,40 +581,20 @@ impl<V: Variant> Engine<V> {
 
     /// Where the stream stands with a type, if it has anything to do with it.
     pub(super) fn track(&self, kind: ResourceType) -> Option<&Track> {
-        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &self.tracks;
-        match kind {
-            ResourceType::Cluster => cluster,
-            ResourceType::Endpoints => endpoints,
-            ResourceType::LbEndpoint => lb_endpoint,
-            ResourceType::Listener => listener,
-            ResourceType::Route => route,
-            ResourceType::VirtualHost => virtual_host,
-        }
-        .as_deref()
+        self.tracks.of(kind).as_deref()
     }
 
     fn known_mut(&mut self, kind: ResourceType) -> Option<&mut Track> {
-        slot(&mut self.tracks, kind).as_deref_mut()
+        self.tracks.of_mut(kind).as_deref_mut()
     }
 }
 
-/// In push order; a type that a stream never asked for costs it nothing.
-type Tracks = [Option<Box<Track>>; 6];
-
-fn slot(tracks: &mut Tracks, kind: ResourceType) -> &mut Option<Box<Track>> {
-    let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = tracks;
-    match kind {
-        ResourceType::Cluster => cluster,
-        ResourceType::Endpoints => endpoints,
-        ResourceType::LbEndpoint => lb_endpoint,
-        ResourceType::Listener => listener,
-        ResourceType::Route => route,
-        ResourceType::VirtualHost => virtual_host,
-    }
-}
+/// A type that a stream never asked for costs it nothing.
+type Tracks = ByType<Option<Box<Track>>>;
 
 fn track_mut<'a>(tracks: &'a mut Tracks, kind: ResourceType, config: &Config) -> &'a mut Track {
-    slot(tracks, kind)
+    tracks
+        .of_mut(kind)
         .get_or_insert_with(|| Box::new(Track::new(kind, config.resend_on_reconnect.contains(&kind))))
 }
 

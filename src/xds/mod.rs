@@ -16,6 +16,7 @@
 
 mod admit;
 mod asked;
+mod by_type;
 mod config;
 #[cfg(test)]
 mod convergence;

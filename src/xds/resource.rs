@@ -6,7 +6,10 @@ use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, k
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::names::{GLOB, NameSet};
+use super::{
+    by_type::ByType,
+    names::{GLOB, NameSet},
+};
 use crate::model::Revision;
 
 /// The resource types that Disco generates, in the order in which changes are pushed: what is referred to before what
@@ -234,7 +237,7 @@ pub struct Gone {
 pub struct ResourceSet {
     revision: Revision,
     published: Option<Instant>,
-    types: [TypeSet; 6],
+    types: ByType<TypeSet>,
     /// Which history it belongs to.
     origin: u64,
 }
@@ -439,34 +442,18 @@ impl ResourceSet {
                 Change::Remove(kind, name) => next.of_mut(kind).remove(revision, &name),
             }
         }
-        for types in &mut next.types {
+        for types in next.types.iter_mut() {
             types.note_digest(revision);
         }
         next
     }
 
     fn of(&self, kind: ResourceType) -> &TypeSet {
-        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &self.types;
-        match kind {
-            ResourceType::Cluster => cluster,
-            ResourceType::Endpoints => endpoints,
-            ResourceType::LbEndpoint => lb_endpoint,
-            ResourceType::Listener => listener,
-            ResourceType::Route => route,
-            ResourceType::VirtualHost => virtual_host,
-        }
+        self.types.of(kind)
     }
 
     fn of_mut(&mut self, kind: ResourceType) -> &mut TypeSet {
-        let [cluster, endpoints, lb_endpoint, listener, route, virtual_host] = &mut self.types;
-        match kind {
-            ResourceType::Cluster => cluster,
-            ResourceType::Endpoints => endpoints,
-            ResourceType::LbEndpoint => lb_endpoint,
-            ResourceType::Listener => listener,
-            ResourceType::Route => route,
-            ResourceType::VirtualHost => virtual_host,
-        }
+        self.types.of_mut(kind)
     }
 }
 

@@ -33,10 +33,13 @@ impl<V: Variant> Served<V> {
 
     /// Takes a request in.
     pub(super) fn hear(&mut self, asked: Asked<V::Request>, now: Instant) -> Result<Heard, ProtocolError> {
-        self.due = true;
-        self.asked = true;
         let set = self.follower.peek();
-        self.engine.on_request(asked, set.as_ref(), now)
+        let heard = self.engine.on_request(asked, set.as_ref(), now)?;
+        let anew = self.engine.asked_anew();
+        self.asked |= anew;
+        // An answer that leaves nothing wanting calls for nothing: most changes take one look.
+        self.due |= anew || !matches!(heard, Heard::Acknowledged(..)) || !self.engine.rests();
+        Ok(heard)
     }
 
     /// Whether there is anything to make a response of.
@@ -66,7 +69,7 @@ impl<V: Variant> Served<V> {
         self.known = self.follower.peek().is_some();
     }
 
-    /// The next response, made from the newest set. Call until `None`; after that the status is to be reported.
+    /// The next response, made from the newest set. Call while [`Served::is_due`]; after that the status is to be reported.
     pub(super) fn next(&mut self, now: Instant) -> Result<Option<Response>, ProtocolError> {
         // Before the set is taken: what comes in between is in it, or is news.
         if mem::take(&mut self.asked) {
@@ -79,7 +82,7 @@ impl<V: Variant> Served<V> {
         }
         self.engine.skip(quiet);
         let response = self.engine.next_response(set, now)?;
-        self.due = response.is_some();
+        self.due = response.is_some() && !self.engine.is_done();
         Ok(response)
     }
 

@@ -1,6 +1,11 @@
 //! Builders and a bench for tests: scripts read as data, responses are decoded from their real bytes.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    iter,
+    sync::Arc,
+    time::Duration,
+};
 
 use envoy_types::pb::{
     envoy::{
@@ -359,7 +364,11 @@ impl<V: Speak> Bench<V> {
     }
 
     pub(super) fn hear(&mut self, asked: Asked<V::Request>) -> Result<Heard, ProtocolError> {
-        self.served.hear(asked, self.now)
+        let heard = self.served.hear(asked, self.now)?;
+        if !self.served.is_due() {
+            self.report();
+        }
+        Ok(heard)
     }
 
     /// The next revision.
@@ -372,6 +381,20 @@ impl<V: Speak> Bench<V> {
 
     pub(super) fn wait(&mut self, time: Duration) {
         self.now += time;
+    }
+
+    /// Takes in all that is on the way to it, and sends all that it then may. Returns how much that is.
+    pub(super) fn exchange(
+        &mut self,
+        requests: &mut VecDeque<V::Request>,
+        responses: &mut VecDeque<Sent>,
+    ) -> usize {
+        for request in requests.drain(..) {
+            self.request(request);
+        }
+        let before = responses.len();
+        responses.extend(iter::from_fn(|| self.next()));
+        responses.len() - before
     }
 
     pub(super) fn next(&mut self) -> Option<Sent> {
@@ -389,15 +412,8 @@ impl<V: Speak> Bench<V> {
         }
         let response = self.served.next(self.now).unwrap();
         self.served.timer(None);
-        self.served.engine.update_status(&mut self.status);
-        // What rests is not kept up; the revision stands for it.
-        let [kept, now] = [self.status.clone(), self.served.engine.status()].map(|mut types| {
-            types.iter_mut().for_each(|of| of.skip(set.revision()));
-            format!("{types:?}")
-        });
-        assert_eq!(kept, now);
-        if response.is_none() {
-            self.served.follower().reported();
+        if !self.served.is_due() {
+            self.report();
         }
         let response: Response = response?;
         let mut bytes = Vec::new();
@@ -419,9 +435,22 @@ impl<V: Speak> Bench<V> {
         Some(sent)
     }
 
+    /// As the server reports, whenever there is nothing more to do.
+    fn report(&mut self) {
+        self.served.engine.update_status(&mut self.status);
+        // What rests is not kept up; the revision stands for it.
+        let at = self.set.as_ref().map_or(Revision(0), |set| set.revision());
+        let [kept, now] = [self.status.clone(), self.served.engine.status()].map(|mut types| {
+            types.iter_mut().for_each(|of| of.skip(at));
+            format!("{types:?}")
+        });
+        assert_eq!(kept, now);
+        self.served.follower().reported();
+    }
+
     /// Everything that is sent now.
     pub(super) fn out(&mut self) -> Vec<String> {
-        std::iter::from_fn(|| self.next()).map(|sent| sent.show()).collect()
+        iter::from_fn(|| self.next()).map(|sent| sent.show()).collect()
     }
 
     pub(super) fn answer(&mut self, kind: ResourceType, error: Option<&str>) -> Heard {

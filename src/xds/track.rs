@@ -471,7 +471,7 @@ impl Track {
     }
 
     /// Whether it has everything up to `current`, and whatever comes that does not concern it.
-    fn rests(&self, current: Revision) -> bool {
+    pub(super) fn rests(&self, current: Revision) -> bool {
         let owed = self.owes || self.everything || self.claim.is_some() || !self.due.is_empty();
         !owed && self.outstanding.is_none() && self.held.is_empty() && self.report.settled >= current
     }
@@ -507,6 +507,7 @@ impl Track {
             && status.subscription.shares(&self.subscription)
             && self.rejected.is_empty()
             && status.unaccepted.is_empty()
+            && status.flight.considered.is_some()
         {
             // Nothing was asked, sent or answered, and to what came meanwhile it rests.
             return;

@@ -1,5 +1,6 @@
 use std::{
     marker::PhantomData,
+    mem,
     pin::Pin,
     task::{Context, Poll, ready},
     vec,
@@ -147,6 +148,9 @@ impl<S: Stream<Item = Result<Response, Status>> + Unpin> Body for Responses<S> {
 #[derive(Debug)]
 pub(super) struct Requests<T, B> {
     body: Pin<Box<B>>,
+    /// A frame that has a whole message, as mostly they do: it is not copied. Empty while `buffer` is not.
+    frame: Bytes,
+    /// What came of a message that comes in more than one.
     buffer: BytesMut,
     limit: usize,
     names: usize,
@@ -161,7 +165,8 @@ impl<B> Incoming for B where B: Body<Error: Into<Box<dyn std::error::Error + Sen
 impl<T: Decode, B: Incoming> Requests<T, B> {
     /// Accepts messages of up to `limit` bytes that subscribe to up to so many `names`.
     pub(super) fn new(body: B, limit: usize, names: usize) -> Self {
-        Self { body: Box::pin(body), buffer: BytesMut::new(), limit, names, message: PhantomData }
+        let (frame, buffer) = (Bytes::new(), BytesMut::new());
+        Self { body: Box::pin(body), frame, buffer, limit, names, message: PhantomData }
     }
 
     /// The next request, `None` when the client is done. Cancel-safe.
@@ -175,12 +180,16 @@ impl<T: Decode, B: Incoming> Requests<T, B> {
             if self.complete()?.is_some() {
                 return Ok(true);
             }
+            // What may take long to be whole does not hold the connection's memory.
+            self.buffer.put(mem::take(&mut self.frame));
             match self.body.frame().await {
-                Some(Ok(frame)) => {
-                    if let Ok(data) = frame.into_data() {
-                        self.buffer.put(data);
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(mut data) if self.buffer.is_empty() => {
+                        self.frame = data.copy_to_bytes(data.remaining())
                     }
-                }
+                    Ok(data) => self.buffer.put(data),
+                    Err(_) => {}
+                },
                 Some(Err(error)) => return Err(Status::from_error(error.into())),
                 None if self.buffer.is_empty() => return Ok(false),
                 None => return Err(Status::invalid_argument("the stream ended within a message")),
@@ -188,9 +197,10 @@ impl<T: Decode, B: Incoming> Requests<T, B> {
         }
     }
 
-    /// The length of the message in the buffer, if it is all there.
+    /// The length of the message that is there, if it is all there.
     fn complete(&self) -> Result<Option<usize>, Status> {
-        let Some([compressed, len @ ..]) = self.buffer.first_chunk::<FRAME>().copied() else {
+        let there: &[u8] = if self.buffer.is_empty() { &self.frame } else { &self.buffer };
+        let Some([compressed, len @ ..]) = there.first_chunk::<FRAME>().copied() else {
             return Ok(None);
         };
         if compressed != 0 {
@@ -203,15 +213,20 @@ impl<T: Decode, B: Incoming> Requests<T, B> {
                 "a request has {len} bytes; at most {limit} are allowed (request_bytes)"
             )));
         }
-        Ok((self.buffer.len() - FRAME >= len).then_some(len))
+        Ok((there.len() - FRAME >= len).then_some(len))
     }
 
     fn decode(&mut self) -> Result<Option<Asked<T>>, Status> {
         let Some(len) = self.complete()? else { return Ok(None) };
-        self.buffer.advance(FRAME);
-        let message = self.buffer.split_to(len).freeze();
-        if self.buffer.is_empty() {
-            self.buffer = BytesMut::new();
+        let message = if self.buffer.is_empty() {
+            self.frame.advance(FRAME);
+            self.frame.split_to(len)
+        } else {
+            self.buffer.advance(FRAME);
+            self.buffer.split_to(len).freeze()
+        };
+        if self.frame.is_empty() && self.buffer.is_empty() {
+            (self.frame, self.buffer) = (Bytes::new(), BytesMut::new());
         }
         let message = Decode::decode(message, self.names);
         message.map(Some).map_err(|error| match error {

@@ -121,7 +121,10 @@ fn living_instances_whose_renewals_stop_stay() {
         }
         let by_us = text.lines().filter(|line| line.contains(r#""by":"127.0.0.1:"#)).count();
         ensure!(by_us >= 5, "callers are not named in\n{text}");
-        for (when, want) in [("0s", "not registered\nSince       expired"), ("1h", "not known any more")] {
+        for (when, want) in [
+            ("0s", "not registered\nSince       expired"),
+            ("1h", "not known: what is remembered of this service begins at "),
+        ] {
             let text = said(&format!("instance explain payments/b --at {when}"))?;
             ensure!(text.contains(want), "at {when}: no {want:?} in\n{text}");
         }

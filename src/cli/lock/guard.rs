@@ -148,7 +148,7 @@ pub(super) async fn run(arguments: GuardArgs, global: &Global) -> Result<(), Fai
     let servers = Servers::parse(&global.grpc, global.token.as_deref()).map_err(Failure::usage)?;
     // Signals to all processes of a service are for the others.
     let tasks = Tasks::default();
-    let _ignored = stop_requests(&tasks)?;
+    let (_, _ignored) = stop_requests(&tasks)?;
 
     let (sender, mut messages) = mpsc::channel(16);
     let reader = thread::Builder::new().name("guard-input".into()).spawn(move || {

@@ -14,6 +14,7 @@ use super::{
     output::{
         Column, ListOptions, Refresh, ShowOptions, View, age, cell, count, list, number, print, render,
     },
+    parse,
 };
 use crate::{
     client::Http,
@@ -21,13 +22,11 @@ use crate::{
     rt,
 };
 
-/// How long a watch waits at the server.
-const POLL: Duration = Duration::from_secs(30);
-
 /// Verbs of `disco lock`.
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Run a command while holding a lock; wait for the lock first
+    #[command(long_about = run::LONG)]
     Run(run::RunArgs),
     /// List the locks that are held: by whom, with which token, since when
     #[command(visible_alias = "ls", after_help = "Example:\n  disco lock list --watch")]
@@ -52,7 +51,7 @@ pub(super) enum Command {
         /// Its name
         name: LockName,
         /// Its fencing token, for whoever holds it
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = parse::whole)]
         fence: Option<u64>,
     },
     /// Watches over a command beside `disco lock run`
@@ -79,12 +78,8 @@ pub(super) async fn run(command: Command, global: &Global) -> Result<u8, Failure
 }
 
 async fn locks(http: &Http, refresh: Refresh) -> Result<View, Failure> {
-    let (path, wait) = match refresh {
-        Refresh::Now => ("/v1/locks".to_owned(), Duration::ZERO),
-        Refresh::After(revision) => (format!("/v1/locks?index={revision}&wait={}s", POLL.as_secs()), POLL),
-    };
     Ok(View {
-        document: http.get(&path, wait).await?,
+        document: refresh.get(http, "/v1/locks").await?,
         items: Some("locks"),
         table: locks_table,
         empty: "no lock is held; take one with `disco lock run NAME -- COMMAND`",
@@ -145,7 +140,8 @@ async fn release(http: &Http, name: &LockName, token: Option<Revision>) -> Resul
             cell(lock, "/holder"),
             cell(lock, "/ttl")
         ),
-        _ => format!("{name} released at revision {}\n", number(&answer, "/revision")),
+        (Some(token), _) => format!("{name} is not held with token {token} any more\n"),
+        (None, None) => format!("{name} released at revision {}\n", number(&answer, "/revision")),
     })
 }
 

@@ -30,7 +30,7 @@ const GUARD: Duration = Duration::from_secs(1);
 /// The same trouble is told this often.
 const REPEAT: Duration = Duration::from_secs(10);
 
-const LONG: &str = "\
+pub(super) const LONG: &str = "\
 Waits for the lock NAME, runs COMMAND while it holds it, and gives it back when the command ends. Of all that run with the same \
 name at most one runs its command at a time; the others stand by and are served in their order.
 
@@ -55,7 +55,7 @@ Examples:
 
 /// Run a command while holding a lock.
 #[derive(Debug, Clone, clap::Args)]
-#[command(long_about = LONG, after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES)]
 pub(in crate::cli) struct RunArgs {
     /// The lock
     name: LockName,
@@ -95,7 +95,7 @@ pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
     let claim = claim.ok_or_else(|| Failure::usage(format!("--{problems}")))?;
 
     let tasks = Tasks::default();
-    let mut stops = stop_requests(&tasks)?;
+    let (_, mut stops) = stop_requests(&tasks)?;
     let mut locks = Locks::new(servers);
     let taken = tokio::select! {
         taken = take(&mut locks, &claim, !args.no_wait) => taken?,
@@ -171,7 +171,12 @@ async fn take(locks: &mut Locks, claim: &Claim, patient: bool) -> Result<Taken, 
         say(&format!("waiting for lock {}", claim.name));
     }
     loop {
-        let news = |reason: &str| told.say(&format!("no server gives lock {} yet: {reason}", claim.name));
+        let news = |reason: &str| {
+            told.say(&format!(
+                "no server gives lock {} yet ({reason}); still trying. `disco dev` starts one",
+                claim.name
+            ));
+        };
         let token = locks.acquire(claim, patient, news).await.map_err(|error| match error {
             LockError::Held(message) | LockError::Unreachable(message) => Failure::not_yet(message),
             LockError::Refused(message) => Failure::bad_data(message),

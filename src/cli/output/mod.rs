@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 pub(super) use table::{Column, render};
-pub(super) use text::{age, cell, clean, clean_lines, count, number, parse_when, some_of};
+pub(super) use text::{age, cell, clean, clean_lines, count, number, some_of};
 pub(super) use watch::{Refresh, list};
 
 use super::failure::{FAILED, Failure};

@@ -3,8 +3,6 @@ use std::time::{Duration, SystemTime};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::{model::parse_duration, rt};
-
 /// A text that is safe on a terminal: control characters and those that turn the direction of writing are spelt out.
 pub(in crate::cli) fn clean(text: &str) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut safe, c| {
@@ -60,17 +58,6 @@ pub(in crate::cli) fn some_of(names: &[String]) -> String {
     }
 }
 
-/// Reads a time, or how long ago it was.
-pub(in crate::cli) fn parse_when(text: &str) -> Result<Timestamp, String> {
-    if let Ok(time) = text.parse() {
-        return Ok(time);
-    }
-    let ago = parse_duration(text)
-        .map_err(|_| "want a time, e.g. 2026-01-31T12:00:00Z, or how long ago, e.g. 10m".to_owned())?;
-    let then = rt::now().checked_sub(ago).and_then(|then| Timestamp::try_from(then).ok());
-    then.ok_or_else(|| "that is too long ago".to_owned())
-}
-
 /// How long ago the RFC 3339 time at a JSON pointer was at `now`: `12s`, `3m`, `5h`, `2d`; `-` when there is none.
 pub(in crate::cli) fn age(value: &Value, pointer: &str, now: SystemTime) -> String {
     let parsed =
@@ -111,15 +98,6 @@ mod tests {
             assert_eq!(age(&json!({"at": then}), "/at", now), want, "{then}");
         }
         assert_eq!(age(&json!({}), "/at", now), "-");
-    }
-
-    #[test]
-    fn times() {
-        let at: Timestamp = "2026-01-31T12:00:00Z".parse().unwrap();
-        assert_eq!(parse_when("2026-01-31T13:00:00+01:00"), Ok(at));
-        let then = SystemTime::from(parse_when("10m").unwrap());
-        assert!((600..700).contains(&rt::now().duration_since(then).unwrap().as_secs()));
-        assert!(parse_when("yesterday").unwrap_err().starts_with("want a time"));
     }
 
     #[test]

@@ -3,10 +3,13 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::{Format, ListOptions, View, note, print};
-use crate::{cli::failure::Failure, rt::Backoff};
+use crate::{cli::failure::Failure, client::Http, model::format_duration, rt::Backoff};
 
 /// How often a list without a long poll is asked for again.
 const POLL: Duration = Duration::from_secs(1);
+
+/// How long a server may hold an answer.
+const HELD: Duration = Duration::from_secs(30);
 
 /// How a list is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +18,18 @@ pub(in crate::cli) enum Refresh {
     Now,
     /// The server may hold the answer until there is something after this revision.
     After(u64),
+}
+
+impl Refresh {
+    /// Gets what is at `path`, which answers to `index` and `wait`.
+    pub(in crate::cli) async fn get(self, http: &Http, path: &str) -> Result<Value, Failure> {
+        Ok(match self {
+            Self::Now => http.get(path, Duration::ZERO).await?,
+            Self::After(revision) => {
+                http.get(&format!("{path}?index={revision}&wait={}", format_duration(HELD)), HELD).await?
+            }
+        })
+    }
 }
 
 /// Prints a list, and with `--watch` again whenever it changes.

@@ -3,11 +3,12 @@
 mod life;
 pub(super) mod process;
 mod registrar;
+mod replica;
 
 use std::{collections::BTreeMap, ffi::OsString, fmt, io::Write as _, net::SocketAddr, time::Duration};
 
 use crate::{
-    cli::{Failure, Global},
+    cli::{Failure, Global, parse},
     client::Servers,
     health::{Ask, Command, Network, Outcome, Prober},
     model::{
@@ -19,13 +20,14 @@ use crate::{
 use life::{Check, Life, Plan};
 use process::{Running, stop_requests};
 use registrar::Sessions;
+use replica::{Replica, ReplicaArgs};
 
 /// Longest time for one check.
 const CHECK: Duration = Duration::from_secs(2);
 /// Longest look at the port before the command is started.
 const GLANCE: Duration = Duration::from_millis(200);
 
-const LONG: &str = "\
+pub(super) const LONG: &str = "\
 Starts COMMAND and registers it as an instance of a service once its check passes. The registration lasts as long as \
 this program: when the command ends, however it ends, it is removed at once.
 
@@ -38,26 +40,32 @@ check goes on; when it fails several times in a row the instance is reported unh
 again. A --health-command is run by /bin/sh: exit code 0 means healthy, 75 degraded, anything else unhealthy.
 
 The command gets DISCO_SERVICE, DISCO_INSTANCE, DISCO_ADDRESS and PORT in its environment. It runs in a process group of \
-its own, without the terminal as its input.";
+its own, without the terminal as its input.
+
+With --peer-set it is a replica of a database. It is registered with its name and the mark of its disk, and started when the set is \
+founded, or, if it comes later, when its add was seen. The list is in DISCO_PEERS and in the file DISCO_PEERS_FILE, its number in \
+DISCO_NODE_ID and DISCO_PEER_ORDINAL, and whether it founds or joins in DISCO_PEER_BIRTH. All that is kept in the data directory: \
+a replica starts again with it when no server answers. One that was told nothing yet ends with 2 then.";
 
 const EXAMPLES: &str = "\
 Examples:
   disco run --service greeter --port 50051 --health grpc -- ./greeter --listen 127.0.0.1:50051
   disco run --service web --port 8080 --health http /healthz --zone z1 -- python3 -m http.server 8080
+  disco run --peer-set kv --peer-key n1 --raft-port 7001 --data-dir /data/n1 --peers-format etcd-env -- ./start.sh
   disco run --service db --port 5432 --health-command 'pg_isready -q -p $PORT' -- postgres -D data";
 
 /// Run a command as an instance of a service.
 #[derive(Debug, Clone, clap::Args)]
-#[command(long_about = LONG, after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct RunArgs {
     /// The service that the command is an instance of
-    #[arg(long)]
-    service: String,
-    /// The port that it listens on
-    #[arg(long, allow_negative_numbers = true)]
-    port: i64,
-    /// Its id within the service [default: HOST-PORT]
-    #[arg(long)]
+    #[arg(long, required_unless_present = "peer_set")]
+    service: Option<String>,
+    /// The port that it listens on; of a replica the port for clients [default for a replica: its raft port]
+    #[arg(long, allow_negative_numbers = true, required_unless_present = "peer_set")]
+    port: Option<i64>,
+    /// Its id within the service; of a replica its name for ever [default: HOST-PORT]
+    #[arg(long, visible_alias = "peer-key")]
     id: Option<String>,
     /// The IP address that callers reach it at
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
@@ -93,7 +101,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     weight: i64,
     /// What else to tell of it; may be given several times
-    #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::pair)]
     metadata: Vec<(String, String)>,
     /// Longest wait for the proxies to acknowledge a drain
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
@@ -101,6 +109,8 @@ pub(super) struct RunArgs {
     /// From SIGTERM to SIGKILL
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     stop_timeout: Duration,
+    #[command(flatten)]
+    replica: ReplicaArgs,
     /// The command and its arguments, after `--`
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -108,10 +118,10 @@ pub(super) struct RunArgs {
 
 /// Runs the command to its end. Returns the exit code for the process.
 pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
-    let Settings { registration, method, plan, program, arguments } = Settings::new(args, &host())?;
+    let Settings { registration, method, plan, replica, program, arguments } = Settings::new(args, &host())?;
     let servers = Servers::parse(&global.grpc, global.token.as_deref()).map_err(Failure::usage)?;
     let address = SocketAddr::new(registration.address, registration.port.into());
-    let environment = [
+    let mut environment = vec![
         ("DISCO_SERVICE", registration.key.service.to_string()),
         ("DISCO_INSTANCE", registration.key.id.to_string()),
         ("DISCO_ADDRESS", registration.address.to_string()),
@@ -125,7 +135,16 @@ pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
         ));
     }
 
-    let stops = stop_requests(&tasks)?;
+    let (stop, mut stops) = stop_requests(&tasks)?;
+    if let Some(replica) = replica {
+        let http = global.client()?;
+        let ready = tokio::select! {
+            ready = replica.ready(&http, say) => ready?,
+            _ = stops.recv() => return Err(Failure::not_yet("asked to end before the command was started")),
+        };
+        environment.extend(ready.environment.iter().cloned());
+        tasks.spawn_until_shutdown("peers", replica.keep(http, ready, stop, say));
+    }
     let process = Running::start(&program, &arguments, &environment)?;
     let name = &plan.name;
     say(&match &method {
@@ -139,7 +158,7 @@ pub(super) async fn run(args: RunArgs, global: &Global) -> Result<u8, Failure> {
         check: method.map(|method| -> Box<dyn Ask> {
             match method {
                 Method::Probe(probe) => Box::new(prober(probe, CHECK)),
-                Method::Command(line) => Box::new(Command::new(line, environment.into(), CHECK)),
+                Method::Command(line) => Box::new(Command::new(line, environment, CHECK)),
             }
         }),
         plan,
@@ -188,6 +207,7 @@ struct Settings {
     registration: Registration,
     method: Option<Method>,
     plan: Plan,
+    replica: Option<Replica>,
     program: OsString,
     arguments: Vec<OsString>,
 }
@@ -206,16 +226,16 @@ impl Settings {
         if args.health_interval.is_zero() {
             problems.add("health-interval", "0s is too short: want at least 1ms");
         }
-        let id = args
-            .id
-            .unwrap_or_else(|| default_id(if host.is_empty() { &args.service } else { host }, args.port));
+        let service = args.service.or(args.replica.peer_set.clone()).unwrap_or_default();
+        let port = args.port.or(args.replica.raft_port.map(Into::into)).unwrap_or_default();
+        let id = args.id.unwrap_or_else(|| default_id(if host.is_empty() { &service } else { host }, port));
         let raw = RawRegistration {
-            service: args.service,
+            service,
             id,
             incarnation: None,
             new_run: false,
             address: Some(args.address),
-            port: Some(args.port.into()),
+            port: Some(port.into()),
             locality: [args.region, args.zone, String::new()],
             weight: Some(args.weight.into()),
             metadata: args.metadata.into_iter().collect::<BTreeMap<_, _>>(),
@@ -225,6 +245,10 @@ impl Settings {
                 .then(|| RawCheck { kind: RawKind::Owner, ..RawCheck::default() }),
         };
         let registration = Registration::check_into(raw, &form_only(), &mut problems);
+        let replica = match (&registration, &args.replica.peer_set) {
+            (Some(registration), Some(_)) => Replica::new(args.replica, registration, &mut problems),
+            _ => None,
+        };
         let mut command = args.command.into_iter();
         let (Some(registration), Some(method), Some(program), true) =
             (registration, method, command.next(), problems.is_empty())
@@ -242,7 +266,7 @@ impl Settings {
             drain_limit: args.drain_timeout,
             stop_limit: args.stop_timeout,
         };
-        Ok(Self { registration, method, plan, program, arguments: command.collect() })
+        Ok(Self { registration, method, plan, replica, program, arguments: command.collect() })
     }
 }
 
@@ -278,13 +302,6 @@ fn probe(words: &[String], path: Option<&str>) -> Result<Option<Probe>, String> 
     }
     let wrong = |error| format!("{error}; or none");
     text.parse().map(Some).map_err(wrong)
-}
-
-fn key_value(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(format!("{} is not KEY=VALUE, such as version=1.2", excerpt(text))),
-    }
 }
 
 /// The name of this machine; empty when it has none.

@@ -131,8 +131,8 @@ impl Process for Running {
     }
 }
 
-/// Each request of this program's owner to end it: SIGTERM, SIGINT, SIGHUP or SIGQUIT.
-pub(crate) fn stop_requests(tasks: &Tasks) -> Result<mpsc::Receiver<()>, Failure> {
+/// Each request of this program's owner to end it: SIGTERM, SIGINT, SIGHUP or SIGQUIT; and a way to add others.
+pub(crate) fn stop_requests(tasks: &Tasks) -> Result<(mpsc::Sender<()>, mpsc::Receiver<()>), Failure> {
     // Two are ever acted on.
     let (sender, receiver) = mpsc::channel(2);
     for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup(), SignalKind::quit()] {
@@ -146,7 +146,7 @@ pub(crate) fn stop_requests(tasks: &Tasks) -> Result<mpsc::Receiver<()>, Failure
             }
         });
     }
-    Ok(receiver)
+    Ok((sender, receiver))
 }
 
 #[cfg(test)]

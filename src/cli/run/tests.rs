@@ -52,6 +52,33 @@ fn everything_given() {
 }
 
 #[test]
+fn replicas() {
+    let line = "--peer-set db --raft-port 7001 --data-dir /data --peer-key n1 --port 8001 --zone z -- true";
+    let registration = settings(line).unwrap().registration;
+    assert_eq!((registration.key.to_string().as_str(), registration.port.get()), ("db/n1", 8001));
+    let settings_of_one_port = settings("--peer-set db --raft-port 7001 --data-dir /data -- true").unwrap();
+    assert_eq!(settings_of_one_port.registration.key.to_string(), "db/host.local-7001");
+    assert_eq!(settings_of_one_port.registration.port.get(), 7001);
+    assert!(settings_of_one_port.replica.is_some());
+    assert!(settings("--service a --port 1 -- true").unwrap().replica.is_none());
+    for (line, wanted) in [
+        ("--peer-set db --raft-port 1 -- true", "--data-dir"),
+        ("--peer-set db --data-dir /data -- true", "--raft-port"),
+        ("--service a --port 1 --data-dir /data -- true", "--peer-set"),
+        ("--service a --port 1 --peer-set db --raft-port 1 --data-dir /data -- true", "cannot be used with"),
+        ("--peer-set db --raft-port 1 --data-dir /data --peers-format x -- true", "is not a format"),
+        ("--peer-set db --raft-port 1 --data-dir /data --extra-port x -- true", "NAME=PORT"),
+        (
+            "--peer-set db --raft-port 1 --data-dir /data --peers-format hashicorp-peers-json -- true",
+            "--peers-format: hashicorp-peers-json is for one recovery",
+        ),
+    ] {
+        let message = settings(line).unwrap_err();
+        assert!(message.contains(wanted), "{wanted} in {message}");
+    }
+}
+
+#[test]
 fn checks() {
     let http = |path: &str| format!("http:{path}").parse::<Probe>().ok();
     let grpc = |service: &str| Some(Probe::Grpc { service: service.into() });

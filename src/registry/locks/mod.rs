@@ -171,7 +171,7 @@ impl Locks {
     fn held_by_another(&self, name: &LockName) -> Error {
         let message = match self.board().lock(name) {
             Some(lock) => format!(
-                "lock {name} is held by {} with token {} since {}",
+                "lock {name} is held by {} with token {} since {:.3}",
                 lock.holder,
                 lock.token,
                 jiff::Timestamp::try_from(lock.since).unwrap_or_default()

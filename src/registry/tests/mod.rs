@@ -7,9 +7,11 @@ use std::{sync::Arc, time::Duration};
 use super::*;
 use crate::{
     catalog::{self, Reader},
-    model::{Incarnation, InstanceKey, Members, RawRegistration, Registration, Revision, State, Update},
+    model::{
+        Incarnation, InstanceKey, Members, RawRegistration, Registration, Revision, Roles, State, Update,
+    },
     rt::{Readiness, Shutdown},
-    store::{Listing, MemoryStore, Op, Store, StoreError, Watch},
+    store::{Condition, Listing, MemoryStore, Op, Store, StoreError, Watch},
 };
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
@@ -320,6 +322,35 @@ async fn an_empty_service_is_forgotten_after_its_retention() {
     let after = start.elapsed();
     assert!((3600..=4000).contains(&after.as_secs()), "{after:?}");
     assert!(matches!(registry.remove_service(key("a").service).await, Err(Error::NoService(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_with_roles_is_kept_and_its_names_are_taken() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+    let registry = Node::start(Arc::clone(&store)).await.registry;
+    registry.register(registration("a", 1, None)).await.unwrap();
+    let roles = Roles { term: 1, leader: Some(key("a").id), ..Roles::default() };
+    let (roles_key, value) = (record::roles_key(&key("a").service), record::encode_roles(&roles));
+    let put = Op::Put { key: Arc::clone(&roles_key), value, when: Condition::Always };
+    assert!(registry.catalog().reached(store.commit(vec![put]).await.unwrap()).await);
+    for (name, want) in [("greeter.leader", "conflict service"), ("greeter.any", "conflict service")] {
+        let mut other = registration("x", 2, None);
+        other.key.service = name.parse().unwrap();
+        assert_eq!(refused(registry.register(other).await), want, "{name}");
+    }
+    for free in ["other.leader", "greeter.leaders"] {
+        let mut other = registration("x", 2, None);
+        other.key.service = free.parse().unwrap();
+        registry.register(other).await.unwrap();
+    }
+    registry.deregister(key("a"), None).await.unwrap();
+    assert_eq!(refused(registry.remove_service(key("a").service).await), "conflict service");
+    tokio::time::sleep(Duration::from_secs(10_000)).await;
+    assert!(registry.catalog().latest().service(&key("a").service).is_some(), "it is not forgotten");
+    let gone = Op::Delete { key: roles_key, when: Condition::Always };
+    assert!(registry.catalog().reached(store.commit(vec![gone]).await.unwrap()).await);
+    registry.remove_service(key("a").service).await.unwrap();
+    assert!(registry.catalog().latest().service(&key("a").service).is_none());
 }
 
 #[tokio::test(start_paused = true)]

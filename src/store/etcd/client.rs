@@ -77,6 +77,11 @@ pub(super) enum Failure {
     Refused(tonic::Status),
 }
 
+/// What a method of etcd's services returns.
+pub(super) trait Answer<R>: Future<Output = Result<Response<R>, tonic::Status>> {}
+
+impl<R, F: Future<Output = Result<Response<R>, tonic::Status>>> Answer<R> for F {}
+
 impl Client {
     pub(super) fn new(config: &EtcdConfig) -> Result<Self, EtcdError> {
         let tls = config.tls.as_ref().map(tls).transpose()?;
@@ -146,16 +151,12 @@ impl Client {
     }
 
     /// Calls endpoint after endpoint until one answers, at most until `deadline`. What is called may be done twice.
-    pub(super) async fn call<M, R, F>(
+    pub(super) async fn call<M: Clone, R, F: Answer<R>>(
         &self,
         deadline: Instant,
         message: M,
         call: impl Fn(Channel, Request<M>) -> F,
-    ) -> Result<R, Failure>
-    where
-        M: Clone,
-        F: Future<Output = Result<Response<R>, tonic::Status>>,
-    {
+    ) -> Result<R, Failure> {
         let mut backoff = Backoff::new(RETRY.0, RETRY.1);
         for tried in 1_usize.. {
             match self.call_once(deadline, message.clone(), &call).await {
@@ -175,16 +176,12 @@ impl Client {
 
     /// Calls the endpoint that is spoken to. With a token that etcd does not take (any more) it calls again with a new one:
     /// a refusal is an answer.
-    pub(super) async fn call_once<M, R, F>(
+    pub(super) async fn call_once<M: Clone, R, F: Answer<R>>(
         &self,
         deadline: Instant,
         message: M,
         call: impl Fn(Channel, Request<M>) -> F,
-    ) -> Result<R, Failure>
-    where
-        M: Clone,
-        F: Future<Output = Result<Response<R>, tonic::Status>>,
-    {
+    ) -> Result<R, Failure> {
         let index = *self.current.borrow();
         let Some((address, channel)) = self.endpoints.get(index) else {
             return Err(Failure::Unanswered("there is no endpoint".to_owned()));

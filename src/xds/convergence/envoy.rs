@@ -368,21 +368,13 @@ impl<V: Client> World<V> {
         let mut full = 0;
         let mut idle = 0;
         while idle < 8 {
-            let mut busy = false;
-            while let Some(sent) = self.server.next() {
+            let mut busy = self.server.exchange(&mut self.to_server, &mut self.to_client) > 0;
+            while let Some(sent) = self.to_client.pop_front() {
                 busy = true;
                 responses += 1;
                 full += usize::from(!sent.resources.is_empty() || !sent.removed.is_empty());
                 assert!(responses < 1000, "it does not end");
-                self.to_client.push_back(sent);
-            }
-            while let Some(sent) = self.to_client.pop_front() {
-                busy = true;
                 self.receive(sent);
-            }
-            while let Some(request) = self.to_server.pop_front() {
-                busy = true;
-                self.server.request(request);
             }
             if !busy {
                 idle += 1;

@@ -183,21 +183,10 @@ impl<V: Client> World<V> {
     fn quiesce(&mut self) -> usize {
         let mut responses = 0;
         loop {
-            let before = responses;
-            while let Some(request) = self.to_server.pop_front() {
-                self.server.request(request);
-            }
-            while let Some(sent) = self.server.next() {
-                responses += 1;
-                assert!(responses < 1000, "it does not end");
-                self.to_client.push_back(sent);
-            }
-            while let Some(sent) = self.to_client.pop_front() {
-                self.receive(sent);
-            }
-            if responses == before && self.to_server.is_empty() {
-                return responses;
-            }
+            responses += self.server.exchange(&mut self.to_server, &mut self.to_client);
+            assert!(responses < 1000, "it does not end");
+            let Some(sent) = self.to_client.pop_front() else { return responses };
+            self.receive(sent);
         }
     }
 

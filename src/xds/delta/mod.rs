@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use super::{
     Config, Entry, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy,
     asked::Asked,
-    engine::{Ask, Built, Variant},
+    engine::{Anew, Ask, Built, Variant},
     names::is_glob,
     response::{bodyless_field, removed_field},
     subscription::Terms,
@@ -65,9 +65,12 @@ impl Variant for Delta {
         Asked { message: request, held }: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
-    ) -> Result<(), ProtocolError> {
-        let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
+    ) -> Result<Anew, ProtocolError> {
         let (add, remove) = (&request.resource_names_subscribe, &request.resource_names_unsubscribe);
+        if !first && add.is_empty() && remove.is_empty() {
+            return Ok(false);
+        }
+        let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
         let mut change = track.subscription.update(add, remove, first, terms)?;
         if first && !held.is_empty() {
             // Which of them are due is known when what it holds was weighed.
@@ -93,7 +96,7 @@ impl Variant for Delta {
             track.owes = track.subscription.is_wildcard() && held.is_empty();
             track.claim = Some(Claim { held: Held::Each(held), forced });
         }
-        Ok(())
+        Ok(true)
     }
 
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, _: StreamPolicy) -> bool {
@@ -213,6 +216,10 @@ impl Variant for Delta {
             let names = names.into_iter().filter(|name| (1..=UNKNOWN_NAME_BYTES).contains(&name.len()));
             due.extend(names.take(room));
         }
+    }
+
+    fn owes_unknown(&self) -> bool {
+        !self.unknown.is_empty()
     }
 
     fn next_unknown(&mut self) -> Option<(String, Vec<Bytes>, usize)> {

@@ -17,7 +17,7 @@ use arc_swap::{ArcSwapOption, Guard};
 use imbl::{OrdSet, ordset::DiffItem};
 use tokio::time::Instant;
 
-use super::{Proxies, ResourceSet, ResourceType, Subscription, names::collection};
+use super::{Proxies, ResourceSet, ResourceType, Subscription, by_type::ByType, names::collection};
 use crate::model::Revision;
 
 /// Where the resources of a view are put whenever they change. Only streams that a change concerns are woken: what it costs
@@ -111,12 +111,7 @@ impl Feed {
         place.marks().news = Some(News::default());
         place.marks().unreported = Some(Revision(0));
         let id = self.shared.index().add(&place);
-        Follower {
-            standing: Standing { feed: self.clone(), place },
-            id,
-            grain,
-            following: ResourceType::ALL.map(|_| Following::Nothing),
-        }
+        Follower { standing: Standing { feed: self.clone(), place }, id, grain, following: ByType::default() }
     }
 }
 
@@ -140,7 +135,7 @@ impl Shared {
 struct Index {
     places: Vec<Option<Arc<Place>>>,
     free: Vec<u32>,
-    types: [TypeIndex; ResourceType::ALL.len()],
+    types: ByType<TypeIndex>,
 }
 
 #[derive(Debug, Default)]
@@ -175,7 +170,7 @@ impl Index {
     /// Whom what changed between two sets concerns, each once.
     fn concerned(&self, before: &ResourceSet, set: &ResourceSet) -> Vec<u32> {
         let mut concerned = Vec::new();
-        for (kind, index) in ResourceType::ALL.into_iter().zip(&self.types) {
+        for (kind, index) in ResourceType::ALL.into_iter().zip(self.types.iter()) {
             let Some(changed) = set.changed_since(kind, before.revision()) else {
                 return self.everybody();
             };
@@ -198,10 +193,6 @@ impl Index {
         concerned.sort_unstable();
         concerned.dedup();
         concerned
-    }
-
-    fn of(&mut self, kind: ResourceType) -> Option<&mut TypeIndex> {
-        self.types.get_mut(kind as usize)
     }
 }
 
@@ -278,8 +269,9 @@ impl Default for Grain {
 }
 
 /// What a stream follows of a type.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 enum Following {
+    #[default]
     Nothing,
     All,
     Each(OrdSet<Arc<str>>),
@@ -291,7 +283,7 @@ pub(super) struct Follower {
     standing: Standing,
     id: u32,
     grain: Grain,
-    following: [Following; ResourceType::ALL.len()],
+    following: ByType<Following>,
 }
 
 /// A look at the newest set; not to be kept.
@@ -322,7 +314,7 @@ impl Follower {
     /// Has the stream woken by what it asked for. Call it whenever that changes, before [`Follower::take`]: what is published
     /// in between is then either in what is taken, or wakes the stream.
     pub(super) fn subscribe(&mut self, kind: ResourceType, to: &Subscription) {
-        let Some(following) = self.following.get_mut(kind as usize) else { return };
+        let following = self.following.of_mut(kind);
         let shared = &self.standing.feed.shared;
         // What all of a type makes is not worth to be told by name.
         let there = || shared.set.load().as_ref().map_or(0, |set| set.len(kind));
@@ -344,10 +336,7 @@ impl Follower {
         } else {
             Following::Each(to.names().clone())
         };
-        let mut index = shared.index();
-        if let Some(index) = index.of(kind) {
-            index.change(self.id, following, &next);
-        }
+        shared.index().types.of_mut(kind).change(self.id, following, &next);
         *following = next;
     }
 
@@ -422,7 +411,7 @@ impl TypeIndex {
 impl Drop for Follower {
     fn drop(&mut self) {
         let mut index = self.standing.feed.shared.index();
-        for (of, following) in index.types.iter_mut().zip(&self.following) {
+        for (of, following) in index.types.iter_mut().zip(self.following.iter()) {
             of.change(self.id, following, &Following::Nothing);
         }
         if let Some(place) = index.places.get_mut(self.id as usize) {

@@ -20,7 +20,7 @@ use envoy_types::pb::envoy::{
     service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest},
 };
 use futures_util::{
-    Stream,
+    FutureExt as _, Stream,
     future::{Ready, ready},
 };
 use tokio::{
@@ -267,6 +267,9 @@ async fn serve_stream<V: Serve, B: Incoming>(
     session.run((first, arrival), requests, place, (shutdown, &leave)).await
 }
 
+/// Requests that are taken in before any of them is answered, beside the first: who floods gets its responses all the same.
+const TOGETHER: usize = 8;
+
 /// A stream that was let in.
 struct Session<'a, V: Serve> {
     served: Served<V>,
@@ -290,6 +293,7 @@ impl<V: Serve> Session<'_, V> {
         let mut last: Option<Instant> = None;
         let mut served = false;
         self.hear(first)?;
+        self.hear_more(&mut requests)?;
         // Until the first response is made, which takes no help of the client; or until there is something to make it of.
         let mut arrival = self.served.is_known().then_some(arrival);
         // From now on the stream counts among those that have not acknowledged.
@@ -297,21 +301,25 @@ impl<V: Serve> Session<'_, V> {
         let timer = tokio::time::sleep(Duration::ZERO);
         tokio::pin!(timer);
         loop {
+            // Only a look, or an end that is set, brings the time to act nearer.
+            let mut nearer = false;
             tokio::select! {
                 // The first two because they cost little to ask; whoever floods starves no stream but its own.
                 biased;
                 // A place first, then the response: while the client does not read, newer state replaces older.
                 () = place.free(), if self.served.is_due() => {
                     drop(arrival.take());
-                    match self.served.next(Instant::now()).map_err(status)? {
-                        Some(response) => {
-                            self.observer.sent(V::PROTOCOL, &response);
-                            *place.response() = Some(response);
-                            served = true;
-                            // Nothing else needs to be asked before it is taken, which is at once.
-                            place.free().await;
-                        }
-                        None => self.report(),
+                    nearer = true;
+                    let response = self.served.next(Instant::now()).map_err(status)?;
+                    if !self.served.is_due() {
+                        self.report();
+                    }
+                    if let Some(response) = response {
+                        self.observer.sent(V::PROTOCOL, &response);
+                        *place.response() = Some(response);
+                        served = true;
+                        // Nothing else needs to be asked before it is taken, which is at once.
+                        place.free().await;
                     }
                 }
                 more = self.served.news(), if !self.served.is_due() => {
@@ -321,7 +329,10 @@ impl<V: Serve> Session<'_, V> {
                     self.served.wake();
                 }
                 request = requests.next() => match request? {
-                    Some(request) => self.hear(request)?,
+                    Some(request) => {
+                        self.hear(request)?;
+                        self.hear_more(&mut requests)?;
+                    }
                     None => return Ok(()),
                 },
                 () = &mut timer, if self.served.is_armed() => self.served.time_out(),
@@ -330,6 +341,7 @@ impl<V: Serve> Session<'_, V> {
                         return if served { Ok(()) } else { Err(leaving()) };
                     }
                     last = Some(Instant::now() + self.served.engine.patience());
+                    nearer = true;
                     leaving_time.set(shutdown.wait());
                 }
             }
@@ -341,7 +353,7 @@ impl<V: Serve> Session<'_, V> {
             {
                 return Ok(());
             }
-            if let Some(deadline) = self.served.timer(last) {
+            if nearer && let Some(deadline) = self.served.timer(last) {
                 timer.as_mut().reset(deadline);
             }
         }
@@ -356,8 +368,23 @@ impl<V: Serve> Session<'_, V> {
                 self.observer.rejected(V::PROTOCOL, kind, &reason);
             }
         }
-        if !self.served.is_known() {
+        if !self.served.is_due() {
             self.report();
+        }
+        Ok(())
+    }
+
+    /// Takes in what came together with a request that is to be answered, so that it takes one look to answer all.
+    fn hear_more<B: Incoming>(&mut self, requests: &mut Requests<V::Request, B>) -> Result<(), Status> {
+        for _ in 0..TOGETHER {
+            if !self.served.is_due() {
+                break;
+            }
+            // The end shows again when all is answered.
+            let Some(Some(asked)) = requests.next().now_or_never().transpose()? else {
+                break;
+            };
+            self.hear(asked)?;
         }
         Ok(())
     }

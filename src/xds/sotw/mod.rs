@@ -12,7 +12,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::{
     Config, Protocol, ProtocolError, ResourceSet, ResourceType, StreamPolicy, Version,
     asked::Asked,
-    engine::{Ask, Built, Variant},
+    engine::{Anew, Ask, Built, Variant},
     subscription::Terms,
     track::{Claim, Held, Track},
 };
@@ -53,11 +53,11 @@ impl Variant for Sotw {
         Asked { message: request, .. }: Asked<Self::Request>,
         first: bool,
         terms: Terms<'_>,
-    ) -> Result<(), ProtocolError> {
+    ) -> Result<Anew, ProtocolError> {
         // Every ACK repeats the names; mostly they are the same.
         let hash = hash(&request.resource_names);
         if track.names_hash.replace(hash) == Some(hash) {
-            return Ok(());
+            return Ok(false);
         }
         let forced = if first { mem::take(&mut track.due) } else { BTreeSet::new() };
         let change = track.subscription.replace(&request.resource_names, terms)?;
@@ -71,7 +71,7 @@ impl Variant for Sotw {
             track.owes = is_full(track.kind);
             track.claim = Some(Claim { held: Held::All(request.version_info), forced });
         }
-        Ok(())
+        Ok(true)
     }
 
     fn weigh(track: &mut Track, set: &Arc<ResourceSet>, policy: StreamPolicy) -> bool {

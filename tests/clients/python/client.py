@@ -13,6 +13,7 @@ args = argparse.ArgumentParser()
 args.add_argument("--target", required=True)
 args.add_argument("--concurrency", type=int, default=8)
 args.add_argument("--rate", type=float, default=500)
+args.add_argument("--fail-fast", action="store_true")
 args = args.parse_args()
 
 lock = threading.Lock()
@@ -47,7 +48,7 @@ def call_until_stopped(hello, first):
     while not stop.wait(max(0, due - time.monotonic())):
         due = max(due + pause, time.monotonic())
         try:
-            instance = hello("python", timeout=5, wait_for_ready=True)[2]
+            instance = hello("python", timeout=5, wait_for_ready=not args.fail_fast)[2]
             with lock:
                 by[instance] += 1
         except grpc.RpcError as error:

@@ -60,19 +60,34 @@ impl Load {
         Self::start_in(disco, client, "")
     }
 
+    /// Starts a client that calls `xds:///<service>` and does not wait for a connection.
+    pub(crate) fn start_fail_fast(disco: &Disco, client: Client, service: &str) -> anyhow::Result<Self> {
+        Self::start_to(disco, client, "", service, &["--fail-fast"])
+    }
+
     /// Starts a client that runs in this zone; the one of Envoy is where its Envoy says.
     pub(crate) fn start_in(disco: &Disco, client: Client, zone: &str) -> anyhow::Result<Self> {
+        Self::start_to(disco, client, zone, "greeter", &[])
+    }
+
+    fn start_to(
+        disco: &Disco,
+        client: Client,
+        zone: &str,
+        service: &str,
+        flags: &[&str],
+    ) -> anyhow::Result<Self> {
         let mut command = client.command()?;
         match client {
             Client::Envoy(proxy) => {
-                command.args(["--proxy", &proxy.to_string(), "--service", "greeter", "--long-calls", "2"]);
+                command.args(["--proxy", &proxy.to_string(), "--service", service, "--long-calls", "2"]);
             }
             _ => {
-                command.args(["--target", "xds:///greeter"]);
+                command.args(["--target", &format!("xds:///{service}")]);
                 command.env("GRPC_XDS_BOOTSTRAP", client.write_bootstrap(disco, zone)?);
             }
         }
-        command.args(["--concurrency", "8", "--rate", "300"]);
+        command.args(["--concurrency", "8", "--rate", "300"]).args(flags);
         let (process, stdin, stdout) = Process::start_piped("client", disco.folder(), &mut command)?;
         let stats = Arc::new(Mutex::new(Stats::default()));
         let latest = Arc::clone(&stats);
