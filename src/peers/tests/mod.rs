@@ -4,6 +4,7 @@
 mod backup;
 mod change;
 mod found;
+mod keep;
 mod lead;
 mod script;
 

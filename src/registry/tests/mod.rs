@@ -198,6 +198,28 @@ async fn two_incarnations_of_one_id() {
     assert_eq!(refused(registry.deregister(key("a"), Some(Incarnation(7))).await), "conflict incarnation");
 }
 
+/// As when the clock that numbers the runs goes back between two of them.
+#[tokio::test(start_paused = true)]
+async fn a_new_run_follows_the_one_before_whatever_its_number() {
+    let registry = node().await.registry;
+    let begins =
+        |port, incarnation| Registration { new_run: true, ..registration("a", port, Some(incarnation)) };
+    let first = registry.session();
+    assert_eq!(first.register(begins(1, 1000)).await.unwrap().instance.incarnation, Incarnation(1000));
+    // Elsewhere that one may be alive.
+    let second = registry.session();
+    assert_eq!(refused(second.register(begins(2, 7)).await), "conflict incarnation");
+    first.end(Ended::Lost).await;
+    let begun = second.register(begins(2, 7)).await.unwrap();
+    assert_eq!((begun.instance.incarnation, begun.instance.port.get()), (Incarnation(1001), 2));
+    let again = second.register(registration("a", 2, Some(1001))).await.unwrap();
+    assert_eq!(again.revision, begun.revision, "it goes on as what it was told to be");
+    // On the same port it is a restart, and the run before is no new one.
+    let third = registry.session();
+    assert_eq!(third.register(begins(2, 8)).await.unwrap().instance.incarnation, Incarnation(1002));
+    assert_eq!(refused(second.register(registration("a", 2, Some(1001))).await), "conflict incarnation");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_renewal_does_not_end_a_drain_but_a_new_run_does() {
     let registry = node().await.registry;
