@@ -29,12 +29,16 @@ const SERVICES: &[&str] = &[
     "envoy/service/status/v3/csds.proto",
     "envoy/service/load_stats/v3/lrs.proto",
 ];
-const GREETER: &[&str] = &["greeter.proto"];
+/// The services of the examples: a proto, and the folder that it is in.
+const EXAMPLES: [(&str, &str); 2] =
+    [("greeter.proto", "examples/greeter"), ("raft_kv.proto", "examples/raft-kv")];
 
 #[allow(clippy::disallowed_methods, reason = "cargo speaks to build scripts through the environment")]
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    println!("cargo:rerun-if-changed=examples/greeter/greeter.proto");
+    for (file, folder) in EXAMPLES {
+        println!("cargo:rerun-if-changed={folder}/{file}");
+    }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
 
     // Without them everything works but for the text of resources.
@@ -56,8 +60,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let etcd = protox::compile(ETCD, ["proto"])?;
     tonic_prost_build::configure().build_server(false).bytes(".").compile_fds(etcd)?;
 
-    let greeter = protox::compile(GREETER, ["examples/greeter"])?;
-    tonic_prost_build::configure().compile_fds(greeter)?;
+    for (file, folder) in EXAMPLES {
+        tonic_prost_build::configure().compile_fds(protox::compile([file], [folder])?)?;
+    }
     Ok(())
 }
 
