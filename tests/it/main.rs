@@ -30,6 +30,7 @@ mod peer_lists;
 mod peer_sets;
 mod per_type;
 mod plain_http;
+mod raft_kv;
 mod real_clients;
 mod renew_many;
 mod roles;
