@@ -127,8 +127,8 @@ async fn serve(told: Told) -> anyhow::Result<()> {
     let config = Config {
         cluster_name: cluster.clone(),
         heartbeat_interval: 100,
-        election_timeout_min: 500,
-        election_timeout_max: 1000,
+        election_timeout_min: 300,
+        election_timeout_max: 600,
         install_snapshot_timeout: 2000,
         snapshot_max_chunk_size: 1 << 20,
         max_payload_entries: 64,

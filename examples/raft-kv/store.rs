@@ -320,3 +320,90 @@ async fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
 async fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder).await?.sync_all().await
 }
+
+#[cfg(test)]
+mod tests {
+    use openraft::{
+        CommittedLeaderId,
+        storage::RaftLogStorageExt as _,
+        testing::{StoreBuilder, Suite},
+    };
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::Write;
+
+    struct Builder;
+
+    impl StoreBuilder<Types, Log, Machine, TempDir> for Builder {
+        async fn build(&self) -> Result<(TempDir, Log, Machine)> {
+            let folder = tempfile::tempdir().unwrap();
+            let (log, machine) = open(folder.path()).await;
+            Ok((folder, log, machine))
+        }
+    }
+
+    async fn open(folder: &Path) -> (Log, Machine) {
+        (Log::open(folder).await.unwrap(), Machine::open(folder).await.unwrap())
+    }
+
+    /// openraft's own tests of what it asks of a store.
+    #[test]
+    fn it_is_as_openraft_wants_it() {
+        Suite::test_all(Builder).unwrap();
+    }
+
+    fn id(index: u64) -> LogId<NodeId> {
+        LogId::new(CommittedLeaderId::new(1, 1), index)
+    }
+
+    fn entry(index: u64) -> Entry<Types> {
+        let write = Write { key: format!("k{index}"), value: index.to_string() };
+        Entry { log_id: id(index), payload: EntryPayload::Normal(write) }
+    }
+
+    async fn indexes(log: &mut Log) -> Vec<u64> {
+        let entries = log.try_get_log_entries(..).await.unwrap();
+        entries.into_iter().map(|entry| entry.log_id.index).collect()
+    }
+
+    #[tokio::test]
+    async fn it_comes_back_after_a_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut log, mut machine) = open(folder.path()).await;
+        let vote = Vote::new_committed(3, 1);
+        log.save_vote(&vote).await.unwrap();
+        log.blocking_append((1..=9).map(entry)).await.unwrap();
+        log.truncate(id(8)).await.unwrap();
+        machine.apply((1..=5).map(entry)).await.unwrap();
+        machine.build_snapshot().await.unwrap();
+        machine.apply([entry(6)]).await.unwrap();
+        log.purge(id(4)).await.unwrap();
+        log.blocking_append([entry(8)]).await.unwrap();
+
+        // The node died when it wrote the ninth.
+        let file = folder.path().join("log.jsonl");
+        let mut text = std::fs::read(&file).unwrap();
+        let whole = text.len();
+        text.extend_from_slice(br#"{"Entry":{"log_id""#);
+        std::fs::write(&file, text).unwrap();
+
+        for _ in 0..2 {
+            let (mut log, mut machine) = open(folder.path()).await;
+            assert_eq!(log.read_vote().await.unwrap(), Some(vote));
+            assert_eq!(indexes(&mut log).await, [5, 6, 7, 8]);
+            let state = log.get_log_state().await.unwrap();
+            assert_eq!((state.last_purged_log_id, state.last_log_id), (Some(id(4)), Some(id(8))));
+            assert_eq!(machine.applied_state().await.unwrap().0, Some(id(5)));
+            assert_eq!((machine.get("k5"), machine.get("k6")), (Some("5".to_owned()), None));
+            assert_eq!(std::fs::metadata(&file).unwrap().len(), whole as u64);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_damaged_log_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("log.jsonl"), "{\"Entry\n{\"Truncated\":4}\n").unwrap();
+        assert!(Log::open(folder.path()).await.is_err());
+    }
+}
