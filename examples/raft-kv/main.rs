@@ -58,7 +58,10 @@ struct Write {
 
 /// A replicated key-value store whose list of nodes comes from Disco.
 #[derive(Parser)]
-#[command(args_conflicts_with_subcommands = true)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    override_usage = "disco run --peer-set SET … -- raft-kv --data DIR\n       raft-kv COMMAND"
+)]
 struct Args {
     #[command(flatten)]
     told: Option<Told>,
@@ -116,7 +119,7 @@ async fn main() -> anyhow::Result<()> {
     match Args::parse() {
         Args { call: Some(call), to, .. } => println!("{}", call.make(&to).await?),
         Args { told: Some(told), .. } => serve(told).await?,
-        Args { .. } => bail!("want --data DIR under `disco run --peer-set`, or a command; --help says which"),
+        Args { .. } => bail!("want --data DIR, under `disco run --peer-set`, or a command"),
     }
     Ok(())
 }
@@ -127,8 +130,8 @@ async fn serve(told: Told) -> anyhow::Result<()> {
     let config = Config {
         cluster_name: cluster.clone(),
         heartbeat_interval: 100,
-        election_timeout_min: 300,
-        election_timeout_max: 600,
+        election_timeout_min: 250,
+        election_timeout_max: 450,
         install_snapshot_timeout: 2000,
         snapshot_max_chunk_size: 1 << 20,
         max_payload_entries: 64,

@@ -23,8 +23,8 @@ use super::{
     pb::{Payload, raft_client::RaftClient, raft_server},
 };
 
-/// Longest message, in bytes: 64 entries of the longest value, when JSON makes six bytes of each of its own.
-pub(super) const LONGEST: usize = 32 << 20;
+/// Longest message, in bytes: 64 of the longest entries when JSON makes six bytes of each of theirs, or a part of a snapshot.
+pub(super) const LONGEST: usize = 8 << 20;
 
 /// How long it takes at most to connect.
 const CONNECT: Duration = Duration::from_secs(1);
@@ -57,15 +57,10 @@ impl RaftNetworkFactory<Types> for Network {
 type Failed<E> = RPCError<NodeId, Node, RaftError<NodeId, E>>;
 
 impl Peer {
-    fn request<T: Serialize>(
-        &self,
-        message: &T,
-        option: &RPCOption,
-    ) -> Result<Request<Payload>, NetworkError> {
+    /// openraft itself ends calls that take too long.
+    fn request<T: Serialize>(&self, message: &T) -> Result<Payload, NetworkError> {
         let json = serde_json::to_vec(message).map_err(|error| NetworkError::new(&error))?;
-        let mut request = Request::new(Payload { cluster: self.cluster.clone(), node: self.node, json });
-        request.set_timeout(option.hard_ttl());
-        Ok(request)
+        Ok(Payload { cluster: self.cluster.clone(), node: self.node, json })
     }
 
     #[allow(clippy::result_large_err, reason = "openraft's")]
@@ -85,9 +80,9 @@ impl RaftNetwork<Types> for Peer {
     async fn append_entries(
         &mut self,
         message: AppendEntriesRequest<Types>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Result<AppendEntriesResponse<NodeId>, Failed<openraft::error::Infallible>> {
-        let request = self.request(&message, &option)?;
+        let request = self.request(&message)?;
         let answer = self.client.append_entries(request).await;
         self.answer(answer)
     }
@@ -95,9 +90,9 @@ impl RaftNetwork<Types> for Peer {
     async fn install_snapshot(
         &mut self,
         message: InstallSnapshotRequest<Types>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Result<InstallSnapshotResponse<NodeId>, Failed<InstallSnapshotError>> {
-        let request = self.request(&message, &option)?;
+        let request = self.request(&message)?;
         let answer = self.client.install_snapshot(request).await;
         self.answer(answer)
     }
@@ -105,9 +100,9 @@ impl RaftNetwork<Types> for Peer {
     async fn vote(
         &mut self,
         message: VoteRequest<NodeId>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Result<VoteResponse<NodeId>, Failed<openraft::error::Infallible>> {
-        let request = self.request(&message, &option)?;
+        let request = self.request(&message)?;
         let answer = self.client.vote(request).await;
         self.answer(answer)
     }

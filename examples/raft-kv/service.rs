@@ -23,7 +23,7 @@ use super::{
 };
 
 /// Longest key and value together, in bytes.
-const LONGEST: usize = 64 << 10;
+const LONGEST: usize = 16 << 10;
 
 /// How long a call waits for a majority.
 const PATIENCE: Duration = Duration::from_secs(5);

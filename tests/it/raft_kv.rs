@@ -171,13 +171,29 @@ fn a_store_over_openraft_is_founded_grows_and_comes_back_by_disco() {
         let mut joiner = Replica::new("n4")?;
         joiner.start(&disco)?;
         eventually("n4", PATIENCE, || set.peer("n4").ok())?;
-        ensure!(grow(&disco, &set, &envoy, "n4")? == ["add-learner", "promote"]);
+        ensure!(reach(&disco, &set, &envoy, &["--add", "n4"])? == ["add-learner", "promote"]);
         ensure!(joiner.voters()? == BTreeSet::from([1, 2, 3, 4]), "{:?}", joiner.metrics());
         replicas.insert("n4", joiner);
         ensure!(set.peer("n4")?["birth"] == "joiner", "{}", set.view()?);
         eventually("no drift", PATIENCE, || (set.view().ok()?["drift"] == json!([])).then_some(()))?;
         let verify = |disco: &Disco| ran(disco.command()?.args(["peers", "verify", "kv"]));
         verify(&disco)?;
+        caller.check()?;
+
+        // One that does not lead dies for good, and another takes its place under a number of its own.
+        let dead =
+            replicas.values().map(|replica| replica.key).find(|key| *key != leads).context("a follower")?;
+        replicas.remove(dead);
+        eventually("end of it", PATIENCE, || (set.peer(dead).ok()?["liveness"] == "down").then_some(()))?;
+        let mut instead = Replica::new("n5")?;
+        instead.start(&disco)?;
+        eventually("n5", PATIENCE, || set.peer("n5").ok())?;
+        let gone = set.peer(dead)?["node_id"].as_u64();
+        let voters: BTreeSet<_> = (1..=5).filter(|node| Some(*node) != gone).collect();
+        let steps = reach(&disco, &set, &envoy, &["--replace", dead, "n5"])?;
+        ensure!(steps == ["add-learner", "promote", "remove"], "{steps:?}");
+        ensure!(instead.voters()? == voters, "{:?}", instead.metrics());
+        replicas.insert("n5", instead);
         caller.check()?;
 
         // With nobody left to ask, it goes on; and after the end of everything it is what it was.
@@ -190,7 +206,7 @@ fn a_store_over_openraft_is_founded_grows_and_comes_back_by_disco() {
             replica.start(&disco)?;
         }
         for (key, replica) in &replicas {
-            ensure!(replica.voters()? == BTreeSet::from([1, 2, 3, 4]), "{key}: {:?}", replica.metrics());
+            ensure!(replica.voters()? == voters, "{key}: {:?}", replica.metrics());
         }
         disco.start_again()?;
         first_success(PATIENCE, || caller.put().is_ok())?;
@@ -201,30 +217,35 @@ fn a_store_over_openraft_is_founded_grows_and_comes_back_by_disco() {
 }
 
 /// Makes each step that Disco proposes, through Envoy, until there is none; which they were.
-fn grow(disco: &Disco, set: &Set, envoy: &Envoy, key: &str) -> anyhow::Result<Vec<String>> {
-    let peer = set.peer(key)?;
-    let (node, raft) = (peer["node_id"].to_string(), peer["raft"].as_str().context("no address")?.to_owned());
+fn reach(disco: &Disco, set: &Set, envoy: &Envoy, want: &[&str]) -> anyhow::Result<Vec<String>> {
     let mut steps: Vec<String> = Vec::new();
     let end = Instant::now() + PATIENCE;
     while Instant::now() < end {
-        let proposed = disco.command()?.args(["peers", "propose", "kv", "--add", key]).output()?;
+        let proposed = disco.command()?.args(["peers", "propose", "kv"]).args(want).output()?;
         let said = String::from_utf8_lossy(&proposed.stdout).into_owned();
         if said.contains("nothing to do") {
             return Ok(steps);
         }
-        let step = said.split_once("next: ").and_then(|(_, step)| step.split(' ').next());
-        match step {
-            Some(step) if steps.last().is_none_or(|last| last != step) => {
+        match next(&said) {
+            Some((step, arguments)) if steps.last() != Some(&step) => {
                 let mut command = Command::new(sibling("examples/raft-kv")?);
-                command.args([step, &node]).args((step == "add-learner").then_some(&raft));
-                ran(command.args(["--at", &envoy.proxy.to_string()]))?;
-                steps.push(step.to_owned());
+                ran(command.arg(&step).args(arguments).args(["--at", &envoy.proxy.to_string()]))?;
+                steps.push(step);
             }
             // It was made, or has to wait until the learner has caught up.
             Some(_) | None => thread::sleep(Duration::from_millis(20)),
         }
     }
     bail!("after {steps:?}: {}", set.view()?)
+}
+
+/// Reads `next: add-learner n4 (node 4)`, with `add_learner(4, 127.0.0.1:7004) on the leader` in the line below.
+fn next(said: &str) -> Option<(String, Vec<String>)> {
+    let (step, rest) = said.split_once("next: ")?.1.split_once(' ')?;
+    let (node, rest) = rest.split_once("(node ")?.1.split_once(')')?;
+    let address = rest.split_once("add_learner(").and_then(|(_, hint)| hint.split_once(')'));
+    let address = address.and_then(|(hint, _)| hint.split_once(", ")).map(|(_, address)| address.to_owned());
+    Some((step.to_owned(), [node.to_owned()].into_iter().chain(address).collect()))
 }
 
 /// How much later than the store has another leader Disco knows it, and a write through Envoy to `kv.leader` works.
