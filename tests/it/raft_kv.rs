@@ -14,6 +14,7 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use pb::{GetRequest, PutReply, PutRequest, key_value_client::KeyValueClient};
+use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tonic::{
@@ -85,6 +86,7 @@ fn leads(at: SocketAddr) -> bool {
 struct Caller {
     runtime: Runtime,
     client: KeyValueClient<Channel>,
+    attempts: usize,
     written: BTreeMap<String, String>,
 }
 
@@ -94,17 +96,33 @@ impl Caller {
         let endpoint = Endpoint::from_shared(format!("http://{at}"))?;
         let endpoint = endpoint.origin(format!("http://{authority}").parse()?);
         let client = runtime.block_on(async { KeyValueClient::new(endpoint.connect_lazy()) });
-        Ok(Self { runtime, client, written: BTreeMap::new() })
+        Ok(Self { runtime, client, attempts: 0, written: BTreeMap::new() })
     }
 
+    /// One attempt.
     fn put(&mut self) -> Result<PutReply, Status> {
-        let key = format!("k{}", self.written.len());
+        self.put_within(ATTEMPT)
+    }
+
+    fn put_within(&mut self, bound: Duration) -> Result<PutReply, Status> {
+        // Each has a key of its own: one that failed may still be written, at any time.
+        self.attempts += 1;
+        let key = format!("k{}", self.attempts);
         let value = format!("{:?}", Instant::now());
         let mut request = Request::new(PutRequest { key: key.clone(), value: value.clone() });
-        request.set_timeout(ATTEMPT);
+        request.set_timeout(bound);
         let reply = self.runtime.block_on(self.client.put(request))?.into_inner();
         self.written.insert(key, value);
         Ok(reply)
+    }
+
+    /// Writes some, each by this node.
+    fn put_to(&mut self, node: &Value) -> anyhow::Result<()> {
+        for _ in 0..20 {
+            let reply = self.put_within(PATIENCE)?;
+            ensure!(*node == reply.node, "node {} took a write, not {node}", reply.node);
+        }
+        Ok(())
     }
 
     /// Checks that all that was written is there.
@@ -159,10 +177,7 @@ fn a_store_over_openraft_is_founded_grows_and_comes_back_by_disco() {
         let envoy = Envoy::start_with(&disco, free_port()?, &["--on-demand"])?;
         let mut caller = Caller::new(envoy.proxy, "kv.leader")?;
         first_success(PATIENCE, || caller.put().is_ok())?;
-        let node = set.peer(&leads)?["node_id"].as_u64();
-        for _ in 0..20 {
-            ensure!(Some(caller.put()?.node) == node, "somebody else than {leads} took a write");
-        }
+        caller.put_to(&set.peer(&leads)?["node_id"])?;
         for replica in replicas.values().filter(|replica| replica.key != leads) {
             let refused = Caller::new(replica.client, "kv")?.put();
             ensure!(refused.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{refused:?}");
@@ -198,7 +213,7 @@ fn a_store_over_openraft_is_founded_grows_and_comes_back_by_disco() {
 
         // With nobody left to ask, it goes on; and after the end of everything it is what it was.
         disco.kill();
-        caller.put()?;
+        caller.put_within(PATIENCE)?;
         for replica in replicas.values_mut() {
             replica.process = None;
         }
@@ -246,6 +261,41 @@ fn next(said: &str) -> Option<(String, Vec<String>)> {
     let address = rest.split_once("add_learner(").and_then(|(_, hint)| hint.split_once(')'));
     let address = address.and_then(|(hint, _)| hint.split_once(", ")).map(|(_, address)| address.to_owned());
     Some((step.to_owned(), [node.to_owned()].into_iter().chain(address).collect()))
+}
+
+/// N7.
+#[test]
+fn a_leader_of_openraft_that_was_frozen_is_not_called_again() {
+    scene(|folder| {
+        let disco = Disco::start(folder)?;
+        let set = create(&disco)?;
+        let replicas = found(&disco)?;
+        let envoy = Envoy::start_with(&disco, free_port()?, &["--upstream", "kv.leader"])?;
+        let mut caller = Caller::new(envoy.proxy, "kv.leader")?;
+        let frozen = leader(&set)?;
+        first_success(PATIENCE, || caller.put().is_ok())?;
+        let record = set.record();
+        let server = replicas[frozen.as_str()].process.as_ref().context("it runs")?.descendants();
+        let server = *server.first().context("the server does not run")?;
+        kill_process(server, Signal::STOP)?;
+        let next = set.wait_leader("another", |now| now.is_some_and(|now| now != frozen))?;
+        let next = set.peer(&next.context("a leader")?)?["node_id"].clone();
+        first_success(PATIENCE, || caller.put().is_ok())?;
+        caller.put_to(&next)?;
+
+        // It takes itself for the leader until it hears of the other one.
+        kill_process(server, Signal::CONT)?;
+        caller.put_to(&next)?;
+        set.wait_role(&frozen, "follower")?;
+        caller.put_to(&next)?;
+        caller.check()?;
+        record.check()?;
+        let again = record.reigns();
+        let again = again.iter().skip_while(|reign| reign.leader.as_ref() == Some(&frozen));
+        let again: Vec<_> = again.filter(|reign| reign.leader.as_ref() == Some(&frozen)).collect();
+        ensure!(again.is_empty(), "published again: {again:?}");
+        Ok(())
+    });
 }
 
 /// How much later than the store has another leader Disco knows it, and a write through Envoy to `kv.leader` works.
