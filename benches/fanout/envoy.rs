@@ -53,11 +53,11 @@ pub(crate) fn run(bench: &mut Bench) {
             });
             let [envoys, discos] = cpu.map(median);
             let figures = [
-                Figure::new("write to ACK p50", "ms", ms(&latency, 0.5)),
-                Figure::new("p99", "ms", ms(&latency, 0.99)),
-                Figure::new("CPU of Envoy a change", "ms", envoys),
-                Figure::new("CPU of Disco a change", "ms", discos),
-                Figure::new("start to everything acknowledged", "s", loaded.as_secs_f64()),
+                Figure::new("to ACK p50", "ms", ms(&latency, 0.5)),
+                Figure::new("to ACK p99", "ms", ms(&latency, 0.99)),
+                Figure::new("Envoy CPU a change", "ms", envoys),
+                Figure::new("Disco CPU a change", "ms", discos),
+                Figure::new("first load", "s", loaded.as_secs_f64()),
             ];
             bench.report.add("envoy", &case, Contender::Disco, figures);
         });

@@ -338,6 +338,7 @@ pub(super) fn read_registration(
         service,
         id,
         incarnation: incarnation.and_then(|n| u64::try_from(n).ok()),
+        new_run: false,
         address,
         port,
         locality,

@@ -35,6 +35,8 @@ pub(super) enum Kind {
     TooLarge,
     Limit,
     Unavailable,
+    /// Another server may do it: this one does not have the role.
+    Misdirected,
     Internal,
 }
 
@@ -52,6 +54,7 @@ impl Kind {
             Self::TooLarge => ("too_large", StatusCode::PAYLOAD_TOO_LARGE, Code::OutOfRange),
             Self::Limit => ("limit", StatusCode::TOO_MANY_REQUESTS, Code::ResourceExhausted),
             Self::Unavailable => ("unavailable", StatusCode::SERVICE_UNAVAILABLE, Code::Unavailable),
+            Self::Misdirected => ("misdirected", StatusCode::MISDIRECTED_REQUEST, Code::Unimplemented),
             Self::Internal => ("internal", StatusCode::INTERNAL_SERVER_ERROR, Code::Internal),
         }
     }

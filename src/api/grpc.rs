@@ -54,6 +54,7 @@ impl RegistryService {
             metadata,
             ttl,
             check,
+            new_run,
         } = request;
         let mut problems = Problems::default();
         let ttl = ttl.and_then(|ttl| {
@@ -65,6 +66,7 @@ impl RegistryService {
             service,
             id,
             incarnation: (incarnation != 0).then_some(incarnation),
+            new_run,
             address: Some(address),
             port: Some(port.into()),
             locality: [locality.region, locality.zone, locality.sub_zone],

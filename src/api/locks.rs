@@ -238,7 +238,7 @@ impl Api {
     pub(super) fn locks(&self) -> Result<&Locks, ApiError> {
         self.locks.as_ref().ok_or_else(|| {
             let message = "this node keeps no locks: it does not have the role `registry`; ask one that has";
-            ApiError::new(Kind::Unavailable, message)
+            ApiError::new(Kind::Misdirected, message)
         })
     }
 }

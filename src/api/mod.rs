@@ -127,7 +127,7 @@ impl Api {
         self.registry.as_ref().ok_or_else(|| {
             let message =
                 "this node takes no writes: it does not have the role `registry`; send them to one that has";
-            ApiError::new(Kind::Unavailable, message)
+            ApiError::new(Kind::Misdirected, message)
         })
     }
 

@@ -227,19 +227,16 @@ mod tests {
                 naive.retain(|_, known| known.registered || known.term.is_some());
                 writer.apply(revision, vec![change]);
                 let now = reader.latest();
-                let got: Vec<(String, Option<u64>, bool, Vec<(String, u16)>)> = now.services()
-                    .map(|s| {
-                        let instances = s.instances().map(|i| (i.key.id.to_string(), i.port.get()));
-                        let term = s.roles.as_ref().map(|roles| roles.term);
-                        (s.id.to_string(), term, s.is_registered(), instances.collect())
-                    })
-                    .collect();
-                let want: Vec<(String, Option<u64>, bool, Vec<(String, u16)>)> = naive.iter()
-                    .map(|(s, known)| {
-                        let instances = known.instances.iter().map(|(i, p)| (format!("i{i}"), *p));
-                        (format!("s{s}"), known.term, known.registered, instances.collect())
-                    })
-                    .collect();
+                let got = now.services().map(|s| {
+                    let instances = s.instances().map(|i| (i.key.id.to_string(), i.port.get()));
+                    let term = s.roles.as_ref().map(|roles| roles.term);
+                    format!("{} {term:?} {} {:?}", s.id, s.is_registered(), instances.collect::<Vec<_>>())
+                });
+                let want = naive.iter().map(|(s, Naive { registered, instances, term })| {
+                    let instances = instances.iter().map(|(i, p)| (format!("i{i}"), *p));
+                    format!("s{s} {term:?} {registered} {:?}", instances.collect::<Vec<_>>())
+                });
+                let (got, want): (Vec<_>, Vec<_>) = (got.collect(), want.collect());
                 prop_assert_eq!(got, want);
                 let ports = || naive.values().flat_map(|known| known.instances.values());
                 prop_assert_eq!(now.instances(), ports().count());
@@ -277,5 +274,27 @@ mod tests {
         assert!(reader.reached(Revision(5)).await);
         writer.apply(Revision(3), vec![Change::RemoveService(key(0, 0).service)]);
         assert_eq!(reader.latest().instances(), 1);
+    }
+
+    #[test]
+    fn more_than_is_remembered_at_once_is_looked_at_whole() {
+        let (mut writer, reader) = catalog();
+        let many = (0..=REMEMBERED).map(|n| Change::PutService(format!("s{n}").parse().unwrap()));
+        writer.apply(Revision(5), many.collect());
+        assert_eq!(reader.since(Revision(4)).1, Changes::Resync);
+        assert_eq!(reader.changes_of(Revision(5)), None);
+        writer.apply(Revision(6), vec![Change::PutInstance(instance(0, 0, 1, Revision(6)))]);
+        assert!(matches!(reader.since(Revision(5)).1, Changes::Touched(touched) if touched.len() == 1));
+    }
+
+    #[test]
+    fn instances_share_the_name_of_their_service() {
+        let (mut writer, reader) = catalog();
+        let both = [0, 1].map(|id| Change::PutInstance(instance(0, id, 1, Revision(1))));
+        writer.apply(Revision(1), both.into());
+        let snapshot = reader.latest();
+        let service = snapshot.service(&key(0, 0).service).unwrap();
+        let name = service.id.shared();
+        assert!(service.instances().all(|instance| Arc::ptr_eq(&instance.key.service.shared(), &name)));
     }
 }

@@ -16,8 +16,8 @@ const CONNECT: Duration = Duration::from_secs(3);
 /// Largest answer that is read, in bytes.
 const BODY: usize = 256 << 20;
 
-/// A client of the HTTP/JSON API of Disco servers, of which the first that can be reached is asked. Cheap to clone; clones share
-/// connections.
+/// A client of the HTTP/JSON API of Disco servers, of which the first is asked that can be reached and has the role for it. Cheap to
+/// clone; clones share connections.
 #[derive(Debug, Clone)]
 pub struct Http {
     /// Never empty.
@@ -98,6 +98,7 @@ fn refusal(status: u16, code: &str, message: &str, fields: &[FieldError]) -> Str
     }
     match status {
         401 | 403 => text.push_str("\n  give a token with --token or DISCO_TOKEN"),
+        421 => text.push_str("\n  name servers with the role `registry` with --http or DISCO_HTTP, several separated by commas"),
         404 if code.is_empty() => {
             text.push_str("\n  is --http the HTTP port of a Disco server of this version?")
         }
@@ -243,15 +244,18 @@ impl Http {
         body: Option<Bytes>,
         kind: &'static str,
     ) -> Result<Response<Bytes>, HttpError> {
-        let mut unreachable = HttpError::Settings("no server is named".to_owned());
+        // What is said when no server does it.
+        let mut last = Err(HttpError::Settings("no server is named".to_owned()));
         for address in self.addresses.iter() {
             let request = self.request(address, method.clone(), path, body.clone(), kind)?;
             let answer = match self.client.request(request).await {
                 Ok(answer) => answer,
                 // Nothing was sent, so the next one may be asked.
                 Err(error) if error.is_connect() => {
-                    unreachable =
-                        HttpError::Unreachable { address: self.address(), reason: plain_cause(&error) };
+                    if last.is_err() {
+                        let reason = plain_cause(&error);
+                        last = Err(HttpError::Unreachable { address: self.address(), reason });
+                    }
                     continue;
                 }
                 Err(error) => return Err(self.not_disco(plain_cause(&error))),
@@ -259,9 +263,13 @@ impl Http {
             let (head, body) = answer.into_parts();
             let body = Limited::new(body, BODY).collect().await;
             let body = body.map_err(|error| self.not_disco(format!("the answer broke off: {error}")))?;
-            return Ok(Response::from_parts(head, body.to_bytes()));
+            let status = head.status;
+            last = Ok(Response::from_parts(head, body.to_bytes()));
+            if status != StatusCode::MISDIRECTED_REQUEST {
+                break;
+            }
         }
-        Err(unreachable)
+        last
     }
 
     fn request(
@@ -421,6 +429,25 @@ mod tests {
             };
             assert!(got.contains(want), "want {want:?}\ngot  {got:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_server_without_the_role_is_passed_by() {
+        let other = r#"{"error":{"code":"misdirected","message":"this node takes no writes"}}"#;
+        let (first, _tasks) = server(Some(response("421 Misdirected Request", other))).await;
+        let (second, _more) = server(Some(response("200 OK", r#"{"revision":7}"#))).await;
+        let away = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let ask = async |addresses: &[String]| {
+            let http = Http::new(&addresses.join(","), Some("t0ken")).unwrap();
+            let answer = http.send(Method::POST, "/", None, Duration::ZERO).await;
+            answer.map_or_else(|error| error.to_string(), |value| value.to_string())
+        };
+        assert_eq!(ask(&[first.address(), away.to_string(), second.address()]).await, r#"{"revision":7}"#);
+        let said = ask(&[first.address(), away.to_string()]).await;
+        assert!(
+            said.starts_with("this node takes no writes\n  name servers with the role `registry`"),
+            "{said}"
+        );
     }
 
     #[tokio::test(start_paused = true)]

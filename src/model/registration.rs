@@ -66,6 +66,8 @@ pub struct RawRegistration {
     pub id: String,
     /// Absent: the server chooses.
     pub incarnation: Option<u64>,
+    /// See [`Registration::new_run`].
+    pub new_run: bool,
     /// Absent is a problem, as is a host name.
     pub address: Option<String>,
     /// Absent is a problem.
@@ -89,6 +91,8 @@ pub struct Registration {
     pub key: InstanceKey,
     /// Absent: keep the present one, or let the server choose.
     pub incarnation: Option<Incarnation>,
+    /// It has not been registered before, so that it is later than the present run whatever its incarnation says.
+    pub new_run: bool,
     /// Where it listens.
     pub address: IpAddr,
     /// The port that takes its calls.
@@ -131,6 +135,7 @@ impl Registration {
             service,
             id,
             incarnation,
+            new_run,
             address,
             port,
             locality,
@@ -196,6 +201,7 @@ impl Registration {
         Some(Self {
             key: InstanceKey { service: service?, id: id? },
             incarnation: incarnation.map(Incarnation),
+            new_run,
             address: address?,
             port: port?,
             locality: Locality { region, zone, sub_zone },

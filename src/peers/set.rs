@@ -502,10 +502,14 @@ impl PeerSet {
         let by = |matches: &dyn Fn(&Peer) -> bool| self.peers.values().find(|peer| matches(peer));
         let by_id = || by(&|peer| seen.id == peer.node.to_string());
         let by_name = || by(&|peer| !seen.name.is_empty() && peer.key.as_str() == seen.name);
+        // A name that was another member's before may be that one still.
+        let used =
+            |key: &InstanceId| self.removed.values().any(|gone| gone.raft.is_some() && gone.key == *key);
+        let by_own_name = || by_name().filter(|peer| !used(&peer.key));
         let by_raft = || seen.raft.and_then(|raft| by(&|peer| same_place(peer.at.raft, raft)));
         match self.spec.kind.class() {
             Class::Identity if seen.raft.is_some() => by_raft(),
-            Class::Identity => by_name().or_else(by_id),
+            Class::Identity => by_own_name().or_else(by_id),
             Class::Addresses if seen.id.parse::<u64>().is_ok() => by_id(),
             Class::Addresses => by_name().or_else(by_raft),
             Class::Seeds if seen.raft.is_some() => by_name().or_else(by_raft),

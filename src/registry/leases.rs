@@ -185,6 +185,15 @@ impl<K: Clone + Ord + Hash> Leases<K> {
         }
     }
 
+    /// Ends the lease of one that nobody holds, before its grace is over.
+    pub(super) fn end_grace(&self, key: &K, incarnation: Incarnation) {
+        let mut table = self.table();
+        let nobody = |held: &&Held| held.incarnation == incarnation && held.holder == Holder::Nobody;
+        if table.held.get(key).filter(nobody).is_some() {
+            table.forget(key);
+        }
+    }
+
     /// Whether nobody has held the instance since its session was lost.
     pub(super) fn abandoned(&self, key: &K) -> bool {
         self.table().held.get(key).is_none_or(|held| held.holder == Holder::Nobody)

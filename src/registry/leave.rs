@@ -138,6 +138,12 @@ impl Registry {
     /// were removed. One whose owner comes back meanwhile stays.
     pub(super) async fn leave(&self, over: Vec<Run>, cause: Cause) -> u64 {
         let inner = Arc::clone(&self.inner);
+        if cause != Cause::Expired && !over.is_empty() {
+            let (inner, over) = (Arc::clone(&inner), over.clone());
+            self.inner
+                .tasks
+                .spawn_until_shutdown("hung-up", async move { inner.ask_in_grace(over, cause).await });
+        }
         let removed = self.detached(async move { Ok(inner.leave(over, cause).await as u64) });
         removed.await.unwrap_or_default()
     }
@@ -182,6 +188,29 @@ impl Inner {
             }
         }
         join_all(going.into_iter().map(|some| self.let_go(some, cause))).await.into_iter().sum()
+    }
+
+    /// A process that dies together with its owner may accept connections for a moment longer: asks again while the grace lasts,
+    /// ever less often.
+    async fn ask_in_grace(&self, over: Vec<Run>, cause: Cause) {
+        let (mut runs, mut wait) = (over, PATIENCE);
+        let end = Instant::now() + self.config.session_grace;
+        while Instant::now() + wait < end {
+            tokio::time::sleep(wait).await;
+            wait *= 2;
+            let snapshot = self.catalog.latest();
+            runs.retain(|(key, incarnation)| {
+                let present = snapshot.instance(key).filter(|it| it.incarnation == *incarnation);
+                present.is_some_and(|it| self.keeps(it) && self.leases.abandoned(key))
+            });
+            if runs.is_empty() {
+                return;
+            }
+            let there = runs.iter().filter_map(|(key, _)| snapshot.instance(key).cloned()).collect();
+            let (gone, _) = self.ask_all(there, cause).await;
+            gone.iter().for_each(|(it, _)| self.leases.end_grace(&it.key, it.incarnation));
+            self.remove_asked(&gone, cause).await;
+        }
     }
 
     /// Those whose lease is over. Those that are held already are asked soon.

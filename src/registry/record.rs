@@ -122,9 +122,11 @@ pub(super) fn encode(instance: &Instance) -> Bytes {
     v1::Instance { health: None, ..without_key(instance) }.encode_to_vec().into()
 }
 
-/// The wire form, for a place that has the key and the revision already.
+/// The wire form, for a place that has the key and the revision already. Where nothing is checked there is no verdict in it.
 pub(super) fn without_key(instance: &Instance) -> v1::Instance {
-    v1::Instance { service: String::new(), id: String::new(), revision: 0, ..instance_to_proto(instance) }
+    let message = instance_to_proto(instance);
+    let health = message.health.filter(|_| instance.check.is_some());
+    v1::Instance { service: String::new(), id: String::new(), revision: 0, health, ..message }
 }
 
 /// What a change in the store means for the catalog; `None` for keys of others.
@@ -365,6 +367,22 @@ mod tests {
                 panic!("not an instance")
             };
             assert_eq!(read, instance);
+        }
+    }
+
+    /// What was written before instances could be damped; then the same with a field that a later version may add.
+    #[test]
+    fn records_of_other_versions_are_read() {
+        let old = Instance { damped: None, ..instance(Lease::Session) };
+        let hex = "0a0b677265657465722e7061791203613a31188080808080808080102207666430303a3a3128bb0332060a017212017a380742060a016b\
+                   120176480252021200620b0880e2cfaa0610c0a9d33a7a026e318201150a0b0880a4a7da0610c0a9d33a120673696c656e74";
+        let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+        let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+        let later = [&bytes[..], b"\xfa\x3e\x05later"].concat();
+        for bytes in [bytes, later] {
+            let read = decode(&instance_key(&old.key), Some(&bytes.into()), Revision(9)).unwrap();
+            let Some(Change::PutInstance(read)) = read else { panic!("not an instance") };
+            assert_eq!(read, old);
         }
     }
 

@@ -113,7 +113,7 @@ impl Inner {
         };
         let moved = (registration.address, registration.port) != (present.address, present.port);
         let abandoned = self.keeps(present) && self.leases.abandoned(&present.key);
-        match registration.incarnation {
+        match following(registration, Some(present)) {
             None if present.lease == Lease::Session && !abandoned => Err(Error::conflict(
                 "incarnation",
                 format!(
@@ -147,10 +147,33 @@ impl Inner {
     }
 }
 
+/// Which run it is. A new one follows the present one, also where the clock that it was numbered by went back.
+fn following(registration: &Registration, present: Option<&Arc<Instance>>) -> Option<Incarnation> {
+    let given = registration.incarnation;
+    let before = present.map(|present| present.incarnation);
+    match before {
+        Some(before) if registration.new_run && given.is_some_and(|given| given < before) => {
+            Some(Incarnation(before.0.saturating_add(1)))
+        }
+        _ => given,
+    }
+}
+
 /// What the instance is after the registration. The same run keeps its state: a renewal does not end a drain.
 fn merge(registration: &Registration, present: Option<&Arc<Instance>>, holder: Holder) -> Instance {
-    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl, check } =
-        registration.clone();
+    let Registration {
+        key,
+        incarnation: _,
+        new_run: _,
+        address,
+        port,
+        locality,
+        weight,
+        metadata,
+        ttl,
+        check,
+    } = registration.clone();
+    let incarnation = following(registration, present);
     let now = rt::now();
     let by_clock = || {
         let since_epoch = now.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

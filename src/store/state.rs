@@ -95,22 +95,22 @@ impl State {
 
     /// Applies an accepted commit and tells what it changed.
     pub(super) fn apply(&mut self, revision: Revision, ops: Vec<Op>) -> Event {
-        // Collected in the memory of the operations.
-        let changes = ops.into_iter().filter_map(|op| {
+        let mut changes = Vec::with_capacity(ops.len());
+        for op in ops {
             let bound = matches!(op, Op::Bind { .. });
             match op {
                 Op::Put { key, value, .. } | Op::Bind { key, value, .. } => {
                     self.insert(Arc::clone(&key), Record { value: value.clone(), revision, bound });
-                    Some((key, Some(value)))
+                    changes.push((key, Some(value)));
                 }
                 Op::Delete { key, .. } => {
-                    let old = self.records.remove(&key)?;
-                    self.bytes -= size(key.len(), &old.value);
-                    Some((key, None))
+                    if let Some(old) = self.records.remove(&key) {
+                        self.bytes -= size(key.len(), &old.value);
+                        changes.push((key, None));
+                    }
                 }
             }
-        });
-        let changes = changes.collect();
+        }
         self.revision = revision;
         Event { revision, changes }
     }

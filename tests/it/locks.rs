@@ -2,10 +2,10 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::harness::{Disco, PATIENCE, Process, eventually, scene};
+use crate::harness::{Disco, Nodes, PATIENCE, Process, eventually, scene};
 
 /// Each command under the lock writes its token all the time. An older one after a newer one would be two holders.
 const WORK: &str = "while :; do echo $DISCO_LOCK_TOKEN $WHO >> $WORK; sleep 0.01; done";
@@ -19,6 +19,11 @@ struct Stage<'a> {
 impl<'a> Stage<'a> {
     fn new(disco: &'a Disco, ttl: &'a str) -> Self {
         Self { disco, work: disco.folder().join("work"), ttl }
+    }
+
+    /// The same, with another server that is asked first: each knows who waits at it.
+    fn at<'b>(&'b self, disco: &'b Disco) -> Stage<'b> {
+        Stage { disco, work: self.work.clone(), ttl: self.ttl }
     }
 
     /// Starts one that waits for the lock behind those before.
@@ -139,6 +144,38 @@ fn one_works_at_a_time_whoever_is_killed_or_frozen() {
 
         let who: Vec<_> = stage.done()?.into_iter().map(|(_, who)| who).collect();
         ensure!(who == ["first", "second", "third", "fourth", "fifth"], "{who:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn over_several_nodes_tokens_only_grow_whoever_dies() {
+    scene(|folder| {
+        let nodes = Nodes::start(folder, "ha3", "    session_ttl: 2s\n    timeout: 2s\n")?;
+        let [n1, n2, n3] = nodes.all.as_slice() else { bail!("not three nodes") };
+        let stage = Stage::new(n1, "2s");
+        let first = stage.at(n2).contender("first")?;
+        stage.works("first")?;
+        ensure!(stage.lock()?["node"] == n2.name(), "{}", stage.lock()?);
+        let second = stage.at(n3).contender("second")?;
+
+        // The node that counts the lease dies: the holder goes on at another one.
+        let before = stage.lock()?;
+        n2.signal(Signal::KILL)?;
+        eventually("another node", PATIENCE, || (stage.lock().ok()?["node"] != n2.name()).then_some(()))?;
+        ensure!(stage.lock()?["token"] == before["token"], "{before} {}", stage.lock()?);
+
+        // The holder is frozen: another one has it, through another node.
+        first.signal(Signal::STOP)?;
+        stage.works("second")?;
+        let third = stage.contender("third")?;
+        first.signal(Signal::CONT)?;
+        second.signal(Signal::KILL)?;
+        stage.works("third")?;
+        drop((first, third));
+
+        let who: Vec<_> = stage.done()?.into_iter().map(|(_, who)| who).collect();
+        ensure!(who == ["first", "second", "third"], "{who:?}");
         Ok(())
     });
 }

@@ -303,7 +303,7 @@ fn calls_through_envoy_go_to_the_leader_and_to_no_other() {
         ensure!(taken.status == 409 && taken.body.contains("replicated"), "{taken:?}");
         let shown = disco.command()?.args(["service", "show", "greeter"]).output()?;
         let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
-        ensure!(shown.contains("none now, term 3") && shown.contains("ROLE"), "{shown}");
+        ensure!(shown.contains("none now, term 4") && shown.contains("ROLE"), "{shown}");
         Ok(())
     });
 }
@@ -338,6 +338,13 @@ fn a_change_of_roles_is_one_of_two_small_clusters() {
             changed == ["cluster.db.followers.update_success", "cluster.db.leader.update_success"],
             "{changed:?}"
         );
+        // Whoever is told of the leader counts as concerned, though nothing of `db` itself is new.
+        let revision = disco.get("/v1/services/db")?["revision"].clone();
+        let progress = disco.get(&format!("/v1/revisions/{revision}?wait=10s"))?;
+        ensure!(progress["complete"] == true && progress["acknowledged"] == 1, "{progress}");
+        // It belongs to the peer set now.
+        let removed = disco.request("DELETE", "/v1/services/db", b"")?;
+        ensure!(removed.status == 409 && removed.body.contains("peer set"), "{removed:?}");
         let stats = request(envoy.admin, "GET", "/stats?filter=listener_modified", b"")?.body;
         ensure!(stats.trim().ends_with(": 0"), "{stats}");
         Ok(())

@@ -233,6 +233,7 @@ impl Settings {
             service,
             id,
             incarnation: None,
+            new_run: false,
             address: Some(args.address),
             port: Some(port.into()),
             locality: [args.region, args.zone, String::new()],

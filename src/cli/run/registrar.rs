@@ -28,6 +28,7 @@ impl Sessions {
 impl Registrar for Sessions {
     async fn register(&mut self) {
         self.registration.incarnation = Some(incarnation(now()));
+        self.registration.new_run = true;
         let session = Session::open(self.servers.clone(), &self.registration, &self.tasks);
         self.state = Some(session.state());
         self.session = Some(session);

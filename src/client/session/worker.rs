@@ -160,7 +160,10 @@ impl Worker {
             tokio::select! {
                 answer = answers.message() => {
                     let end = match answer {
-                        Ok(Some(answer)) => self.answered(address, outcome(answer)).err(),
+                        Ok(Some(answer)) => {
+                            self.adopt(&answer);
+                            self.answered(address, outcome(answer)).err()
+                        }
                         Ok(None) => Some(End::Broken(format!("{address}: the server ended the session"))),
                         Err(status) => Some(self.ended(address, &status)),
                     };
@@ -264,6 +267,18 @@ impl Worker {
         InstanceRef { service: service.clone(), id: id.clone(), incarnation: *incarnation }
     }
 
+    /// The run is what the server says that it is from its first registration on, and is not new any more.
+    fn adopt(&mut self, answer: &SessionResponse) {
+        let Some(Response::Register(answer)) = &answer.response else { return };
+        let Some(instance) = &answer.instance else { return };
+        self.wanted.register.new_run = false;
+        if instance.incarnation != 0 && self.wanted.register.incarnation != instance.incarnation {
+            self.wanted.register.incarnation = instance.incarnation;
+            // What was said was on another run.
+            self.health.mark_changed();
+        }
+    }
+
     /// Takes the answer to the oldest request.
     fn answered(
         &mut self,
@@ -362,7 +377,7 @@ fn outcome(answer: SessionResponse) -> Result<Revision, (Code, String)> {
 
 fn register_request(registration: &Registration) -> RegisterRequest {
     // The TTL is left out: the lease of a session is its stream.
-    let Registration { key, incarnation, address, port, locality, weight, metadata, ttl: _, check } =
+    let Registration { key, incarnation, new_run, address, port, locality, weight, metadata, ttl: _, check } =
         registration;
     RegisterRequest {
         service: key.service.to_string(),
@@ -379,5 +394,6 @@ fn register_request(registration: &Registration) -> RegisterRequest {
         metadata: metadata.clone(),
         ttl: None,
         check: check.as_ref().map(check_to_proto),
+        new_run: *new_run,
     }
 }

@@ -56,13 +56,9 @@ impl Observer {
                 is_due && present.is_member() && present.is_mine(name)
             });
             self.assign(mine.map(|set| (set.spec.name.clone(), set)).collect());
-            let changed = tokio::select! {
-                changed = board.changed() => changed,
-                changed = members.changed() => changed,
-            };
-            if changed.is_err() {
-                // They do not come to their end while the process lives.
-                return std::future::pending().await;
+            tokio::select! {
+                () = changed(&mut board) => {}
+                () = changed(&mut members) => {}
             }
         }
     }
@@ -287,6 +283,13 @@ fn targets(
         targets.extend(all.into_iter().take(MOST_PEERS).map(|at| (Target::Sentinel(at), (at, None))));
     }
     targets
+}
+
+/// Returns when there is something new; never when nothing can be any more, as with the members of a process that is alone.
+async fn changed<T>(receiver: &mut watch::Receiver<T>) {
+    if receiver.changed().await.is_err() {
+        std::future::pending().await
+    }
 }
 
 async fn told(telling: &mut Option<BoxFuture<'static, Result<(), Error>>>) -> Result<(), Error> {

@@ -1,9 +1,12 @@
 //! The never-rules N1 to N14 of peer sets, each by the tests that name it: foundings, changes of membership, leaders, all of them under
 //! random scripts, and through the store.
 
+mod backup;
 mod change;
 mod found;
+mod keep;
 mod lead;
+mod script;
 
 use std::time::SystemTime;
 

@@ -129,6 +129,16 @@ async fn a_connection_that_was_closed_is_the_end_of_those_that_refuse() {
     session.register(registration("a", process.port, Some(1))).await.unwrap();
     assert!(!registry.is_abandoned(&instance("a")));
 
+    // It accepted connections for a moment longer than its owner had one.
+    let (dying, of_dying) = (Process::start().await, registry.session());
+    of_dying.register(registration("dying", dying.port, Some(1))).await.unwrap();
+    of_dying.end(Ended::HungUp).await;
+    assert!(ids(registry.catalog()).contains(&"dying".to_owned()));
+    let start = Instant::now();
+    dying.kill().await;
+    until(&registry, 3, 0).await;
+    assert!(start.elapsed() < GRACE / 4, "{:?}", start.elapsed());
+
     // The end of the last one is believed, too, when it refuses.
     process.kill().await;
     session.end(Ended::HungUp).await;

@@ -7,9 +7,11 @@ use std::{sync::Arc, time::Duration};
 use super::*;
 use crate::{
     catalog::{self, Reader},
-    model::{Incarnation, InstanceKey, Members, RawRegistration, Registration, Revision, State, Update},
+    model::{
+        Incarnation, InstanceKey, Members, RawRegistration, Registration, Revision, Roles, State, Update,
+    },
     rt::{Readiness, Shutdown},
-    store::{Listing, MemoryStore, Op, Store, StoreError, Watch},
+    store::{Condition, Listing, MemoryStore, Op, Store, StoreError, Watch},
 };
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
@@ -196,6 +198,28 @@ async fn two_incarnations_of_one_id() {
     assert_eq!(refused(registry.deregister(key("a"), Some(Incarnation(7))).await), "conflict incarnation");
 }
 
+/// As when the clock that numbers the runs goes back between two of them.
+#[tokio::test(start_paused = true)]
+async fn a_new_run_follows_the_one_before_whatever_its_number() {
+    let registry = node().await.registry;
+    let begins =
+        |port, incarnation| Registration { new_run: true, ..registration("a", port, Some(incarnation)) };
+    let first = registry.session();
+    assert_eq!(first.register(begins(1, 1000)).await.unwrap().instance.incarnation, Incarnation(1000));
+    // Elsewhere that one may be alive.
+    let second = registry.session();
+    assert_eq!(refused(second.register(begins(2, 7)).await), "conflict incarnation");
+    first.end(Ended::Lost).await;
+    let begun = second.register(begins(2, 7)).await.unwrap();
+    assert_eq!((begun.instance.incarnation, begun.instance.port.get()), (Incarnation(1001), 2));
+    let again = second.register(registration("a", 2, Some(1001))).await.unwrap();
+    assert_eq!(again.revision, begun.revision, "it goes on as what it was told to be");
+    // On the same port it is a restart, and the run before is no new one.
+    let third = registry.session();
+    assert_eq!(third.register(begins(2, 8)).await.unwrap().instance.incarnation, Incarnation(1002));
+    assert_eq!(refused(second.register(registration("a", 2, Some(1001))).await), "conflict incarnation");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_renewal_does_not_end_a_drain_but_a_new_run_does() {
     let registry = node().await.registry;
@@ -298,6 +322,35 @@ async fn an_empty_service_is_forgotten_after_its_retention() {
     let after = start.elapsed();
     assert!((3600..=4000).contains(&after.as_secs()), "{after:?}");
     assert!(matches!(registry.remove_service(key("a").service).await, Err(Error::NoService(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_with_roles_is_kept_and_its_names_are_taken() {
+    let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+    let registry = Node::start(Arc::clone(&store)).await.registry;
+    registry.register(registration("a", 1, None)).await.unwrap();
+    let roles = Roles { term: 1, leader: Some(key("a").id), ..Roles::default() };
+    let (roles_key, value) = (record::roles_key(&key("a").service), record::encode_roles(&roles));
+    let put = Op::Put { key: Arc::clone(&roles_key), value, when: Condition::Always };
+    assert!(registry.catalog().reached(store.commit(vec![put]).await.unwrap()).await);
+    for (name, want) in [("greeter.leader", "conflict service"), ("greeter.any", "conflict service")] {
+        let mut other = registration("x", 2, None);
+        other.key.service = name.parse().unwrap();
+        assert_eq!(refused(registry.register(other).await), want, "{name}");
+    }
+    for free in ["other.leader", "greeter.leaders"] {
+        let mut other = registration("x", 2, None);
+        other.key.service = free.parse().unwrap();
+        registry.register(other).await.unwrap();
+    }
+    registry.deregister(key("a"), None).await.unwrap();
+    assert_eq!(refused(registry.remove_service(key("a").service).await), "conflict service");
+    tokio::time::sleep(Duration::from_secs(10_000)).await;
+    assert!(registry.catalog().latest().service(&key("a").service).is_some(), "it is not forgotten");
+    let gone = Op::Delete { key: roles_key, when: Condition::Always };
+    assert!(registry.catalog().reached(store.commit(vec![gone]).await.unwrap()).await);
+    registry.remove_service(key("a").service).await.unwrap();
+    assert!(registry.catalog().latest().service(&key("a").service).is_none());
 }
 
 #[tokio::test(start_paused = true)]

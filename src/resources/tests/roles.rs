@@ -104,7 +104,8 @@ fn a_change_of_roles_changes_the_endpoints_of_the_leader_and_the_followers_only(
             let want: &[&str] =
                 if kind == ResourceType::Endpoints { &["db.followers", "db.leader"] } else { &[] };
             let (mut changed, mut want): (Vec<&str>, _) = (changed, want.to_vec());
-            (changed.sort_unstable(), want.sort_unstable());
+            changed.sort_unstable();
+            want.sort_unstable();
             assert_eq!(changed, want, "{kind:?} {view:?}");
         }
     }

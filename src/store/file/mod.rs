@@ -33,7 +33,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::{
     log::at,
     recover::Recovered,
-    writer::{Counters, Request, Shower, Writer},
+    writer::{Callers, Counters, Request, Shower, Writer},
 };
 use super::{Entry, Listing, Op, Store, StoreError, Watch, feed::Readable};
 use crate::model::Revision;
@@ -163,7 +163,7 @@ pub struct FileStore {
 
 impl FileStore {
     /// Opens the store in `dir`, which is created when absent. Blocks while it reads: about a second for two million
-    /// keys.
+    /// keys. A runtime that it is opened in runs for as long as commits are waited for.
     ///
     /// # Errors
     /// [`OpenError`]; the directory is then as it was.
@@ -185,6 +185,7 @@ impl FileStore {
         );
         let readable = Readable::new(state, config.history);
         let counters = Arc::new(Counters::default());
+        let callers = Callers::new();
         let writer = Writer {
             dir: dir.to_owned(),
             log,
@@ -194,7 +195,8 @@ impl FileStore {
             failing: false,
             logged,
             compaction: None,
-            shower: Shower::start(Arc::clone(&readable)).map_err(at(dir))?,
+            shower: Shower::start(Arc::clone(&readable), callers.clone()).map_err(at(dir))?,
+            callers,
             lock: Some(lock),
         };
         let (queue, requests) = mpsc::channel(config.queue.max(1));

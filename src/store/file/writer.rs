@@ -15,7 +15,10 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+};
 
 use super::{
     compact,
@@ -24,6 +27,7 @@ use super::{
 };
 use crate::{
     model::Revision,
+    rt::Tasks,
     store::{Op, StoreError, feed::Readable, state::Ahead},
 };
 
@@ -69,16 +73,49 @@ struct Batch {
     /// What those accepted will have written.
     ahead: Ahead,
     accepted: Vec<(Revision, Vec<Op>)>,
-    answers: Vec<(Answer, Result<Revision, StoreError>)>,
+    answers: Answers,
 }
 
 impl Batch {
     /// Shows and answers what is durable.
-    fn show(self, readable: &Readable) {
+    fn show(self, readable: &Readable, callers: &Callers) {
         readable.publish(self.accepted);
-        for (answer, outcome) in self.answers {
+        callers.tell(self.answers);
+    }
+}
+
+/// Answers that are due. Each is given at last when they are dropped.
+#[derive(Debug, Default)]
+struct Answers(Vec<(Answer, Result<Revision, StoreError>)>);
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        for (answer, outcome) in self.0.drain(..) {
             // Nobody listens when the caller gave up; the commit stands.
             let _ = answer.send(outcome);
+        }
+    }
+}
+
+/// The way to those who wait for answers.
+#[derive(Debug, Clone)]
+pub(super) struct Callers {
+    /// That of who opened the store, if there is one.
+    runtime: Option<Handle>,
+    tasks: Tasks,
+}
+
+impl Callers {
+    pub(super) fn new() -> Self {
+        Self { runtime: Handle::try_current().ok(), tasks: Tasks::default() }
+    }
+
+    /// Gives many answers from within the runtime: from a thread outside each would wake a worker by a call of the system. A
+    /// runtime that ends before drops them, which gives them, too.
+    fn tell(&self, answers: Answers) {
+        if let Some(runtime) = self.runtime.as_ref().filter(|_| answers.0.len() > 1) {
+            let _within = runtime.enter();
+            self.tasks.spawn("store-answers", async move { drop(answers) });
         }
     }
 }
@@ -93,12 +130,12 @@ pub(super) struct Shower {
 }
 
 impl Shower {
-    pub(super) fn start(readable: Arc<Readable>) -> io::Result<Self> {
+    pub(super) fn start(readable: Arc<Readable>, callers: Callers) -> io::Result<Self> {
         let (batches, next) = blocking::sync_channel::<Batch>(1);
         let (done, shown) = blocking::sync_channel(1);
         let thread = thread::Builder::new().name("store-shower".into()).spawn(move || {
             for batch in next {
-                batch.show(&readable);
+                batch.show(&readable, &callers);
                 if done.send(()).is_err() {
                     return;
                 }
@@ -143,6 +180,7 @@ pub(super) struct Writer {
     pub(super) dir: PathBuf,
     pub(super) log: Log,
     pub(super) readable: Arc<Readable>,
+    pub(super) callers: Callers,
     pub(super) counters: Arc<Counters>,
     /// Bytes of log after which a snapshot is written, when the state is smaller.
     pub(super) compact_after: u64,
@@ -166,7 +204,7 @@ impl Writer {
             if waiting.is_empty() && !receive(&mut queue, &mut waiting, durable.is_none()) {
                 match durable.take() {
                     // Nobody waits to be written, so there is nothing to do beside it.
-                    Some(batch) => batch.show(&self.readable),
+                    Some(batch) => batch.show(&self.readable, &self.callers),
                     None => return,
                 }
                 continue;
@@ -175,7 +213,7 @@ impl Writer {
                 waiting.pop_front_if(|next| matches!(next, Request::Advance { .. }))
             {
                 if let Some(batch) = durable.take() {
-                    batch.show(&self.readable);
+                    batch.show(&self.readable, &self.callers);
                 }
                 // Nobody listens when the caller gave up; it stands.
                 let _ = answer.send(self.advance(&mut frame, to));
@@ -194,7 +232,7 @@ impl Writer {
             if self.compaction_due() {
                 // The new log begins after all that is in the old one.
                 if let Some(batch) = durable.take() {
-                    batch.show(&self.readable);
+                    batch.show(&self.readable, &self.callers);
                 }
                 self.start_compaction();
                 frame = Frame::new(self.log.marker());
@@ -217,13 +255,13 @@ impl Writer {
                 revision: before.revision,
                 ahead: mem::take(&mut before.ahead).next(),
                 accepted: Vec::new(),
-                answers: Vec::new(),
+                answers: Answers::default(),
             },
             None => Batch {
                 revision: state.revision(),
                 ahead: Ahead::default(),
                 accepted: Vec::new(),
-                answers: Vec::new(),
+                answers: Answers::default(),
             },
         };
         frame.begin_commits(Revision(batch.revision.0 + 1));
@@ -245,21 +283,22 @@ impl Writer {
                 batch.accepted.push((batch.revision, ops));
                 batch.revision
             });
-            batch.answers.push((answer, outcome));
+            batch.answers.0.push((answer, outcome));
         }
         batch
     }
 
-    fn fail(&mut self, error: &FileError, batch: Batch) {
+    fn fail(&mut self, error: &FileError, mut batch: Batch) {
         // Conflicts too: they may be with commits of this batch.
         let failed = StoreError::Failed(format!("cannot write the change: {error}"));
         if !mem::replace(&mut self.failing, true) {
             tracing::error!(%error, "cannot write to the store; changes are refused until it works again");
         }
         add(&self.counters.failed_batches, 1);
-        for (answer, _) in batch.answers {
-            let _ = answer.send(Err(failed.clone()));
+        for (_, outcome) in &mut batch.answers.0 {
+            *outcome = Err(failed.clone());
         }
+        self.callers.tell(batch.answers);
     }
 
     fn advance(&mut self, frame: &mut Frame, to: Revision) -> Result<(), StoreError> {

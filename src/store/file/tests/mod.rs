@@ -145,3 +145,18 @@ async fn a_snapshot_replaces_the_log() {
     assert_eq!(revisions, [499, 500, 498]);
     store.close().await.unwrap();
 }
+
+#[test]
+fn commits_are_answered_also_when_the_runtime_is_gone_that_the_store_was_opened_in() {
+    let dir = Dir::new(1 << 20);
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let opened_in = runtime();
+    let (store, _) = opened_in.block_on(async { dir.try_open().unwrap() });
+    drop(opened_in);
+    runtime().block_on(async {
+        let commits = join_all((0..50).map(|n| store.commit(vec![put(&format!("k{n}"), "v")])));
+        let answers = tokio::time::timeout(Duration::from_secs(10), commits).await.unwrap();
+        assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+        store.close().await.unwrap();
+    });
+}
