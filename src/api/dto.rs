@@ -11,8 +11,8 @@ use super::{
 use crate::{
     catalog::{Reader, Service, Snapshot},
     model::{
-        Fields, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, Role, Roles, State,
-        Update, Value, Verdict, format_duration, parse_duration,
+        Fields, Group, Instance, Lease, Limits, Node, Problems, RawRegistration, Registration, Role, Roles,
+        State, Update, Value, Verdict, format_duration, parse_duration,
     },
     registry::Member,
 };
@@ -144,11 +144,18 @@ pub(super) struct RolesDto {
     term: u64,
     /// The id of an instance, registered or not; `null` while there is none.
     leader: Option<String>,
+    /// What the groups are called by, as far as no other service has the name.
+    names: Vec<String>,
 }
 
-impl From<&Roles> for RolesDto {
-    fn from(roles: &Roles) -> Self {
-        Self { term: roles.term, leader: roles.leader.as_ref().map(ToString::to_string) }
+impl RolesDto {
+    /// `None` for a service whose instances have no roles.
+    pub(super) fn of(service: &Service, catalog: &Snapshot) -> Option<Self> {
+        let Roles { term, leader, .. } = service.roles.as_deref()?;
+        let names = Group::ALL.into_iter().map(|group| group.of(&service.id));
+        let taken = |name: &str| name.parse().is_ok_and(|id| catalog.service(&id).is_some());
+        let names = names.filter(|name| !taken(name)).map(|name| name.to_string());
+        Some(Self { term: *term, leader: leader.as_ref().map(ToString::to_string), names: names.collect() })
     }
 }
 
@@ -191,8 +198,8 @@ pub(super) struct ServiceDto {
     roles: Option<RolesDto>,
 }
 
-impl From<&Service> for ServiceDto {
-    fn from(service: &Service) -> Self {
+impl ServiceDto {
+    pub(super) fn of(service: &Service, catalog: &Snapshot) -> Self {
         let Counts { serving, draining, unhealthy } = count(service);
         Self {
             name: service.id.to_string(),
@@ -201,7 +208,7 @@ impl From<&Service> for ServiceDto {
             unhealthy,
             held: service.stale(),
             revision: service.revision.0,
-            roles: service.roles.as_deref().map(RolesDto::from),
+            roles: RolesDto::of(service, catalog),
         }
     }
 }

@@ -135,7 +135,7 @@ async fn list_services(State(api): State<Api>, RawQuery(query): RawQuery) -> Rep
     let catalog = &api.catalog;
     wait_at_most(&api, wait, catalog.newer_than(index)).await;
     let snapshot = catalog.latest();
-    let services: Vec<_> = snapshot.services().map(|service| ServiceDto::from(&**service)).collect();
+    let services: Vec<_> = snapshot.services().map(|service| ServiceDto::of(service, &snapshot)).collect();
     Ok(Json(
         json!({"revision": snapshot.revision().0, "services": services, "stale": StaleDto::of(&api.catalog)}),
     )
@@ -152,7 +152,7 @@ async fn show_service(State(api): State<Api>, Path(service): Path<String>) -> Re
     let id = service_id(&service)?;
     let snapshot = api.catalog.latest();
     let service = snapshot.service(&id).ok_or_else(|| ApiError::no_service(&snapshot, id.clone()))?;
-    Ok(Json(ServiceDto::from(&**service)).into_response())
+    Ok(Json(ServiceDto::of(service, &snapshot)).into_response())
 }
 
 async fn remove_service(State(api): State<Api>, Path(service): Path<String>) -> Reply {
@@ -193,8 +193,8 @@ async fn list_instances(
         "instances": instances,
         "stale": StaleDto::of(&api.catalog),
     });
-    if let (Some(roles), Some(fields)) = (&service.roles, shown.as_object_mut()) {
-        fields.insert("roles".to_owned(), json!(RolesDto::from(&**roles)));
+    if let (Some(roles), Some(fields)) = (RolesDto::of(service, &snapshot), shown.as_object_mut()) {
+        fields.insert("roles".to_owned(), json!(roles));
     }
     Ok(Json(shown).into_response())
 }
@@ -320,7 +320,7 @@ async fn debug_catalog(State(api): State<Api>) -> Response {
             let instances: Vec<_> = service.instances().map(|i| InstanceDto::of(i, &snapshot)).collect();
             let shown = json!({
                 "revision": service.revision.0,
-                "roles": service.roles.as_deref().map(RolesDto::from),
+                "roles": RolesDto::of(service, &snapshot),
                 "instances": instances,
             });
             (service.id.to_string(), shown)

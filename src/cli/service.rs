@@ -242,9 +242,11 @@ fn service_table(document: &Value, width: Option<usize>) -> String {
             "-" => "none now".to_owned(),
             leader => leader.to_owned(),
         };
-        let name = field("/name");
         text.push_str(&format!("Leader     {leader}, term {}\n", number(roles, "/term")));
-        text.push_str(&format!("Called     {name}, {name}.leader, {name}.followers, {name}.any\n"));
+        let groups = roles.get("names").and_then(Value::as_array).into_iter().flatten();
+        let groups = groups.filter_map(Value::as_str).map(clean);
+        let names: Vec<_> = std::iter::once(field("/name")).chain(groups).collect();
+        text.push_str(&format!("Called     {}\n", names.join(", ")));
     }
     if !zones.is_empty() {
         text.push_str(&format!("Zones      {}\n", some_of(&zones)));
@@ -346,14 +348,11 @@ mod tests {
         };
         let document = |leader: Value| {
             json!({"name": "db", "revision": 7, "zones": {}, "proxies": {"acknowledged": 0, "pending": []},
-                   "roles": {"term": 3, "leader": leader},
+                   "roles": {"term": 3, "leader": leader, "names": ["db.any", "db.leader"]},
                    "instances": [instance("a", "leader"), instance("b", "follower")]})
         };
         let text = service_table(&document(json!("a")), Some(100));
-        assert!(
-            text.contains("\nLeader     a, term 3\nCalled     db, db.leader, db.followers, db.any\n"),
-            "{text}"
-        );
+        assert!(text.contains("\nLeader     a, term 3\nCalled     db, db.any, db.leader\n"), "{text}");
         let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         let rows = &rows[rows.len() - 3..];
         assert_eq!(

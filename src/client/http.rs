@@ -263,9 +263,9 @@ impl Http {
             let (head, body) = answer.into_parts();
             let body = Limited::new(body, BODY).collect().await;
             let body = body.map_err(|error| self.not_disco(format!("the answer broke off: {error}")))?;
-            let status = head.status;
+            let is_elsewhere = head.status == StatusCode::MISDIRECTED_REQUEST;
             last = Ok(Response::from_parts(head, body.to_bytes()));
-            if status != StatusCode::MISDIRECTED_REQUEST {
+            if !is_elsewhere {
                 break;
             }
         }

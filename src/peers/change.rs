@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, time::SystemTime};
 
 use super::{
     Refusal,
-    set::{Change, Facts, Leadership, Liveness, NodeId, PeerSet, Pending, SeenMember, Suffrage},
+    set::{Change, Facts, Kind, Leadership, Liveness, NodeId, PeerSet, Pending, SeenMember, Suffrage},
 };
 use crate::model::{InstanceId, Revision, Role};
 
@@ -93,7 +93,10 @@ impl PeerSet {
             Want::Replace(old, new) if old == new => Err(Refusal::Itself(old.clone())),
             Want::Replace(old, new) => {
                 let then = self.next_to_remove(old, facts)?;
+                let is_dead = self.peer(old).is_some_and(|old| facts.liveness(old.node) == Liveness::Down);
                 match self.next_to_add(new, facts)? {
+                    // etcd takes nobody in while a member cannot be reached (--strict-reconfig-check), not even to learn.
+                    _ if is_dead && self.spec.kind == Kind::Etcd => Ok(then),
                     // The new one votes before the old one goes, so that no vote is missing in between.
                     Next::Done => Ok(then),
                     next => Ok(next),

@@ -109,7 +109,7 @@ impl Api {
         self.peers.as_ref().ok_or_else(|| {
             let message =
                 "this node keeps no peer sets: it does not have the role `registry`; ask one that has";
-            ApiError::new(Kind::Unavailable, message)
+            ApiError::new(Kind::Misdirected, message)
         })
     }
 }

@@ -97,6 +97,12 @@ pub(super) fn members(body: &[u8]) -> Result<BTreeSet<SeenMember>, String> {
 }
 
 impl Status {
+    /// What a member says that answers no more than [`STATUS`]: one that copies and has no vote yet.
+    pub(super) fn alone(&self) -> Option<Said> {
+        let Self { role, term, applied, .. } = *self;
+        (role == Role::Learner).then(|| Said { role, term, applied, ..Said::default() })
+    }
+
     /// Whether the list names this member, and the leader, if there is one.
     pub(super) fn is_explained_by(&self, members: &BTreeSet<SeenMember>) -> bool {
         let names = |id: u64| find(members, id).is_some();

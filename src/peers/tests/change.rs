@@ -54,7 +54,7 @@ fn n6_the_one_next_safe_step() {
     let two = "1 leader 5 >1 @9000; 2 leader 5 >2 @9000; 7 learner 5 @9000";
     let behind = "wait: n7 is 1001 behind the leader: it has to catch up first";
     let silent = "wait: n7 has not told how far it has come, or the leader has not: start it, and see that it is observed";
-    let (etcd, nats, redis) = (Kind::Etcd, Kind::Nats, Kind::Redis);
+    let (etcd, raft, nats, redis) = (Kind::Etcd, Kind::OpenRaft, Kind::Nats, Kind::Redis);
     for (kind, founders, also, says_, runs_, wanted, outcome) in [
         // In.
         (etcd, 3, "8", "", "1 2 3", "add 8", "add-learner 8"),
@@ -104,8 +104,14 @@ fn n6_the_one_next_safe_step() {
         (etcd, 3, "7", "", "1 2 3 7", "demote 7", "done"),
         (etcd, 3, "8", "", "1 2 3", "demote 8", "wait: n8 is not in the database"),
         // In the place of another.
-        (etcd, 3, "8", "", "1 2", "replace 3 8", "add-learner 8"),
-        (etcd, 3, "7", &near, "1 2 7", "replace 3 7", "promote 7"),
+        (raft, 3, "8", "", "1 2", "replace 3 8", "add-learner 8"),
+        (raft, 3, "7", &near, "1 2 7", "replace 3 7", "promote 7"),
+        (etcd, 3, "8", "", "1 2 3", "replace 3 8", "add-learner 8"),
+        (etcd, 3, "8", "", "1 2 ?3", "replace 3 8", "add-learner 8"),
+        // etcd takes nobody in while a member is dead.
+        (etcd, 3, "8", "", "1 2", "replace 3 8", "remove 3"),
+        (etcd, 3, "7", &near, "1 2 7", "replace 3 7", "remove 3"),
+        (etcd, 3, "", "", "1 2", "replace 3 8", "NoPeer"),
         (etcd, 3, "", "", "1 2", "replace 3 1", "remove 3"),
         (etcd, 3, "", "", "1 2 3", "replace 3 3", "Itself"),
         (etcd, 3, "8", "", "1 2", "replace 6 8", "NoPeer"),

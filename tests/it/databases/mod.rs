@@ -114,16 +114,10 @@ impl Set {
         let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::<Reign>::new())));
         let (set, stopped, reigns) = (self.clone(), Arc::clone(&stop), Arc::clone(&seen));
         let thread = thread::spawn(move || {
-            let mut revision = 0;
             while !stopped.load(Ordering::Relaxed) {
-                let path = format!("/v1/peers/{}?index={revision}&wait=1s", set.name);
-                let Ok(answer) = request_within(PATIENCE, set.http, "GET", &path, b"") else { continue };
-                let Ok(view) = answer.json() else { continue };
+                thread::sleep(Duration::from_millis(2));
+                let Ok(view) = set.view() else { continue };
                 let (leader, term) = (view["leader"].as_str().map(str::to_owned), view["term"].as_u64());
-                if answer.status != 200 {
-                    continue;
-                }
-                revision = view["revision"].as_u64().unwrap_or(revision);
                 let mut reigns = reigns.lock().unwrap_or_else(PoisonError::into_inner);
                 if reigns.last().is_none_or(|last| last.leader != leader) {
                     reigns.push(Reign { leader, term: term.unwrap_or(0), at: Instant::now() });

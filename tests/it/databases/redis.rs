@@ -38,9 +38,20 @@ impl Server {
 
     /// As a master, unless it is told of one.
     fn start(&mut self, master: Option<SocketAddr>) -> anyhow::Result<()> {
+        let folder = self.folder.display().to_string();
         let port = self.at.port().to_string();
-        let mut arguments =
-            vec!["--port", &port, "--bind", "127.0.0.1", "--save", "", "--repl-diskless-sync-delay", "0"];
+        let mut arguments = vec![
+            "--port",
+            &port,
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            &folder,
+            "--repl-diskless-sync-delay",
+            "0",
+        ];
         let of = master.map(|master| (master.ip().to_string(), master.port().to_string()));
         if let Some((ip, port)) = &of {
             arguments.extend(["--replicaof", ip, port]);
@@ -51,8 +62,9 @@ impl Server {
     fn watch_over(&mut self, master: SocketAddr) -> anyhow::Result<()> {
         let file = self.folder.join(format!("{}.conf", self.name));
         let (port, ip, of) = (self.at.port(), master.ip(), master.port());
+        let folder = self.folder.display();
         let settings = format!(
-            "port {port}\nbind 127.0.0.1\nsentinel monitor m {ip} {of} 2\nsentinel down-after-milliseconds m 1000\n\
+            "port {port}\nbind 127.0.0.1\ndir {folder}\nsentinel monitor m {ip} {of} 2\nsentinel down-after-milliseconds m 1000\n\
              sentinel failover-timeout m 5000\n"
         );
         fs::write(&file, settings)?;
