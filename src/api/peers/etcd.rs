@@ -15,12 +15,12 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::super::{
-    Api,
-    error::ApiError,
-    request::{Body, Path, Query, percent_decode},
-};
 use crate::{
+    api::{
+        Api,
+        error::{self, ApiError},
+        request::{Body, Path, Query, percent_decode},
+    },
     model::{InstanceId, Revision, ServiceId, excerpt},
     peers::{Addresses, Kind, Newcomer, Peer, PeerSet, Peers, View, parse_address},
 };
@@ -119,7 +119,7 @@ fn node(set: &ServiceId, peer: &Peer) -> Value {
 }
 
 /// How many are to come.
-pub(in super::super) async fn size(
+pub(in crate::api) async fn size(
     State(api): State<Api>,
     Path(set): Path<String>,
 ) -> Result<Response, impl IntoResponse> {
@@ -132,7 +132,7 @@ pub(in super::super) async fn size(
 }
 
 /// Who has come; with `wait=true` the next one at or after `waitIndex`.
-pub(in super::super) async fn list(
+pub(in crate::api) async fn list(
     State(api): State<Api>,
     Path(set): Path<String>,
     RawQuery(query): RawQuery,
@@ -147,7 +147,7 @@ pub(in super::super) async fn list(
 }
 
 /// One by its member id; with `wait=true` as soon as it is there.
-pub(in super::super) async fn show(
+pub(in crate::api) async fn show(
     State(api): State<Api>,
     Path((set, id)): Path<(String, String)>,
     RawQuery(query): RawQuery,
@@ -167,7 +167,7 @@ pub(in super::super) async fn show(
 }
 
 /// An etcd comes. Its member id marks its disk: it is made of its URLs, and who comes with the same again has lost its data.
-pub(in super::super) async fn put(
+pub(in crate::api) async fn put(
     State(api): State<Api>,
     Path((set, id)): Path<(String, String)>,
     Body(body): Body,
@@ -186,7 +186,7 @@ pub(in super::super) async fn put(
     }
     if view.set.founding.is_some() {
         let message = format!("{name} is founded: who joins is added with `etcdctl member add`");
-        return Err(Refused::from(ApiError::new(super::super::error::Kind::Conflict, message)));
+        return Err(Refused::from(ApiError::new(error::Kind::Conflict, message)));
     }
     let (key, at) = read_member(&value).map_err(invalid)?;
     let new = Newcomer { key, disk: id, at, zone: String::new(), version: String::new() };

@@ -5,8 +5,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{super::error::ApiError, Wanted, until};
+use super::{Wanted, until};
 use crate::{
+    api::error::ApiError,
     model::{InstanceId, Problems, Revision, ServiceId, format_duration},
     peers::{
         Addresses, Newcomer, Peers, Spec, Spread, Step, Until, View, birth_to_proto, hint, liveness_to_proto,
@@ -22,13 +23,13 @@ const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The gRPC service.
 #[derive(Debug)]
-pub(in super::super) struct PeersService {
+pub(in crate::api) struct PeersService {
     peers: Peers,
     tasks: Tasks,
 }
 
 impl PeersService {
-    pub(in super::super) fn new(peers: Peers, tasks: Tasks) -> Self {
+    pub(in crate::api) fn new(peers: Peers, tasks: Tasks) -> Self {
         Self { peers, tasks }
     }
 }

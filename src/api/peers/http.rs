@@ -7,16 +7,14 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use super::{
-    super::{
+use super::{Wanted, until};
+use crate::{
+    api::{
         Api, dto,
         error::ApiError,
         request::{Body, Path, Query, Reply, instance_key, read_poll, read_wait, service_id, wait_at_most},
         time::timestamp,
     },
-    Wanted, until,
-};
-use crate::{
     model::{Fields, InstanceId, Node, Problems, Revision, Role, ServiceId, format_duration, parse_duration},
     peers::{
         Addresses, ClusterId, Founder, Kind, Newcomer, NodeId, Observation, Observe, Peer, PeerSet, Pending,
@@ -24,7 +22,7 @@ use crate::{
     },
 };
 
-pub(in super::super) async fn list(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {
+pub(in crate::api) async fn list(State(api): State<Api>, RawQuery(query): RawQuery) -> Reply {
     let (index, wait) = read_poll(query.as_deref())?;
     let peers = api.peers()?;
     wait_at_most(&api, wait, peers.changed(index)).await;
@@ -33,7 +31,7 @@ pub(in super::super) async fn list(State(api): State<Api>, RawQuery(query): RawQ
     Ok(Json(json!({"revision": revision.0, "sets": sets})).into_response())
 }
 
-pub(in super::super) async fn create(
+pub(in crate::api) async fn create(
     State(api): State<Api>,
     Path(set): Path<String>,
     Body(body): Body,
@@ -72,7 +70,7 @@ pub(in super::super) async fn create(
     Ok(Json(json!({"revision": revision.0, "cluster_id": cluster.to_string()})).into_response())
 }
 
-pub(in super::super) async fn show(
+pub(in crate::api) async fn show(
     State(api): State<Api>,
     Path(set): Path<String>,
     RawQuery(query): RawQuery,
@@ -98,7 +96,7 @@ pub(in super::super) async fn show(
     Ok(Json(view_json(&view)).into_response())
 }
 
-pub(in super::super) async fn register(
+pub(in crate::api) async fn register(
     State(api): State<Api>,
     Path((set, key)): Path<(String, String)>,
     Body(body): Body,
@@ -144,7 +142,7 @@ pub(in super::super) async fn register(
     .into_response())
 }
 
-pub(in super::super) async fn withdraw(
+pub(in crate::api) async fn withdraw(
     State(api): State<Api>,
     Path((set, key)): Path<(String, String)>,
 ) -> Reply {
@@ -153,7 +151,7 @@ pub(in super::super) async fn withdraw(
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
-pub(in super::super) async fn report(
+pub(in crate::api) async fn report(
     State(api): State<Api>,
     Path((set, key)): Path<(String, String)>,
     Body(body): Body,
@@ -198,7 +196,7 @@ fn seen_member(n: usize, node: &Node, problems: &mut Problems) -> SeenMember {
     SeenMember { id, name, raft, voter }
 }
 
-pub(in super::super) async fn propose(
+pub(in crate::api) async fn propose(
     State(api): State<Api>,
     Path(set): Path<String>,
     Body(body): Body,
@@ -245,7 +243,7 @@ fn read_from(fields: &mut Fields<'_>, problems: &mut Problems) -> Revision {
     Revision(from.and_then(|from| u64::try_from(from).ok()).unwrap_or_default())
 }
 
-pub(in super::super) async fn finish(
+pub(in crate::api) async fn finish(
     State(api): State<Api>,
     Path(set): Path<String>,
     Body(body): Body,
@@ -264,7 +262,7 @@ pub(in super::super) async fn finish(
     Ok(Json(json!({"revision": revision.0})).into_response())
 }
 
-pub(in super::super) async fn refound(
+pub(in crate::api) async fn refound(
     State(api): State<Api>,
     Path(set): Path<String>,
     Body(body): Body,

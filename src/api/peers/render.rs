@@ -34,7 +34,7 @@ struct Asked {
     tls: bool,
 }
 
-pub(in super::super) async fn list(
+pub(in crate::api) async fn list(
     State(api): State<Api>,
     Path(set): Path<String>,
     RawQuery(query): RawQuery,

@@ -1,6 +1,6 @@
 use serde_json::Value;
 
-use super::super::output::{Column, age, cell, count, number, render};
+use crate::cli::output::{Column, age, cell, count, number, render};
 use crate::rt;
 
 /// All sets.
