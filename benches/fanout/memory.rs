@@ -5,9 +5,9 @@ use std::time::Duration;
 use crate::{
     Bench, Contender,
     load::{Fleet, Protocol},
-    measure::{content, service, sidecar, sidecars},
+    measure::{sidecar, sidecars},
     report::Figure,
-    servers::{Disco, Server},
+    servers::{Content, Disco, Server},
 };
 
 /// Services, of an instance each, and streams.
@@ -22,16 +22,18 @@ pub(crate) fn run(bench: &mut Bench) {
     for &(services, streams) in sizes {
         let case = format!("{services} services, {streams} streams");
         let mut disco = Disco::start(services, 1);
-        let names: Vec<String> = (0..services).map(service).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let content = content(&mut disco, sidecar(Protocol::Delta, 0, &names));
+        let first = Fleet::start(disco.address(), vec![sidecar(Protocol::Delta, 0, &["*"])]);
+        first.opened();
+        first.settled(REST);
+        let content = Content { opening: first.captured(), changes: vec![] };
+        drop(first);
         let mut limit = bench.start(Contender::Limit, &content, 4, (1, 1));
         let servers: [(_, &mut dyn Server); 2] =
             [(Contender::Limit, limit.as_mut()), (Contender::Disco, &mut disco)];
         for (contender, server) in servers {
             bench.attempt("memory", &case, contender, |bench| {
                 let before = server.memory();
-                let fleet = Fleet::start(server.address(), sidecars(Protocol::Delta, streams, &names));
+                let fleet = Fleet::start(server.address(), sidecars(Protocol::Delta, streams, &["*"]));
                 fleet.opened();
                 fleet.settled(REST);
                 let kib = server.memory().saturating_sub(before) as f64 / streams as f64;

@@ -116,7 +116,12 @@ pub struct View {
 impl View {
     pub(super) fn new(known: &Known, snapshot: &Snapshot, stale: Option<SystemTime>) -> Self {
         let Known { set, observed } = known;
-        let service = snapshot.service(&set.spec.name).map(|service| service.revision);
+        let service = snapshot.service(&set.spec.name);
+        // The catalog and the board hear of new roles by feeds of their own. While they differ one of them lags, and who is shown
+        // the old ones as of the new revision would never ask again.
+        let agree = |roles: &Roles| *roles == observed.roles;
+        let service = service.filter(|service| service.roles.as_deref().is_none_or(agree));
+        let service = service.map(|service| service.revision);
         Self {
             facts: Facts { liveness: liveness(set, snapshot), observed: observed.by_node.clone() },
             roles: observed.roles.clone(),

@@ -26,6 +26,8 @@ mod said;
 mod sight;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod wire_tests;
 
 pub use adapter::Adapter;
 pub use observer::Observer;

@@ -7,6 +7,7 @@ mod found;
 mod keep;
 mod lead;
 mod script;
+mod view;
 
 use std::time::SystemTime;
 

@@ -4,6 +4,7 @@ mod etcd;
 mod nats;
 mod postgres;
 mod redis;
+mod takeover;
 
 use std::{
     net::SocketAddr,
