@@ -11,6 +11,7 @@
 mod board;
 mod change;
 mod found;
+mod hear;
 mod hint;
 mod keep;
 mod lead;
