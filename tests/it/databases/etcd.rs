@@ -202,6 +202,11 @@ fn reach(set: &Set, members: &mut BTreeMap<String, Member>, want: &Value) -> any
     let mut done: Option<Value> = None;
     while Instant::now() < end {
         let view = set.view()?;
+        if view["leader"].is_null() {
+            // Whoever is to be removed may have led.
+            thread::sleep(Duration::from_millis(20));
+            continue;
+        }
         let mut body = want.clone();
         body["from_revision"] = view["set_revision"].clone();
         let step = match set.send("POST", "/propose", &body) {
