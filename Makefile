@@ -26,6 +26,8 @@ demo: requirements ## The main job in 15 seconds; KEEP=1 leaves it running
 
 test: requirements tools ## All tests, with real Envoy and real gRPC clients
 	@echo "Building and testing; the first time takes two or three minutes"
+	@# An example that has tests of its own is otherwise built as these only.
+	@$(CARGO) build --profile $(PROFILE) --bins --examples
 	@$(CARGO) test --profile $(PROFILE)
 	@echo "All tests passed"
 
